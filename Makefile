@@ -1,0 +1,49 @@
+# Every target works on a fresh machine with Go and git; what the tests need
+# besides is installed by scripts/testdeps.
+export CGO_ENABLED = 0
+export GOFLAGS = -buildvcs=false
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  = -s -w -X main.version=$(VERSION)
+TOOLS    = $(CURDIR)/.cache/bin
+
+.PHONY: build run test test-unit test-race test-e2e fuzz demo bench testdeps clean
+
+build:
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
+
+run: build
+	./bin/atoll serve --init --data ./atoll-data
+
+# All that CI runs.
+test: testdeps build
+	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	CGO_ENABLED=1 go test -race -timeout 12m $$(go list ./... | grep -v /scripts/)
+	PATH="$(TOOLS):$$PATH" go test -count=1 -timeout 12m ./scripts/...
+
+# The quick part, with nothing installed.
+test-unit:
+	go test $$(go list ./... | grep -v /scripts/e2e)
+
+test-e2e: testdeps build
+	PATH="$(TOOLS):$$PATH" go test -count=1 -timeout 12m -v ./scripts/e2e
+
+# Each fuzz target in turn, FUZZTIME each.
+FUZZTIME ?= 30s
+fuzz:
+	scripts/fuzz $(FUZZTIME)
+
+# Two sites with no route between them, played unattended.
+demo: testdeps build
+	PATH="$(TOOLS):$$PATH" go run ./scripts/demo
+
+# Atoll beside a minimal server, in one run; writes docs/benchmarks.md.
+bench: build
+	go run ./scripts/bench -write docs/benchmarks.md
+
+testdeps:
+	scripts/testdeps $(TOOLS)
+
+clean:
+	rm -rf bin .cache

@@ -1,0 +1,173 @@
+// Package lab builds small networks on one machine for the end-to-end tests,
+// the demo and the benchmark: hosts are network namespaces, switches are
+// bridges, and two switches that are not joined have no route between them.
+//
+// It needs the right to make namespaces: root, or a user namespace of one's own.
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Lab is a set of hosts and switches that is removed as a whole.
+type Lab struct {
+	prefix string // of every namespace and link, so that two labs do not meet
+
+	mu       sync.Mutex
+	hosts    []*Host
+	switches map[string]string // name -> namespace
+	links    int
+}
+
+// Host is one machine of the lab.
+type Host struct {
+	Name  string
+	IP    string
+	space string // network namespace
+	lab   *Lab
+}
+
+// New makes an empty lab.
+func New() *Lab {
+	return &Lab{prefix: fmt.Sprintf("at%d", os.Getpid()%100000), switches: map[string]string{}}
+}
+
+// Host adds a machine with an address, a.b.c.d/24, on a switch.
+func (l *Lab) Host(ctx context.Context, name, sw, cidr string) (*Host, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	bridge, ok := l.switches[sw]
+	if !ok {
+		bridge = l.prefix + "-sw-" + sw
+		if err := runAll(ctx,
+			"ip netns add "+bridge,
+			"ip -n "+bridge+" link add br0 type bridge",
+			"ip -n "+bridge+" link set br0 up",
+		); err != nil {
+			return nil, err
+		}
+		l.switches[sw] = bridge
+	}
+	h := &Host{Name: name, IP: strings.Split(cidr, "/")[0], space: l.prefix + "-" + name, lab: l}
+	l.links++
+	near, far := fmt.Sprintf("%sh%d", l.prefix, l.links), fmt.Sprintf("%ss%d", l.prefix, l.links)
+	if err := runAll(ctx,
+		"ip netns add "+h.space,
+		"ip -n "+h.space+" link set lo up",
+		"ip link add "+near+" type veth peer name "+far,
+		"ip link set "+near+" netns "+h.space,
+		"ip link set "+far+" netns "+bridge,
+		"ip -n "+h.space+" link set "+near+" name eth0",
+		"ip -n "+h.space+" addr add "+cidr+" dev eth0",
+		"ip -n "+h.space+" link set eth0 up",
+		"ip -n "+bridge+" link set "+far+" master br0",
+		"ip -n "+bridge+" link set "+far+" up",
+	); err != nil {
+		return nil, err
+	}
+	l.hosts = append(l.hosts, h)
+	return h, nil
+}
+
+// Close removes the hosts and switches; processes in them must have ended.
+func (l *Lab) Close(ctx context.Context) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var errs []error
+	for _, h := range l.hosts {
+		errs = append(errs, runAll(ctx, "ip netns del "+h.space))
+	}
+	for _, bridge := range l.switches {
+		errs = append(errs, runAll(ctx, "ip netns del "+bridge))
+	}
+	l.hosts, l.switches = nil, map[string]string{}
+	return errors.Join(errs...)
+}
+
+func runAll(ctx context.Context, lines ...string) error {
+	for _, line := range lines {
+		words := strings.Fields(line)
+		out, err := exec.CommandContext(ctx, words[0], words[1:]...).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%s: %w: %s", line, err, bytes.TrimSpace(out))
+		}
+	}
+	return nil
+}
+
+// Command prepares a command that runs on the host.
+func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", h.space, name}, args...)...)
+	cmd.Cancel = func() error { return cmd.Process.Kill() }
+	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
+// Run runs a command on the host and gives what it printed on standard output;
+// the error holds what it printed on standard error.
+func (h *Host) Run(ctx context.Context, name string, args ...string) (string, error) {
+	var out, errs bytes.Buffer
+	cmd := h.Command(ctx, name, args...)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("on %s: %s %s: %w\n%s", h.Name, name, strings.Join(args, " "), err, strings.TrimSpace(errs.String()))
+	}
+	return out.String(), nil
+}
+
+// Process is a program that goes on running on a host.
+type Process struct {
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error
+}
+
+// Start starts a program on the host, with its output going to log.
+func (h *Host) Start(ctx context.Context, log io.Writer, env []string, name string, args ...string) (*Process, error) {
+	cmd := h.Command(ctx, name, args...)
+	cmd.Env = append(os.Environ(), env...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	p := &Process{cmd: cmd, done: make(chan struct{})}
+	go func() {
+		p.err = cmd.Wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// Kill ends the program as kill -9 does and waits until it is gone. ip netns
+// exec replaces itself by the program, so the signal reaches the program.
+func (p *Process) Kill() {
+	_ = p.cmd.Process.Kill() // an ended process is what we want
+	<-p.done
+}
+
+// Stop asks the program to end and waits for that, at most as long as ctx.
+func (p *Process) Stop(ctx context.Context) error {
+	_ = p.cmd.Process.Signal(os.Interrupt)
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		p.Kill()
+		return ctx.Err()
+	}
+}
+
+// Done is closed when the program has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Pid is the program's process id.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
