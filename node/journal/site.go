@@ -1,0 +1,199 @@
+package journal
+
+import (
+	"context"
+	"crypto"
+	"crypto/ed25519"
+	"crypto/rand"
+	"fmt"
+	"time"
+
+	"github.com/atoll-registry/atoll/bundle/entry"
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/fault"
+)
+
+const self = "self"
+
+// siteRow is who this site is. Every own append is guarded by it.
+type siteRow struct {
+	ID          string      `cbor:"id"`
+	Incarnation string      `cbor:"incarnation"`
+	Name        string      `cbor:"name"`
+	Root        entry.Key   `cbor:"root"`
+	Online      []entry.Key `cbor:"online"` // the last one signs
+	Chain       []byte      `cbor:"chain"`  // entry.KeyChain
+	At          int64       `cbor:"at"`
+}
+
+// keyRow is a private key under the sealer, keyed by the public key.
+type keyRow struct {
+	Sealed []byte `cbor:"sealed"`
+}
+
+type signer = ed25519.PrivateKey
+
+// Site is the public identity of this site.
+type Site struct {
+	ID          string
+	Incarnation string // this life of the site
+	Name        string // a label for people
+	Root        entry.Key
+	Online      entry.Key // signs now
+	Chain       entry.KeyChain
+	Founded     time.Time
+}
+
+// Site reads the identity. Before EnsureSite it is a fault Unavailable.
+func (j *Journal) Site(r table.Reader) (Site, error) {
+	row, _, ok, err := j.sites.Get(r, self)
+	if err != nil {
+		return Site{}, fmt.Errorf("read the site's identity: %w", err)
+	}
+	if !ok || len(row.Online) == 0 {
+		return Site{}, fault.New(fault.Unavailable, "the site's identity is not there yet; try again in a few seconds")
+	}
+	return Site{ID: row.ID, Incarnation: row.Incarnation, Name: row.Name, Root: row.Root,
+		Online: row.Online[len(row.Online)-1], Chain: row.Chain, Founded: time.Unix(row.At, 0).UTC()}, nil
+}
+
+// EnsureSite creates the identity once: a random incarnation, a root key and an
+// online key that the root certifies, both private keys sealed. Afterwards it
+// returns what is there. It fails when the rows belong to another site.
+func (j *Journal) EnsureSite(ctx context.Context, siteID, name string) (Site, error) {
+	if !entry.ValidID(siteID) {
+		return Site{}, fmt.Errorf("site id %q: want 1-64 characters of a-z, 0-9, _ and -", siteID)
+	}
+	var site Site
+	_, err := j.db.Update(ctx, func(tx *table.Tx) error {
+		var err error
+		if site, err = j.Site(tx); err == nil {
+			if site.ID != siteID {
+				return fmt.Errorf("the tables belong to site %s, this node to site %s", site.ID, siteID)
+			}
+			return nil
+		}
+		if !fault.Is(err, fault.Unavailable) {
+			return err
+		}
+		if err := j.found(tx, siteID, name); err != nil {
+			return err
+		}
+		site, err = j.Site(tx)
+		return err
+	})
+	if err != nil {
+		return Site{}, fmt.Errorf("ensure the site's identity: %w", err)
+	}
+	return site, nil
+}
+
+func (j *Journal) found(tx *table.Tx, siteID, name string) error {
+	now := time.Now()
+	root, err := j.newKey(tx, siteID)
+	if err != nil {
+		return err
+	}
+	online, err := j.newKey(tx, siteID)
+	if err != nil {
+		return err
+	}
+	rootKey, err := entry.KeyOf(root)
+	if err != nil {
+		return err
+	}
+	onlineKey, err := entry.KeyOf(online)
+	if err != nil {
+		return err
+	}
+	document := entry.KeyDocument{
+		Site: siteID, Serial: 1, Issued: now.Unix(), Threshold: 1, Root: []entry.Key{rootKey},
+		Online: []entry.OnlineKey{{Key: onlineKey, State: entry.KeyActive}},
+	}
+	signed, err := document.Sign(root)
+	if err != nil {
+		return err
+	}
+	return j.sites.Put(tx, siteRow{
+		ID: siteID, Incarnation: table.NewID(), Name: name, Root: rootKey, Online: []entry.Key{onlineKey},
+		Chain: entry.KeyChain(nil).Add(signed), At: now.Unix(),
+	}, self)
+}
+
+// newKey makes a key pair and stores its private half.
+func (j *Journal) newKey(tx *table.Tx, siteID string) (ed25519.PrivateKey, error) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	public, err := entry.KeyOf(private)
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := j.sealer.Seal(sealName(siteID, public), private.Seed())
+	if err != nil {
+		return nil, fmt.Errorf("seal a key of the site: %w", err)
+	}
+	return private, j.keys.Put(tx, keyRow{Sealed: sealed}, string(public))
+}
+
+func sealName(siteID string, public entry.Key) string {
+	return "site-key/" + siteID + "/" + public.Fingerprint()
+}
+
+// KeyChain is the public documents that say which keys sign for this site.
+func (j *Journal) KeyChain(r table.Reader) (entry.KeyChain, error) {
+	site, err := j.Site(r)
+	return site.Chain, err
+}
+
+// Signer opens the online key that signs checkpoints and bundles now.
+func (j *Journal) Signer(r table.Reader) (crypto.Signer, error) {
+	site, err := j.Site(r)
+	if err != nil {
+		return nil, err
+	}
+	j.mu.Lock()
+	opened, ok := j.signers[site.Online]
+	j.mu.Unlock()
+	if ok {
+		return opened, nil
+	}
+	row, _, ok, err := j.keys.Get(r, string(site.Online))
+	if err != nil {
+		return nil, fmt.Errorf("read the site's signing key: %w", err)
+	}
+	if !ok {
+		return nil, fmt.Errorf("the site's signing key %s is not kept here", site.Online.Fingerprint())
+	}
+	seed, err := j.sealer.Unseal(sealName(site.ID, site.Online), row.Sealed)
+	if err != nil {
+		return nil, fmt.Errorf("open the site's signing key: %w", err)
+	}
+	if len(seed) != ed25519.SeedSize {
+		return nil, fmt.Errorf("the site's signing key has %d bytes, want %d", len(seed), ed25519.SeedSize)
+	}
+	opened = ed25519.NewKeyFromSeed(seed)
+	if public, err := entry.KeyOf(opened); err != nil || public != site.Online {
+		return nil, fmt.Errorf("the site's signing key does not match its public half %s", site.Online.Fingerprint())
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	clear(j.signers) // a rotated key is not kept open
+	j.signers[site.Online] = opened
+	return opened, nil
+}
+
+// Sign signs a payload with the online key and names the key that did.
+func (j *Journal) Sign(r table.Reader, payload []byte) (entry.Key, []byte, error) {
+	key, err := j.Signer(r)
+	if err != nil {
+		return "", nil, err
+	}
+	signature, err := key.Sign(rand.Reader, payload, crypto.Hash(0))
+	if err != nil {
+		return "", nil, fmt.Errorf("sign with the site's key: %w", err)
+	}
+	public, err := entry.KeyOf(key)
+	return public, signature, err
+}
