@@ -1,0 +1,226 @@
+package transfer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// Arrival is the engine's side of a Fetch: the one gate that bytes pass on their
+// way in. An engine makes it, gives it the Partial and the piece table, stores what
+// it received, and ends it with Commit or Fail. Safe for concurrent use.
+type Arrival struct{ f *Fetch }
+
+// NewArrival starts the account of a blob that is to be fetched. reopen gives the
+// blob to readers who come after a good end.
+func NewArrival(blob Blob, reopen func(context.Context) (Content, error)) *Arrival {
+	return &Arrival{&Fetch{
+		blob:    blob,
+		done:    make(chan struct{}),
+		changed: make(chan struct{}),
+		held:    PiecesBitmap(Pieces(blob.Size)),
+		cursors: make(map[*reader]int),
+		content: &shared{refs: 1},
+		reopen:  reopen,
+	}}
+}
+
+// Present is the ended Fetch of a blob that the node has held all along.
+func Present(blob Blob, open func(context.Context) (Content, error)) *Fetch {
+	a := NewArrival(blob, open)
+	a.holdAll()
+	a.end(nil)
+	_ = a.f.content.shut() // there is none: readers open the blob itself
+	return a.f
+}
+
+// Fetch is what those who want the blob get.
+func (a *Arrival) Fetch() *Fetch { return a.f }
+
+// Begin gives the arrival its Partial, which belongs to it from here on.
+func (a *Arrival) Begin(p Partial) {
+	a.f.partial = p
+	a.f.content.begin(p, p.Close)
+}
+
+// SetTable accepts the blob's piece table if it is that of the trusted root, and
+// lists the pieces that the Partial remembers; Recheck them before use.
+func (a *Arrival) SetTable(t PieceTable) (marked []int, err error) {
+	if err := t.Verify(a.f.blob); err != nil {
+		return nil, err
+	}
+	a.f.mu.Lock()
+	a.f.table, a.f.known = t, true
+	a.f.announce()
+	a.f.mu.Unlock()
+	for i := range t.Len() {
+		if a.f.partial.Have(i) {
+			marked = append(marked, i)
+		}
+	}
+	return marked, nil
+}
+
+// Recheck reads a marked piece back and holds it if it is right; false means that
+// it has to be fetched again. buf has PieceSize bytes.
+func (a *Arrival) Recheck(piece int, buf []byte) bool {
+	f := a.f
+	off, n := PieceRange(f.blob.Size, piece)
+	if k, err := f.partial.ReadAt(buf[:n], off); k != int(n) {
+		_ = err // short or unreadable, it makes no difference
+		return false
+	}
+	if f.table.VerifyPiece(piece, buf[:n]) != nil {
+		return false
+	}
+	a.hold(piece)
+	return true
+}
+
+// Store verifies a piece that a peer sent, writes it and lets readers have it.
+// ErrBadPiece blames the peer; any other error is the Sink's and ends the fetch.
+func (a *Arrival) Store(piece int, data []byte) error {
+	f := a.f
+	t, known := f.Table()
+	if !known {
+		return fmt.Errorf("blob %s: piece %d came before the piece table", f.blob.Digest, piece)
+	}
+	if err := t.VerifyPiece(piece, data); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	held := f.held.Has(piece)
+	f.mu.Unlock()
+	if held {
+		return nil
+	}
+	if err := a.Write(int64(piece)*PieceSize, data); err != nil {
+		return err
+	}
+	if err := f.partial.MarkPiece(piece); err != nil {
+		return fmt.Errorf("blob %s: marking piece %d as arrived: %w", f.blob.Digest, piece, err)
+	}
+	a.hold(piece)
+	return nil
+}
+
+// Write puts down bytes that nobody has verified; no reader sees them before
+// Commit. It is for blobs without a root.
+func (a *Arrival) Write(off int64, data []byte) error {
+	if _, err := a.f.partial.WriteAt(data, off); err != nil {
+		return fmt.Errorf("blob %s: writing %d bytes at %d: %w", a.f.blob.Digest, len(data), off, err)
+	}
+	return nil
+}
+
+// Held is the set of pieces held now, a copy.
+func (a *Arrival) Held() Bitmap {
+	a.f.mu.Lock()
+	defer a.f.mu.Unlock()
+	return a.f.held.Clone()
+}
+
+// Complete says whether every piece is held.
+func (a *Arrival) Complete() bool {
+	a.f.mu.Lock()
+	defer a.f.mu.Unlock()
+	return a.f.count == Pieces(a.f.blob.Size)
+}
+
+// Changed is closed at the next change: a piece held, a cursor moved, the end.
+func (a *Arrival) Changed() <-chan struct{} {
+	a.f.mu.Lock()
+	defer a.f.mu.Unlock()
+	return a.f.changed
+}
+
+// Urgent lists the first window missing pieces at or after each reader's place, the
+// nearest of each reader first.
+func (a *Arrival) Urgent(window int) []int {
+	f := a.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	pieces := Pieces(f.blob.Size)
+	var urgent []int
+	for place := range f.cursorPlaces() {
+		for i, found := place, 0; i < pieces && found < window; i++ {
+			if !f.held.Has(i) {
+				found++
+				if !slices.Contains(urgent, i) {
+					urgent = append(urgent, i)
+				}
+			}
+		}
+	}
+	return urgent
+}
+
+func (f *Fetch) cursorPlaces() map[int]struct{} {
+	places := make(map[int]struct{}, len(f.cursors))
+	for _, place := range f.cursors {
+		places[place] = struct{}{}
+	}
+	return places
+}
+
+// Commit makes the blob durable and visible and ends the fetch well, or ends it
+// with the error that it returns. Bytes that are not the blob's are discarded.
+func (a *Arrival) Commit(ctx context.Context) error {
+	f := a.f
+	err := f.partial.Commit(ctx)
+	if err == nil {
+		a.holdAll()
+		a.end(nil)
+		// Those who read go on, and the last of them closes the partial. Nothing can be
+		// lost by closing any more, so how that goes does not matter.
+		_ = f.content.leave()
+		return nil
+	}
+	err = fmt.Errorf("blob %s has arrived but could not be kept: %w", f.blob.Digest, err)
+	if errors.Is(err, ErrDigest) {
+		err = errors.Join(err, f.partial.Abort())
+	}
+	a.Fail(err)
+	return err
+}
+
+// Fail ends the fetch. What was verified stays with the Sink for the next attempt.
+func (a *Arrival) Fail(err error) {
+	a.end(err)
+	// A failed blob's readers do not keep it open: the next attempt wants it.
+	_ = a.f.content.shut()
+}
+
+func (a *Arrival) end(err error) {
+	a.f.err = err
+	close(a.f.done)
+	a.f.mu.Lock()
+	a.f.announce()
+	a.f.mu.Unlock()
+}
+
+func (a *Arrival) hold(piece int) {
+	f := a.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.held.Has(piece) {
+		return
+	}
+	f.held.Add(piece)
+	f.count++
+	_, n := PieceRange(f.blob.Size, piece)
+	f.bytes += n
+	f.announce()
+}
+
+func (a *Arrival) holdAll() {
+	f := a.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.count, f.bytes = Pieces(f.blob.Size), f.blob.Size
+	for i := range f.count {
+		f.held.Add(i)
+	}
+	f.announce()
+}

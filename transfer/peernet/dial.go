@@ -1,0 +1,122 @@
+package peernet
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+)
+
+// What the server answers to the service byte, before the service's own protocol.
+const (
+	statusOK        byte = 0
+	statusRefused   byte = 1
+	statusNoService byte = 2
+)
+
+// Dial opens a connection for a service of the node at addr (host:port of its peer
+// port). It returns once the peer has proved to be a node of this site and has let
+// this node in. Errors wrap ErrOtherSite, ErrRefused or ErrNoService where they
+// apply. The connection is the caller's to close.
+func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, error) {
+	if n.cfg.Cert == nil {
+		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
+	}
+	c := &Conn{service: service, closed: func() {}}
+	cert := n.cfg.Cert()
+	cfg := &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		NextProtos:   []string{ProtoNode},
+		Certificates: []tls.Certificate{cert},
+		Time:         n.cfg.Now,
+		// Nodes are known by the URI of their certificate, not by a host name:
+		// VerifyConnection checks everything that the standard way would, and that.
+		InsecureSkipVerify: true,
+		VerifyConnection: func(cs tls.ConnectionState) (err error) {
+			c.site, c.peer, err = n.verify(cs, x509.ExtKeyUsageServerAuth)
+			return err
+		},
+	}
+	if err := n.dial(ctx, addr, cfg, c, []byte{service}); err != nil {
+		return nil, fmt.Errorf("dialling %s for service %d: %w", addr, service, err)
+	}
+	return c, nil
+}
+
+// DialJoin opens a join connection to the node at addr, which must prove to be a
+// node of the site whose CA certificate has the pin (see Pin); ErrOtherSite when it
+// is not. The connection's PeerID and SiteID say which node and site answered.
+func (n *Net) DialJoin(ctx context.Context, addr string, caPin []byte) (net.Conn, error) {
+	c := &Conn{closed: func() {}}
+	cfg := &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		NextProtos:         []string{ProtoJoin},
+		Time:               n.cfg.Now,
+		InsecureSkipVerify: true, // as in Dial: the pin and the URI are checked instead
+		VerifyConnection: func(cs tls.ConnectionState) (err error) {
+			c.site, c.peer, err = verifyPinned(cs, caPin, n.cfg.Now())
+			return err
+		},
+	}
+	if err := n.dial(ctx, addr, cfg, c, nil); err != nil {
+		return nil, fmt.Errorf("dialling %s to join its site: %w", addr, err)
+	}
+	return c, nil
+}
+
+// dial connects, shakes hands, sends hello and awaits the status byte, all within
+// the handshake timeout.
+func (n *Net) dial(ctx context.Context, addr string, cfg *tls.Config, c *Conn, hello []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
+	defer cancel()
+	var d net.Dialer
+	raw, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return err
+	}
+	c.Conn = tls.Client(raw, cfg)
+	if err := c.HandshakeContext(ctx); err != nil {
+		raw.Close()
+		return err
+	}
+	if c.ConnectionState().NegotiatedProtocol != cfg.NextProtos[0] {
+		raw.Close()
+		return fmt.Errorf("peer does not speak %s", cfg.NextProtos[0])
+	}
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
+	err = greet(c.Conn, hello)
+	if !stop() { // the timeout or ctx closed the connection under it
+		return ctx.Err()
+	}
+	if err != nil {
+		raw.Close()
+	}
+	return err
+}
+
+func greet(c *tls.Conn, hello []byte) error {
+	if _, err := c.Write(hello); err != nil {
+		return err
+	}
+	var status [1]byte
+	if _, err := io.ReadFull(c, status[:]); err != nil {
+		// In TLS 1.3 the client learns only now that its certificate was not taken.
+		var alert *net.OpError
+		if errors.As(err, &alert) && alert.Op == "remote error" {
+			return fmt.Errorf("%w (%v)", ErrRefused, err)
+		}
+		return err
+	}
+	switch status[0] {
+	case statusOK:
+		return nil
+	case statusRefused:
+		return ErrRefused
+	case statusNoService:
+		return ErrNoService
+	}
+	return fmt.Errorf("peer answered with the unknown status %d", status[0])
+}

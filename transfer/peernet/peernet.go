@@ -1,0 +1,154 @@
+// Package peernet is the one port between the nodes of a site: mutually
+// authenticated TLS 1.3, one byte that names the service, then the service's own
+// protocol. TCP now; a UDP listener with the same handshake fits beside it.
+//
+// Invariants. A connection that a service accepts or that Dial returns has a peer
+// whose certificate was signed by the site's CA, names this site and a node, and
+// whom Authorize allowed that service at that moment (sessions are never resumed,
+// so each connection proves it anew). A stranger gets a goroutine, a file
+// descriptor and a bounded time; how many strangers there are at once, in all and
+// per address, is bounded too. The one door for nodes without a certificate is the
+// ALPN atoll-join/1, where only the server proves itself.
+package peernet
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// Services known by their first byte. Others may be added by whoever listens.
+const (
+	ServiceRaft    byte = 1
+	ServiceControl byte = 2 // cluster control, HTTP/1.1
+	ServiceBlob    byte = 3 // blobs and pieces, HTTP/1.1
+	ServiceAPI     byte = 4 // the public API between nodes, HTTP/1.1
+)
+
+// ALPN protocol names.
+const (
+	ProtoNode = "atoll/1"
+	ProtoJoin = "atoll-join/1"
+)
+
+var (
+	// ErrOtherSite: the peer is a node of another site than the one expected.
+	ErrOtherSite = errors.New("this node belongs to another site")
+	// ErrRefused: the peer does not let this node use the service.
+	ErrRefused = errors.New("the peer refuses this node; is it still a member of the site?")
+	// ErrNoService: nobody at the peer listens for the service.
+	ErrNoService = errors.New("the peer does not offer the service at the moment")
+	// ErrNoCertificate: this node has not joined a site yet.
+	ErrNoCertificate = errors.New("this node has no certificate of a site yet")
+)
+
+// Config of a Net. The functions are called for each handshake, so that a renewed
+// certificate or a changed membership needs no restart.
+type Config struct {
+	// SiteID that peers' certificates must name.
+	SiteID string
+	// Cert of this node, the site's CA certificate last in its chain (joiners pin
+	// it). May be nil for a Net that is only used for DialJoin.
+	Cert func() tls.Certificate
+	// CA pool that peers' certificates must chain to.
+	CA func() *x509.CertPool
+	// Authorize decides whether a node may use a service of this one; its error is
+	// logged. Nil allows every node of the site.
+	Authorize func(peerID string, service byte) error
+	// Now for certificates' validity; nil means time.Now. A node whose clock may be
+	// wrong gives the newest time that it knows to be committed.
+	Now func() time.Time
+	// Log; nil discards.
+	Log *slog.Logger
+
+	// HandshakeTimeout for a connection from accept (or dial) to the service; 0 means 10 s.
+	HandshakeTimeout time.Duration
+	// MaxStrangers that may be in a handshake at once; 0 means 256.
+	MaxStrangers int
+	// MaxPerAddress of those from one IP address; 0 means 32. Open join connections
+	// count here, because those who join stay strangers.
+	MaxPerAddress int
+	// JoinTimeout after which a join connection is closed; 0 means 60 s.
+	JoinTimeout time.Duration
+}
+
+// Net is the port. Make it with New, listen on services, Serve, Dial.
+type Net struct {
+	cfg Config
+	log *slog.Logger
+
+	mu        sync.Mutex
+	closed    bool
+	services  map[byte]*listener
+	join      *listener
+	conns     map[net.Conn]struct{} // accepted, any state
+	strangers int
+	addresses map[netip.Addr]int
+}
+
+// New makes a Net; nothing runs yet.
+func New(cfg Config) (*Net, error) {
+	if cfg.Cert != nil && (cfg.SiteID == "" || cfg.CA == nil) {
+		return nil, errors.New("peernet: a node certificate needs the site id and the CA pool beside it")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Authorize == nil {
+		cfg.Authorize = func(string, byte) error { return nil }
+	}
+	for _, d := range []struct {
+		v   *time.Duration
+		def time.Duration
+	}{{&cfg.HandshakeTimeout, 10 * time.Second}, {&cfg.JoinTimeout, time.Minute}} {
+		if *d.v <= 0 {
+			*d.v = d.def
+		}
+	}
+	if cfg.MaxStrangers <= 0 {
+		cfg.MaxStrangers = 256
+	}
+	if cfg.MaxPerAddress <= 0 {
+		cfg.MaxPerAddress = 32
+	}
+	return &Net{
+		cfg:       cfg,
+		log:       cfg.Log,
+		services:  make(map[byte]*listener),
+		conns:     make(map[net.Conn]struct{}),
+		addresses: make(map[netip.Addr]int),
+	}, nil
+}
+
+// Conn is an authenticated connection.
+type Conn struct {
+	*tls.Conn
+	site, peer string
+	service    byte
+	closed     func()
+	once       sync.Once
+}
+
+// PeerID is the node id that the peer's certificate proves; "" for a node that is
+// joining and has no certificate yet.
+func (c *Conn) PeerID() string { return c.peer }
+
+// SiteID is the site that the peer's certificate names; "" as with PeerID.
+func (c *Conn) SiteID() string { return c.site }
+
+// Service of the connection; 0 on a join connection.
+func (c *Conn) Service() byte { return c.service }
+
+// Close the connection at once.
+func (c *Conn) Close() error {
+	c.once.Do(c.closed)
+	return c.Conn.Close()
+}

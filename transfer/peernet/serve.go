@@ -1,0 +1,239 @@
+package peernet
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Serve accepts connections from ln until ctx is done, then closes ln, every
+// connection that came through it and every service's listener, and returns nil
+// once all its goroutines have ended. A Net is served once.
+func (n *Net) Serve(ctx context.Context, ln net.Listener) error {
+	if n.cfg.Cert == nil {
+		ln.Close()
+		return fmt.Errorf("serving the peer port: %w", ErrNoCertificate)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer func() {
+		stop()
+		ln.Close()
+		cancel()
+		n.shut()
+		wg.Wait()
+	}()
+	pause := time.NewTimer(0)
+	defer pause.Stop()
+	for {
+		raw, err := ln.Accept()
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return fmt.Errorf("serving the peer port: %w", err)
+		default: // out of file descriptors, or the peer left already
+			n.log.Warn("peer port cannot accept a connection", "err", err)
+			pause.Reset(100 * time.Millisecond)
+			select {
+			case <-pause.C:
+			case <-ctx.Done():
+			}
+			continue
+		}
+		from := addressOf(raw)
+		if !n.admit(raw, from) {
+			raw.Close()
+			continue
+		}
+		wg.Go(func() { n.accept(ctx, raw, from) })
+	}
+}
+
+// admit counts a stranger, or says that there are too many.
+func (n *Net) admit(raw net.Conn, from netip.Addr) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed || n.strangers >= n.cfg.MaxStrangers || n.addresses[from] >= n.cfg.MaxPerAddress {
+		return false
+	}
+	n.strangers++
+	n.addresses[from]++
+	n.conns[raw] = struct{}{}
+	return true
+}
+
+// known takes a connection out of the handshakes' count.
+func (n *Net) known() {
+	n.mu.Lock()
+	n.strangers--
+	n.mu.Unlock()
+}
+
+// forgive takes a connection out of its address's count.
+func (n *Net) forgive(from netip.Addr) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.addresses[from]--; n.addresses[from] <= 0 {
+		delete(n.addresses, from)
+	}
+}
+
+func (n *Net) forget(raw net.Conn) {
+	n.mu.Lock()
+	delete(n.conns, raw)
+	n.mu.Unlock()
+}
+
+// shut closes all listeners and accepted connections, now and from now on.
+func (n *Net) shut() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closed = true
+	for _, l := range n.services {
+		l.Close()
+	}
+	if n.join != nil {
+		n.join.Close()
+	}
+	for c := range n.conns {
+		c.Close()
+	}
+}
+
+// accept takes one connection from its first byte to its service.
+func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
+	log := n.log.With("remote", raw.RemoteAddr().String())
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
+	defer cancel()
+	c := &Conn{}
+	c.closed = func() { n.forget(raw) }
+	l, err := n.handshake(ctx, raw, c)
+	n.known()
+	joining := err == nil && c.peer == ""
+	if !joining {
+		n.forgive(from)
+	}
+	if err != nil {
+		raw.Close()
+		n.forget(raw)
+		level := slog.LevelInfo
+		if errors.Is(err, io.EOF) || ctx.Err() != nil {
+			level = slog.LevelDebug // a port scan, a health check, a peer that left
+		}
+		log.Log(ctx, level, "peer connection refused", "err", err)
+		return
+	}
+	if joining {
+		expiry := time.AfterFunc(n.cfg.JoinTimeout, func() { raw.Close() })
+		c.closed = func() {
+			expiry.Stop()
+			n.forget(raw)
+			n.forgive(from)
+		}
+	}
+	select {
+	case l.conns <- c:
+	case <-l.done:
+		c.Close()
+	case <-ctx.Done():
+		c.Close()
+		log.Warn("peer connection dropped: its service accepts too slowly", "peer", c.peer, "service", c.service)
+	}
+}
+
+// handshake authenticates the peer, reads which service it wants and answers.
+func (n *Net) handshake(ctx context.Context, raw net.Conn, c *Conn) (*listener, error) {
+	c.Conn = tls.Server(raw, &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		Time:       n.cfg.Now,
+		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			return n.serverConfig(hello, c)
+		},
+	})
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
+	defer stop()
+	if err := c.HandshakeContext(ctx); err != nil {
+		return nil, err
+	}
+	if c.ConnectionState().NegotiatedProtocol == ProtoJoin {
+		n.mu.Lock()
+		l := n.join
+		n.mu.Unlock()
+		return l, answer(c.Conn, l, nil)
+	}
+	var service [1]byte
+	if _, err := io.ReadFull(c.Conn, service[:]); err != nil {
+		return nil, fmt.Errorf("node %s named no service: %w", c.peer, err)
+	}
+	c.service = service[0]
+	n.mu.Lock()
+	l := n.services[c.service]
+	n.mu.Unlock()
+	denied := n.cfg.Authorize(c.peer, c.service)
+	if err := answer(c.Conn, l, denied); err != nil {
+		return nil, fmt.Errorf("node %s, service %d: %w", c.peer, c.service, err)
+	}
+	if !stop() { // the time was up
+		return nil, ctx.Err()
+	}
+	return l, nil
+}
+
+// answer tells the peer whether it may go on; the error says why not.
+func answer(c *tls.Conn, l *listener, denied error) error {
+	status := statusOK
+	err := denied
+	switch {
+	case denied != nil:
+		status = statusRefused
+	case l == nil || l.isClosed():
+		status, err = statusNoService, ErrNoService
+	}
+	if _, werr := c.Write([]byte{status}); werr != nil && err == nil {
+		err = werr
+	}
+	return err
+}
+
+// serverConfig answers a hello: a node proves itself, a joiner cannot yet.
+func (n *Net) serverConfig(hello *tls.ClientHelloInfo, c *Conn) (*tls.Config, error) {
+	cfg := &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		Certificates:           []tls.Certificate{n.cfg.Cert()},
+		Time:                   n.cfg.Now,
+		SessionTicketsDisabled: true, // each connection proves its peer anew
+	}
+	switch {
+	case slices.Contains(hello.SupportedProtos, ProtoNode):
+		cfg.NextProtos = []string{ProtoNode}
+		cfg.ClientAuth = tls.RequireAnyClientCert
+		cfg.VerifyConnection = func(cs tls.ConnectionState) (err error) {
+			c.site, c.peer, err = n.verify(cs, x509.ExtKeyUsageClientAuth)
+			return err
+		}
+	case slices.Contains(hello.SupportedProtos, ProtoJoin):
+		cfg.NextProtos = []string{ProtoJoin}
+	default:
+		return nil, fmt.Errorf("client speaks neither %s nor %s", ProtoNode, ProtoJoin)
+	}
+	return cfg, nil
+}
+
+func addressOf(c net.Conn) netip.Addr {
+	if ap, err := netip.ParseAddrPort(c.RemoteAddr().String()); err == nil {
+		return ap.Addr().Unmap()
+	}
+	return netip.Addr{}
+}
