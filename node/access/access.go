@@ -31,9 +31,12 @@ type Principal struct {
 
 // Grant is what a registry token allows on one repository.
 type Grant struct {
-	Repository string   // project/name, or "*" for the catalog
+	Repository string   // project/name, or Catalog
 	Actions    []string // pull, push, delete, or * (catalog)
 }
+
+// Catalog is the Repository of the Grant to list all repositories.
+const Catalog = "*"
 
 // Permission is an action on a resource, in Harbor's words, for example
 // {"repository", "push"} or {"project", "create"}.
@@ -78,14 +81,45 @@ var publicRead = []Permission{RepositoryPull, RepositoryList, ArtifactList, Arti
 // operations show only what the asker may see.
 var openToAll = []Permission{ProjectList}
 
-// InSystem reports whether the principal may do this outside any project.
+// RepositoryAction gives the permission behind an action of a registry token.
+func RepositoryAction(action string) (Permission, bool) {
+	switch action {
+	case "pull":
+		return RepositoryPull, true
+	case "push":
+		return RepositoryPush, true
+	case "delete":
+		return RepositoryDelete, true
+	}
+	return Permission{}, false
+}
+
+// InSystem reports whether the principal may do this outside any project. One
+// that came with a registry token may only what the token reaches: list the
+// catalog, and create the project of a repository that it may push to.
 func InSystem(p Principal, want Permission) bool {
+	if p.Grants != nil {
+		switch want {
+		case CatalogRead:
+			return Granted(p, Catalog, "*")
+		case ProjectCreate:
+			if !slices.ContainsFunc(p.Grants, func(g Grant) bool { return slices.Contains(g.Actions, "push") }) {
+				return false
+			}
+		default:
+			return false
+		}
+	}
 	return p.Admin || p.Kind == System || slices.Contains(openToAll, want)
 }
 
-// InProject reports whether the principal may do this in the project. Narrowing
-// by a token's grants is a matter of the repository: see Granted.
+// InProject reports whether the principal may do this in the project. One that
+// came with a registry token may at most pull, push and delete there, and of
+// which repositories is a second question: see Granted.
 func InProject(p Principal, want Permission, project Project) bool {
+	if p.Grants != nil && want != RepositoryPull && want != RepositoryPush && want != RepositoryDelete {
+		return false
+	}
 	if p.Admin || p.Kind == System {
 		return true
 	}

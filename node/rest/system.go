@@ -107,7 +107,7 @@ func RegisterSystem(k *Kernel, s System) {
 			return err
 		},
 	})
-	h := &checker{checks: s.Checks, log: k.config.Log, busy: make([]bool, len(s.Checks))}
+	h := &checker{checks: s.Checks, log: k.config.Log, running: make([]*checkRun, len(s.Checks))}
 	Register(k, Operation[struct{}, health]{
 		ID: "getHealth", Method: "GET", Path: "/api/v2.0/health", Tag: "health", Summary: "Health of the node's parts", Anonymous: true,
 		Do: func(ctx context.Context, _ *struct{}) (health, error) { return h.report(ctx), nil },
@@ -143,30 +143,35 @@ func (s System) info(origin string, p access.Principal) systemInfo {
 	return out
 }
 
-// checker runs the health checks. A check that hangs is left to hang once: it
-// is not started again before it has returned, so that polling the health of a
-// node with a dead disk does not pile up goroutines.
+// checker runs the health checks. Whoever asks while a check is under way joins
+// it, so that polling the health of a node with a hung disk does not pile up
+// goroutines.
 type checker struct {
 	checks []Check
 	log    *slog.Logger
 
-	mu   sync.Mutex
-	busy []bool
+	mu      sync.Mutex
+	running []*checkRun // by check; nil: none under way
+}
+
+type checkRun struct {
+	done chan struct{}
+	err  error // set before done is closed
 }
 
 // report runs all checks side by side.
 func (c *checker) report(ctx context.Context) health {
 	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
-	results := make([]<-chan error, len(c.checks))
+	runs := make([]*checkRun, len(c.checks))
 	for i := range c.checks {
-		results[i] = c.start(ctx, i)
+		runs[i] = c.start(ctx, i)
 	}
 	out := health{Status: "healthy"}
 	core := componentHealth{Name: "core", Status: "healthy"}
 	for i, check := range c.checks {
 		one := componentHealth{Name: check.Name, Status: "healthy"}
-		if err := c.wait(ctx, results[i]); err != nil {
+		if err := runs[i].wait(ctx); err != nil {
 			c.log.LogAttrs(ctx, slog.LevelWarn, "health check failed", slog.String("check", check.Name), slog.Any("error", err))
 			_, one.Error, _ = fault.Public(err)
 			one.Status, out.Status = "unhealthy", "unhealthy"
@@ -185,30 +190,32 @@ func (c *checker) report(ctx context.Context) health {
 	return out
 }
 
-// start runs a check unless its last run has not returned yet; then the channel
-// is nil.
-func (c *checker) start(ctx context.Context, i int) <-chan error {
+// start runs a check, or joins the run under way.
+func (c *checker) start(ctx context.Context, i int) *checkRun {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.busy[i] {
-		return nil
+	if c.running[i] != nil {
+		return c.running[i]
 	}
-	c.busy[i] = true
-	done := make(chan error, 1)
+	run := &checkRun{done: make(chan struct{})}
+	c.running[i] = run
+	// Not cancelled with the request that happened to start it: others may join.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), healthTimeout)
 	go func() {
-		err := c.checks[i].Run(ctx)
+		defer cancel()
+		run.err = c.checks[i].Run(ctx)
 		c.mu.Lock()
-		c.busy[i] = false
+		c.running[i] = nil
 		c.mu.Unlock()
-		done <- err
+		close(run.done)
 	}()
-	return done
+	return run
 }
 
-func (c *checker) wait(ctx context.Context, done <-chan error) error {
+func (r *checkRun) wait(ctx context.Context) error {
 	select {
-	case err := <-done:
-		return err
+	case <-r.done:
+		return r.err
 	case <-ctx.Done():
 		return fault.New(fault.Unavailable, "no answer within %s", healthTimeout)
 	}
