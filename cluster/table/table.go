@@ -1,120 +1,202 @@
-// Package table gives rooms typed tables over the replicated map of cluster/kv.
 package table
 
 import (
-	"context"
-	"errors"
+	"fmt"
 	"iter"
-	"log/slog"
-	"time"
-
-	"github.com/atoll-registry/atoll/cluster/kv"
+	"reflect"
+	"regexp"
 )
 
-var errTodo = errors.New("not there yet")
-
-type failure string
-
-func (e failure) Error() string { return string(e) }
-
-// Unavailable makes the failure one that a client may retry.
-func (e failure) Unavailable() bool { return true }
-
-// Failures that a caller can tell apart.
-const (
-	ErrNoLeader       = failure("no leader")
-	ErrUnknownOutcome = failure("outcome unknown")
-	ErrConflict       = failure("conflict")
-)
-
-var (
-	ErrTooLarge    = errors.New("too large")
-	ErrOutOfBounds = errors.New("out of bounds")
-)
-
-// Backend carries encoded Txns to the site's leader.
-type Backend interface {
-	Propose(ctx context.Context, txn []byte) (kv.Result, error)
-	ReadIndex(ctx context.Context) (uint64, error)
+// Meta says when a row was written. In a Tx a row that the Tx itself wrote has
+// Revision 0, and Created 0 when it is new: both are known after the commit.
+type Meta struct {
+	Created  uint64 // revision of the first write: a number that no other row of the table has had
+	Revision uint64 // revision of the last write
 }
 
-type DB struct{}
-
-func New(engine kv.Engine, log *slog.Logger) *DB { return &DB{} }
-func (db *DB) Build(ctx context.Context) error   { return errTodo }
-func (db *DB) Machine() *kv.Machine              { return nil }
-func (db *DB) Attach(b Backend)                  {}
-func (db *DB) Update(ctx context.Context, fn func(*Tx) error) (Commit, error) {
-	return Commit{}, errTodo
-}
-func (db *DB) View(fn func(*View) error) error { return errTodo }
-func (db *DB) Confirmed(ctx context.Context, fn func(*View) error) (Freshness, error) {
-	return Freshness{}, errTodo
-}
-func (db *DB) ReadIndex(ctx context.Context) error                       { return errTodo }
-func (db *DB) WaitApplied(ctx context.Context, rev uint64) error         { return errTodo }
-func (db *DB) Watch(ctx context.Context, prefix ...string) <-chan uint64 { return nil }
-
-type Commit struct{ Revision uint64 }
-type Freshness struct {
-	Stale    bool
-	Age      time.Duration
-	Revision uint64
-}
-type Reader interface{ reader() }
-type Tx struct{}
-type View struct{}
-
-func (*Tx) reader()   {}
-func (*View) reader() {}
-
-type Pending struct{ seq *uint64 }
-
-// Seq is the entry's sequence number once Update has returned without error.
-func (p Pending) Seq() uint64 { return *p.seq }
-
-func (tx *Tx) Append(log string, value []byte) Pending                            { return Pending{} }
-func (tx *Tx) Trim(log string, upto uint64)                                       {}
-func (tx *Tx) LogLen(log string) (uint64, error)                                  { return 0, errTodo }
-func (tx *Tx) Add(delta, max int64, key ...string) error                          { return errTodo }
-func (v *View) Revision() uint64                                                  { return 0 }
-func (v *View) LogLen(log string) (uint64, error)                                 { return 0, errTodo }
-func (v *View) Counter(key ...string) (int64, error)                              { return 0, errTodo }
-func (v *View) Log(log string, from uint64, limit int) iter.Seq2[LogEntry, error] { return nil }
-
-type LogEntry struct {
-	Seq   uint64
-	Value []byte
-}
-type Meta struct{ Created, Revision uint64 }
-type Range struct {
-	Prefix     []string
-	After      []string
-	AfterIndex []string
-	Limit      int
-}
+// Row is a row of a table.
 type Row[T any] struct {
 	Key   []string
 	Value T
 	Meta
+	// Index has the parts of the index entry that a Lookup found the row by;
+	// nil from a Scan.
 	Index []string
 }
-type Index[T any] struct {
-	Name    string
-	Version int
-	Keys    func(key []string, v T) [][]string
-}
-type Table[T any] struct{}
 
-func Define[T any](db *DB, name string, indexes ...Index[T]) *Table[T] { return &Table[T]{} }
+// Range selects rows by their keys, or by those of an index.
+type Range struct {
+	// Prefix selects the keys that begin with these parts and go on after
+	// them; for a Lookup, the index entries that begin with these parts.
+	Prefix []string
+	// After leaves out everything up to and including this key: the whole key
+	// of the last row of the page before.
+	After []string
+	// AfterIndex is, for a Lookup with After, the Index of that last row. It
+	// may be left out when Prefix is all parts of the index.
+	AfterIndex []string
+	// Limit is how many rows to give at most; 0 for all.
+	Limit int
+}
+
+// Table is a typed table: rows of T, stored as CBOR maps under T's field names
+// (`cbor:"name"`), by keys of one or more parts in byte order. A key whose
+// parts are a prefix of another's is allowed.
+type Table[T any] struct {
+	name    string
+	shape   *shape
+	indexes map[string]Index[T]
+	codec   *codec
+}
+
+// definition is what a DB knows of a Table without its type.
+type definition struct {
+	name     string
+	versions map[string]int // of the indexes
+	derive   func(key, value []byte) [][]byte
+}
+
+// Define makes a table known to a DB before it is built. It panics when the
+// program cannot be right: a name that is taken or has other characters than
+// a-z, 0-9, "-" and "_", a T that is no plain struct, a DB that is built.
+func Define[T any](db *DB, name string, indexes ...Index[T]) *Table[T] {
+	if db.machine.Load() != nil {
+		panic("table: Define(" + name + ") after Build")
+	}
+	checkName(name)
+	if db.tables[name] != nil {
+		panic("table: table " + name + " is defined twice")
+	}
+	t := &Table[T]{name: name, shape: shapeOf(reflect.TypeFor[T]()), indexes: map[string]Index[T]{}, codec: &db.codec}
+	d := &definition{name: name, versions: map[string]int{}, derive: t.derive}
+	for _, x := range indexes {
+		checkName(x.Name)
+		if _, ok := t.indexes[x.Name]; ok || x.Keys == nil || x.Version < 0 {
+			panic(fmt.Sprintf("table: index %s of %s is defined twice, has no Keys or a negative Version", x.Name, name))
+		}
+		t.indexes[x.Name] = x
+		d.versions[x.Name] = x.Version
+	}
+	db.tables[name] = d
+	return t
+}
+
+func checkName(name string) {
+	if ok, _ := regexp.MatchString(`^[a-z][a-z0-9_-]*$`, name); !ok {
+		panic(fmt.Sprintf("table: bad name %q", name))
+	}
+}
+
+// Get reads a row. In a Tx it guards the row, absent or not. An error other
+// than that of a bad key means that this version cannot decode the row.
 func (t *Table[T]) Get(r Reader, key ...string) (v T, meta Meta, ok bool, err error) {
-	return v, meta, false, errTodo
+	k, err := rowKey(t.name, key)
+	if err != nil {
+		return v, meta, false, err
+	}
+	row, ok, err := r.row(k)
+	if err != nil || !ok {
+		return v, meta, false, err
+	}
+	v, err = t.decode(k, row.Value)
+	return v, Meta{row.Created, row.Revision}, err == nil, err
 }
-func (t *Table[T]) Put(tx *Tx, v T, key ...string) error                            { return errTodo }
-func (t *Table[T]) Delete(tx *Tx, key ...string) error                              { return errTodo }
-func (t *Table[T]) Scan(r Reader, rg Range) iter.Seq2[Row[T], error]                { return nil }
-func (t *Table[T]) Lookup(v *View, index string, rg Range) iter.Seq2[Row[T], error] { return nil }
-func (t *Table[T]) Count(v *View, prefix ...string) (int, error)                    { return 0, errTodo }
 
-// NewID gives 16 random bytes in hex.
-func NewID() string { return "" }
+func (t *Table[T]) decode(key, value []byte) (v T, err error) {
+	if err := t.codec.dec.Unmarshal(value, &v); err != nil {
+		return v, fmt.Errorf("row %s is unreadable for this version: %w", readable(key), err)
+	}
+	return v, nil
+}
+
+// Put writes a row. It keeps the fields of the stored row that T does not
+// have, and so it reads, and guards, the row.
+func (t *Table[T]) Put(tx *Tx, v T, key ...string) error {
+	k, err := rowKey(t.name, key)
+	if err != nil {
+		return err
+	}
+	row, _, err := tx.row(k)
+	if err != nil {
+		return err
+	}
+	b, err := t.codec.encode(t.shape, v, row.Value)
+	if err != nil {
+		return fmt.Errorf("write row %s: %w", readable(k), err)
+	}
+	return tx.put(k, b)
+}
+
+// Delete removes a row; removing none is no error. It reads and guards
+// nothing: a Tx that has to know whether there was a row uses Get.
+func (t *Table[T]) Delete(tx *Tx, key ...string) error {
+	k, err := rowKey(t.name, key)
+	if err != nil {
+		return err
+	}
+	return tx.remove(k)
+}
+
+// Scan gives rows in order of their keys. In a Tx it guards the range up to
+// where the caller stopped, which covers at most 256 rows, and sees what the
+// Tx has written before the Scan began. A row that this version cannot decode
+// comes with its Key and an error; the Scan goes on if the caller does.
+func (t *Table[T]) Scan(r Reader, rg Range) iter.Seq2[Row[T], error] {
+	return func(yield func(Row[T], error) bool) {
+		from, to, err := t.span(rg)
+		if err != nil {
+			yield(Row[T]{}, err)
+			return
+		}
+		if string(from) >= string(to) {
+			return
+		}
+		for row, err := range r.rows(from, to, rg.Limit) {
+			if err != nil {
+				yield(Row[T]{}, err)
+				return
+			}
+			_, parts := splitKey(row.Key)
+			v, err := t.decode(row.Key, row.Value)
+			if !yield(Row[T]{Key: parts, Value: v, Meta: Meta{row.Created, row.Revision}}, err) {
+				return
+			}
+		}
+	}
+}
+
+// span gives the keys of a Range.
+func (t *Table[T]) span(rg Range) (from, to []byte, err error) {
+	prefix, err := joinKey(t.name, rg.Prefix)
+	if err != nil {
+		return nil, nil, err
+	}
+	from, to = below(prefix)
+	if len(rg.After) > 0 {
+		last, err := rowKey(t.name, rg.After)
+		if err != nil {
+			return nil, nil, err
+		}
+		if next := after(last); string(next) > string(from) {
+			from = next
+		}
+	}
+	return from, to, nil
+}
+
+// Count gives the number of rows whose keys begin with a prefix and go on
+// after it. It reads their keys only.
+func (t *Table[T]) Count(v *View, prefix ...string) (int, error) {
+	from, to, err := t.span(Range{Prefix: prefix})
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for _, err := range v.rows(from, to, 0) {
+		if err != nil {
+			return 0, err
+		}
+		n++
+	}
+	return n, nil
+}

@@ -1,0 +1,257 @@
+package kv
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"iter"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+)
+
+const (
+	// engineFormat is the version of the file's layout.
+	engineFormat = 1
+	// formatKey holds engineFormat in the meta space.
+	formatKey = "format"
+)
+
+// bolt is an Engine over one bbolt file, synced on every commit. The free list
+// is kept in the file, so that opening a large one does not read all of it.
+type bolt struct {
+	path string
+
+	writing sync.Mutex // one Update or Replace at a time; taken before mu
+	mu      sync.RWMutex
+	db      *bbolt.DB // nil once closed
+	closing sync.WaitGroup
+}
+
+// OpenBolt opens the engine's file at path, which it creates when there is
+// none. The file is locked: a second process gets an error.
+func OpenBolt(path string) (Engine, error) {
+	// Left by a Replace that did not live to the end.
+	if err := os.Remove(path + ".new"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("open the state engine: %w", err)
+	}
+	db, err := openBolt(path)
+	if err != nil {
+		return nil, err
+	}
+	return &bolt{path: path, db: db}, nil
+}
+
+func openBolt(path string) (*bbolt.DB, error) {
+	options := *bbolt.DefaultOptions
+	options.Timeout = time.Second
+	options.NoFreelistSync = false
+	options.FreelistType = bbolt.FreelistMapType
+	// bbolt waits for readers before it maps a grown file, so a reader that
+	// waits for a write would wait for ever. Mapping much at once costs only
+	// addresses, of which a 64-bit machine has plenty.
+	options.InitialMmapSize = 64 << 20
+	if bits.UintSize == 64 {
+		options.InitialMmapSize = 4 << 30
+	}
+	db, err := bbolt.Open(path, 0o600, &options)
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return nil, fmt.Errorf("open the state engine %s: another process uses it; stop that one first", path)
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
+		return nil, fmt.Errorf("open the state engine %s: the file is damaged (%w); move it away and start again to rebuild it from the newest snapshot and the log", path, err)
+	case err != nil:
+		return nil, fmt.Errorf("open the state engine: %w", err)
+	}
+	if err := prepare(db); err != nil {
+		return nil, errors.Join(fmt.Errorf("open the state engine %s: %w", path, err), db.Close())
+	}
+	return db, nil
+}
+
+// prepare makes the buckets of a new file and checks the format of an old one
+// before anything else in it is read.
+func prepare(db *bbolt.DB) error {
+	ready := false
+	err := db.View(func(tx *bbolt.Tx) error {
+		b := tx.Bucket([]byte(meta.String()))
+		if b == nil {
+			return nil
+		}
+		ready = true
+		if v := b.Get([]byte(formatKey)); len(v) != 1 || v[0] == 0 || v[0] > engineFormat {
+			return fmt.Errorf("its format is %x and this version reads up to %d: run the newer version of atoll that wrote it", v, engineFormat)
+		}
+		return nil
+	})
+	if err != nil || ready {
+		return err
+	}
+	return db.Update(func(tx *bbolt.Tx) error {
+		for s := range spaces {
+			if _, err := tx.CreateBucketIfNotExists([]byte(s.String())); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket([]byte(meta.String())).Put([]byte(formatKey), []byte{engineFormat})
+	})
+}
+
+func (e *bolt) Read(fn func(Content) error) error {
+	s, err := e.Open()
+	if err != nil {
+		return err
+	}
+	defer s.Release()
+	return fn(s)
+}
+
+func (e *bolt) Open() (Snapshot, error) {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	if e.db == nil {
+		return nil, ErrClosed
+	}
+	tx, err := e.db.Begin(false)
+	if err != nil {
+		return nil, fmt.Errorf("read the state engine: %w", err)
+	}
+	return newBoltTx(tx), nil
+}
+
+func (e *bolt) Update(fn func(Writer) error) error {
+	e.writing.Lock()
+	defer e.writing.Unlock()
+	e.mu.RLock()
+	db := e.db
+	e.mu.RUnlock()
+	if db == nil {
+		return ErrClosed
+	}
+	return db.Update(func(tx *bbolt.Tx) error { return fn(newBoltTx(tx)) })
+}
+
+// Replace fills a second file beside the first, syncs it once and renames it
+// over the first: a crash leaves either the old state or the new one.
+func (e *bolt) Replace(fill func(batch func(func(Writer) error) error) error) error {
+	e.writing.Lock()
+	defer e.writing.Unlock()
+	e.mu.RLock()
+	old := e.db
+	e.mu.RUnlock()
+	if old == nil {
+		return ErrClosed
+	}
+	path := e.path + ".new"
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("replace the state: %w", err)
+	}
+	db, err := openBolt(path)
+	if err != nil {
+		return err
+	}
+	if err := fillBolt(db, fill); err != nil {
+		return errors.Join(err, db.Close(), os.Remove(path))
+	}
+	if err := os.Rename(path, e.path); err != nil {
+		return errors.Join(fmt.Errorf("replace the state: %w", err), db.Close(), os.Remove(path))
+	}
+	e.mu.Lock()
+	e.db = db
+	e.mu.Unlock()
+	// Readers may still be in the old file; closing it waits for them. It has
+	// no name any more, so there is nothing left to lose in it.
+	e.closing.Go(func() { _ = old.Close() })
+	if err := syncDir(filepath.Dir(e.path)); err != nil {
+		return fmt.Errorf("replace the state: %w", err)
+	}
+	return nil
+}
+
+func fillBolt(db *bbolt.DB, fill func(batch func(func(Writer) error) error) error) error {
+	db.NoSync = true // nobody reads the file before the one sync at the end
+	defer func() { db.NoSync = false }()
+	if err := fill(func(fn func(Writer) error) error {
+		return db.Update(func(tx *bbolt.Tx) error { return fn(newBoltTx(tx)) })
+	}); err != nil {
+		return err
+	}
+	if err := db.Sync(); err != nil {
+		return fmt.Errorf("replace the state: %w", err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+func (e *bolt) Size() int64 {
+	info, err := os.Stat(e.path)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+func (e *bolt) Close() error {
+	e.writing.Lock()
+	defer e.writing.Unlock()
+	e.mu.Lock()
+	db := e.db
+	e.db = nil
+	e.mu.Unlock()
+	if db == nil {
+		return nil
+	}
+	err := db.Close()
+	e.closing.Wait()
+	return err
+}
+
+// boltTx is a bbolt transaction with its buckets at hand.
+type boltTx struct {
+	tx      *bbolt.Tx
+	buckets [spaces]*bbolt.Bucket
+}
+
+func newBoltTx(tx *bbolt.Tx) *boltTx {
+	t := &boltTx{tx: tx}
+	for s := range spaces {
+		t.buckets[s] = tx.Bucket([]byte(s.String()))
+	}
+	if tx.Writable() {
+		// These only grow at their end: full pages need no room.
+		t.buckets[seen].FillPercent = 0.95
+		t.buckets[entries].FillPercent = 0.9
+	}
+	return t
+}
+
+func (t *boltTx) Release() { _ = t.tx.Rollback() } // fails only when already released
+
+func (t *boltTx) Lookup(s Space, key []byte) []byte { return t.buckets[s].Get(key) }
+
+func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
+	return func(yield func([]byte, []byte) bool) {
+		c := t.buckets[s].Cursor()
+		for k, v := c.Seek(from); k != nil && (to == nil || bytes.Compare(k, to) < 0); k, v = c.Next() {
+			if !yield(k, v) {
+				return
+			}
+		}
+	}
+}
+
+func (t *boltTx) Set(s Space, key, value []byte) error { return t.buckets[s].Put(key, value) }
+
+func (t *boltTx) Unset(s Space, key []byte) error { return t.buckets[s].Delete(key) }
