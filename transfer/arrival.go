@@ -26,13 +26,13 @@ func NewArrival(blob Blob, reopen func(context.Context) (Content, error)) *Arriv
 	}}
 }
 
-// Present is the ended Fetch of a blob that the node has held all along.
-func Present(blob Blob, open func(context.Context) (Content, error)) *Fetch {
-	a := NewArrival(blob, open)
+// Present ends the fetch well without having begun: the node holds the blob. The
+// content belongs to the arrival from here on.
+func (a *Arrival) Present(content Content) {
+	a.f.content.begin(content, content.Close)
 	a.holdAll()
 	a.end(nil)
-	_ = a.f.content.shut() // there is none: readers open the blob itself
-	return a.f
+	_ = a.f.content.leave()
 }
 
 // Fetch is what those who want the blob get.
@@ -82,16 +82,15 @@ func (a *Arrival) Recheck(piece int, buf []byte) bool {
 // ErrBadPiece blames the peer; any other error is the Sink's and ends the fetch.
 func (a *Arrival) Store(piece int, data []byte) error {
 	f := a.f
-	t, known := f.Table()
+	f.mu.Lock()
+	t, known, held := f.table, f.known, f.held.Has(piece)
+	f.mu.Unlock()
 	if !known {
 		return fmt.Errorf("blob %s: piece %d came before the piece table", f.blob.Digest, piece)
 	}
 	if err := t.VerifyPiece(piece, data); err != nil {
 		return err
 	}
-	f.mu.Lock()
-	held := f.held.Has(piece)
-	f.mu.Unlock()
 	if held {
 		return nil
 	}
@@ -126,6 +125,16 @@ func (a *Arrival) Complete() bool {
 	a.f.mu.Lock()
 	defer a.f.mu.Unlock()
 	return a.f.count == Pieces(a.f.blob.Size)
+}
+
+// Ended says whether the fetch has ended.
+func (a *Arrival) Ended() bool {
+	select {
+	case <-a.f.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // Changed is closed at the next change: a piece held, a cursor moved, the end.

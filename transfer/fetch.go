@@ -85,11 +85,24 @@ func (f *Fetch) Held(off, n int64) bool {
 	return n == 0 || f.run(off) >= n
 }
 
-// Table gives the verified piece table once the fetch has it.
-func (f *Fetch) Table() (PieceTable, bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.table, f.known
+// AwaitTable blocks until the fetch has its verified piece table, has ended or ctx
+// is done; ok is false when there is none.
+func (f *Fetch) AwaitTable(ctx context.Context) (t PieceTable, ok bool) {
+	for {
+		f.mu.Lock()
+		t, ok, changed := f.table, f.known, f.changed
+		f.mu.Unlock()
+		if ok {
+			return t, true
+		}
+		select {
+		case <-changed:
+		case <-f.done:
+			return PieceTable{}, false
+		case <-ctx.Done():
+			return PieceTable{}, false
+		}
+	}
 }
 
 // More blocks until more than n pieces are held, the fetch has ended or ctx is

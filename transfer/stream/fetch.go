@@ -1,0 +1,150 @@
+package stream
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/atoll-registry/atoll/transfer"
+)
+
+// Fetch implements transfer.Mover. It needs Run to be running: it waits for that
+// until ctx is done.
+func (e *Engine) Fetch(ctx context.Context, blob transfer.Blob) (*transfer.Fetch, error) {
+	if err := blob.Check(); err != nil {
+		return nil, err
+	}
+	blob.Root = bytes.Clone(blob.Root)
+	for {
+		fl, fresh := e.board(blob)
+		f := fl.arrival.Fetch()
+		if fresh {
+			return f, e.launch(ctx, fl)
+		}
+		if err := same(f.Blob(), blob); err != nil {
+			return nil, err
+		}
+		if !failed(f) {
+			return f, nil
+		}
+		select { // a failed fetch is on its way out: the next one starts afresh
+		case <-fl.gone:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// board finds the fetch of the blob that is under way or lists a fresh one.
+func (e *Engine) board(blob transfer.Blob) (fl *flight, fresh bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if fl := e.fetches[blob.Digest]; fl != nil {
+		return fl, false
+	}
+	reopen := func(ctx context.Context) (transfer.Content, error) {
+		return e.cfg.Source.Open(ctx, blob.Digest)
+	}
+	fl = &flight{arrival: transfer.NewArrival(blob, reopen), gone: make(chan struct{})}
+	e.fetches[blob.Digest] = fl
+	return fl, true
+}
+
+// launch hands a fresh fetch to Run.
+func (e *Engine) launch(ctx context.Context, fl *flight) error {
+	var err error
+	select {
+	case e.starts <- func(ctx context.Context) { e.fly(ctx, fl) }:
+		return nil
+	case <-e.stopped:
+		err = transfer.ErrStopped
+	case <-ctx.Done():
+		err = fmt.Errorf("the blob mover is not running yet: %w", ctx.Err())
+	}
+	fl.arrival.Fail(err)
+	e.leave(fl)
+	return err
+}
+
+// leave takes a fetch that has ended off the list.
+func (e *Engine) leave(fl *flight) {
+	e.mu.Lock()
+	delete(e.fetches, fl.arrival.Fetch().Blob().Digest)
+	e.mu.Unlock()
+	close(fl.gone)
+}
+
+// same says whether two requests for a digest agree on what they want.
+func same(running, wanted transfer.Blob) error {
+	if running.Size != wanted.Size {
+		return fmt.Errorf("blob %s is being fetched with %d bytes and was asked for with %d; one of the rows is wrong", wanted.Digest, running.Size, wanted.Size)
+	}
+	if running.Root != nil && wanted.Root != nil && !bytes.Equal(running.Root, wanted.Root) {
+		return fmt.Errorf("blob %s is being fetched with piece root %x and was asked for with %x; one of the rows is wrong", wanted.Digest, running.Root, wanted.Root)
+	}
+	return nil
+}
+
+func failed(f *transfer.Fetch) bool {
+	select {
+	case <-f.Done():
+		return !f.Progress().Done
+	default:
+		return false
+	}
+}
+
+// fly runs one fetch from its turn to its end.
+func (e *Engine) fly(ctx context.Context, fl *flight) {
+	a := fl.arrival
+	blob := a.Fetch().Blob()
+	defer e.leave(fl)
+	began := time.Now()
+	err := e.move(ctx, a)
+	if err != nil {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("blob %s: %w", blob.Digest, transfer.ErrStopped)
+		}
+		if !a.Ended() {
+			a.Fail(err)
+		}
+		e.log.Warn("blob not fetched", "blob", blob.Digest, "bytes", blob.Size, "held", a.Fetch().Progress().Held, "err", err)
+	}
+	if e.cfg.Hooks.Ended != nil {
+		e.cfg.Hooks.Ended(blob.Digest, blob.Size, time.Since(began), err)
+	}
+}
+
+// move brings a blob here, from wherever it is.
+func (e *Engine) move(ctx context.Context, a *transfer.Arrival) error {
+	blob := a.Fetch().Blob()
+	select {
+	case e.slots <- struct{}{}:
+		defer func() { <-e.slots }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	content, err := e.cfg.Source.Open(ctx, blob.Digest)
+	switch {
+	case err == nil:
+		if content.Size() != blob.Size {
+			content.Close()
+			return fmt.Errorf("blob %s is here with %d bytes and was asked for with %d", blob.Digest, content.Size(), blob.Size)
+		}
+		a.Present(content)
+		return nil
+	case !errors.Is(err, transfer.ErrNotHeld):
+		return fmt.Errorf("looking for blob %s here: %w", blob.Digest, err)
+	}
+	partial, err := e.cfg.Sink.Create(ctx, blob)
+	if err != nil {
+		return fmt.Errorf("making room for blob %s: %w", blob.Digest, err)
+	}
+	a.Begin(partial)
+	if err := newHunt(e, a).run(ctx); err != nil {
+		return err
+	}
+	return a.Commit(ctx)
+}

@@ -1,0 +1,207 @@
+// Package stream is the plain engine of transfer: pieces are asked for by ranged
+// HTTP/1.1 requests over the connections of the peer port.
+//
+// One Engine is both sides. As a Mover it asks the candidates in parallel who holds
+// a blob, takes disjoint runs of pieces from several of them at once, verifies each
+// piece before anything else happens to it, and replaces a sender that stalls,
+// breaks off or lies. As an http.Handler it serves what the node holds, and the
+// verified pieces of what is still on its way to the node. DESIGN.md in the folder
+// above states the protocol and why it is so.
+package stream
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/transfer"
+)
+
+// Reason why a peer was dropped for the rest of a fetch.
+type Reason string
+
+const (
+	BadPiece  Reason = "bad-piece"  // sent a piece with the wrong hash
+	BadTable  Reason = "bad-table"  // sent a piece table of another root
+	BadSize   Reason = "bad-size"   // claimed or sent another length
+	BadDigest Reason = "bad-digest" // alone sent a whole blob with the wrong digest
+	Stalled   Reason = "stalled"    // made no progress, repeatedly
+	Broken    Reason = "broken"     // unreachable, or answers broke off, repeatedly
+	Gone      Reason = "gone"       // does not hold the blob after all
+)
+
+// Lie says whether the reason is one that no honest peer gives.
+func (r Reason) Lie() bool {
+	return r == BadPiece || r == BadTable || r == BadSize || r == BadDigest
+}
+
+// Hooks are called for metrics, from many goroutines, and must not block. Each may
+// be nil.
+type Hooks struct {
+	// Moved: verified bytes came from the peer.
+	Moved func(peerID string, bytes int64)
+	// Served: bytes went to the peer.
+	Served func(peerID string, bytes int64)
+	// Dropped: the peer takes no further part in the fetch of the blob.
+	Dropped func(peerID string, d digest.Digest, why Reason)
+	// Ended: a fetch ended, well when err is nil.
+	Ended func(d digest.Digest, bytes int64, took time.Duration, err error)
+}
+
+// Config of an Engine. Zero values mean the defaults named beside them.
+type Config struct {
+	Source transfer.Source
+	Sink   transfer.Sink
+	Peers  transfer.Peers
+	// Dial opens a connection for the blob service of the node at addr. When it has
+	// a PeerID method, that must be the id of the peer that was meant.
+	Dial  func(ctx context.Context, addr string) (net.Conn, error)
+	Log   *slog.Logger // discards
+	Hooks Hooks
+
+	// AskTimeout for a candidate to say whether it holds a blob. 2 s.
+	AskTimeout time.Duration
+	// AskAgain is how often those who did not hold it are asked again. 5 s.
+	AskAgain time.Duration
+	// StallTimeout within which a sender must deliver 16 KiB more. 10 s.
+	StallTimeout time.Duration
+	// IdleTimeout after which a fetch gives up when the holders that are left, all
+	// still fetching themselves, have offered nothing new. 30 s.
+	IdleTimeout time.Duration
+	// Backoff after a holder's first failure in a row; it doubles. 100 ms.
+	Backoff time.Duration
+
+	MaxFetches int // at once; others wait their turn. 16
+	MaxHolders int // asked for pieces at once, per fetch. 8
+	PerHolder  int // requests in flight to one holder, per fetch. 4
+	MaxBuffers int // of 256 KiB each, in all. 128
+}
+
+// Engine moves blobs by ranged requests. Make it with New; fetches start while Run
+// runs, serving needs no Run.
+type Engine struct {
+	cfg    Config
+	log    *slog.Logger
+	client *http.Client
+	mux    *http.ServeMux
+
+	starts  chan func(context.Context)
+	stopped chan struct{}
+	slots   chan struct{} // one per running fetch
+	buffers buffers
+
+	mu      sync.Mutex
+	fetches map[digest.Digest]*flight
+}
+
+// flight is a fetch in the engine's list.
+type flight struct {
+	arrival *transfer.Arrival
+	gone    chan struct{} // closed when it is off the list and its Partial is free
+}
+
+var _ transfer.Mover = (*Engine)(nil)
+
+// New makes an engine; nothing runs yet.
+func New(cfg Config) (*Engine, error) {
+	if cfg.Source == nil || cfg.Sink == nil || cfg.Peers == nil || cfg.Dial == nil {
+		return nil, errors.New("stream: Source, Sink, Peers and Dial are all needed")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	orElse(&cfg.AskTimeout, 2*time.Second)
+	orElse(&cfg.AskAgain, 5*time.Second)
+	orElse(&cfg.StallTimeout, 10*time.Second)
+	orElse(&cfg.IdleTimeout, 30*time.Second)
+	orElse(&cfg.Backoff, 100*time.Millisecond)
+	orElse(&cfg.MaxFetches, 16)
+	orElse(&cfg.MaxHolders, 8)
+	orElse(&cfg.PerHolder, 4)
+	orElse(&cfg.MaxBuffers, 128)
+	e := &Engine{
+		cfg:     cfg,
+		log:     cfg.Log,
+		starts:  make(chan func(context.Context)),
+		stopped: make(chan struct{}),
+		slots:   make(chan struct{}, cfg.MaxFetches),
+		buffers: newBuffers(cfg.MaxBuffers),
+		fetches: make(map[digest.Digest]*flight),
+	}
+	e.client = newClient(cfg)
+	e.mux = e.routes()
+	return e, nil
+}
+
+func orElse[T int | time.Duration](v *T, def T) {
+	if *v <= 0 {
+		*v = def
+	}
+}
+
+// Run lets fetches run until ctx is done, then ends them with ErrStopped, keeping
+// what they have verified, and returns nil once they have ended. Call it once.
+func (e *Engine) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer e.client.CloseIdleConnections()
+	defer wg.Wait()
+	defer close(e.stopped)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case run := <-e.starts:
+			wg.Go(func() { run(ctx) })
+		}
+	}
+}
+
+// ServeHTTP serves peers; the caller's listener has authenticated them.
+func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	// A deadline for each answer, also to free the connection of that of the last
+	// one; whoever sends more than a little moves it along. Not every writer has one.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(maxWait + writeTimeout))
+	e.mux.ServeHTTP(w, r)
+}
+
+// flying finds the fetch of a digest that is under way.
+func (e *Engine) flying(d digest.Digest) *flight {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.fetches[d]
+}
+
+// buffers is a bounded pool of piece buffers, made when first needed.
+type buffers struct {
+	free chan []byte
+	made chan struct{}
+}
+
+func newBuffers(n int) buffers {
+	return buffers{free: make(chan []byte, n), made: make(chan struct{}, n)}
+}
+
+// take waits for a buffer of PieceSize bytes.
+func (b buffers) take(ctx context.Context) ([]byte, error) {
+	select {
+	case buf := <-b.free:
+		return buf, nil
+	default:
+	}
+	select {
+	case buf := <-b.free:
+		return buf, nil
+	case b.made <- struct{}{}:
+		return make([]byte, transfer.PieceSize), nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (b buffers) give(buf []byte) { b.free <- buf }
