@@ -15,6 +15,7 @@ package bundle
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 
 	"github.com/opencontainers/go-digest"
@@ -25,7 +26,7 @@ import (
 // Version is the format version that this build writes, and the highest it reads.
 const Version = 1
 
-// The reasons to refuse a bundle. The errors that wrap them say where and what.
+// The reasons to refuse a bundle. Every refusal is a *Refusal that wraps one.
 var (
 	ErrNotBundle   = errors.New("not an Atoll bundle")
 	ErrNewerFormat = errors.New("newer bundle format")
@@ -33,6 +34,37 @@ var (
 	ErrAltered     = errors.New("bundle altered or damaged")
 	ErrTruncated   = errors.New("bundle truncated")
 )
+
+// Refusal says why a bundle is refused, in words that the operator can act upon
+// and that may be shown as they are.
+type Refusal struct {
+	Reason error  // one of the errors above, or of the rules of package airgap
+	Text   string // what was found, in which place, and what to do
+	Cause  error  // more for the log; may be nil
+}
+
+func (r *Refusal) Error() string { return r.Text }
+
+// Unwrap makes errors.Is find the reason and the cause.
+func (r *Refusal) Unwrap() []error {
+	if r.Cause == nil {
+		return []error{r.Reason}
+	}
+	return []error{r.Reason, r.Cause}
+}
+
+// Refuse makes a refusal.
+func Refuse(reason error, format string, args ...any) *Refusal {
+	return &Refusal{Reason: reason, Text: fmt.Sprintf(format, args...)}
+}
+
+// Because adds the cause.
+func (r *Refusal) Because(cause error) *Refusal { r.Cause = cause; return r }
+
+// altered is the refusal of something that no writer wrote.
+func altered(format string, args ...any) *Refusal {
+	return Refuse(ErrAltered, "the bundle is altered or damaged: "+format+"; copy it again from its source", args...)
+}
 
 // Content is where a Writer finds manifests and blobs. An error that wraps
 // fs.ErrNotExist means that the blob is not held: the bundle says so and goes on.

@@ -131,6 +131,9 @@ var (
 	tagForm        = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
 )
 
+// ValidProject reports whether a project may have the name.
+func ValidProject(name string) bool { return len(name) <= 255 && projectForm.MatchString(name) }
+
 // validate checks the fields that the kind uses. Fields of other kinds are
 // refused too: one meaning has one encoding.
 func (e Entry) validate() error {
@@ -143,7 +146,7 @@ func (e Entry) validate() error {
 	used := Entry{Kind: e.Kind, At: e.At, Actor: e.Actor}
 	switch e.Kind {
 	case ProjectPut:
-		if len(e.Name) > 255 || !projectForm.MatchString(e.Name) {
+		if !ValidProject(e.Name) {
 			return bad("project name", e.Name)
 		}
 		used.Name, used.Public, used.Metadata = e.Name, e.Public, e.Metadata

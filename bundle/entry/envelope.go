@@ -25,7 +25,7 @@ func SealEnvelope(payloadType string, payload []byte, keys ...crypto.Signer) ([]
 		if err != nil {
 			return nil, fmt.Errorf("sign %s: %w", payloadType, err)
 		}
-		signature, err := sign(key, dsse.PAE(payloadType, payload))
+		signature, err := Sign(key, dsse.PAE(payloadType, payload))
 		if err != nil {
 			return nil, fmt.Errorf("sign %s: %w", payloadType, err)
 		}
@@ -74,7 +74,7 @@ func (e *Envelope) Verify(keys ...Key) ([]Key, error) {
 	for _, s := range e.signatures {
 		key, ok := byID[s.KeyID]
 		if !ok {
-			return nil, fmt.Errorf("verify %s: signed by key %s, which is not accepted here: %w", e.payloadType, s.KeyID, ErrSignature)
+			return nil, fmt.Errorf("verify %s: signed by key %s, which is not accepted here: %w: %w", e.payloadType, s.KeyID, ErrUnknownKey, ErrSignature)
 		}
 		delete(byID, s.KeyID)
 		signature, err := base64.StdEncoding.Strict().DecodeString(s.Sig)

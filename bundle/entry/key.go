@@ -18,6 +18,10 @@ import (
 // by a key that nobody vouches for.
 var ErrSignature = errors.New("signature not accepted")
 
+// ErrUnknownKey is wrapped, together with ErrSignature, where the signer is not
+// among the keys given: nobody vouches for it, or it was revoked.
+var ErrUnknownKey = errors.New("unknown key")
+
 // Key is a public key in base64 of its X.509 SubjectPublicKeyInfo, which names
 // the algorithm; between PEM's BEGIN PUBLIC KEY and END PUBLIC KEY lines it is a
 // file that openssl and cosign read. This version knows Ed25519 only.
@@ -91,8 +95,8 @@ func (k Key) Verify(message, signature []byte) error {
 	return nil
 }
 
-// sign signs with Ed25519 over the message itself, whoever holds the key.
-func sign(key crypto.Signer, message []byte) ([]byte, error) {
+// Sign signs with Ed25519 over the message itself, whoever holds the key.
+func Sign(key crypto.Signer, message []byte) ([]byte, error) {
 	if _, err := KeyOf(key); err != nil {
 		return nil, err
 	}
@@ -108,7 +112,7 @@ type noteSigner struct {
 
 func (s noteSigner) Name() string                    { return s.name }
 func (s noteSigner) KeyHash() uint32                 { return s.hash }
-func (s noteSigner) Sign(msg []byte) ([]byte, error) { return sign(s.key, msg) }
+func (s noteSigner) Sign(msg []byte) ([]byte, error) { return Sign(s.key, msg) }
 
 func newNoteSigner(site string, key crypto.Signer) (note.Signer, error) {
 	public, err := KeyOf(key)

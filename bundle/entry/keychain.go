@@ -97,14 +97,19 @@ type KeyChain []byte
 // Add returns the chain with one more signed document.
 func (c KeyChain) Add(signed []byte) KeyChain { return slices.Concat(c, signed) }
 
-// Site reads whose chain this claims to be, without verifying anything: only to
-// learn which trusted root to verify it with.
-func (c KeyChain) Site() (string, error) {
-	documents, _, err := c.parse()
+// Claimed reads whose chain this says it is and which root key signed its first
+// document. Nobody vouches for either: it serves to show what a file claims, and
+// to check a chain of one's own.
+func (c KeyChain) Claimed() (site string, root Key, err error) {
+	documents, envelopes, err := c.parse()
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	return documents[0].Site, nil
+	signed, err := envelopes[0].Verify(documents[0].Root...)
+	if err != nil {
+		return "", "", fmt.Errorf("key chain of site %s: %w", documents[0].Site, err)
+	}
+	return documents[0].Site, signed[0], nil
 }
 
 // Keys is what a verified chain says.
