@@ -1,8 +1,12 @@
 package blobs
 
 import (
+	"errors"
 	"io"
 	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
 )
 
 // File is an open blob. With the production file system its dynamic type is
@@ -43,4 +47,49 @@ type FS interface {
 	SyncDir(name string) error
 	// Space gives the bytes that this process may still write and the disk's size.
 	Space() (free, total int64, err error)
+}
+
+// disk is the operating system's file system below a directory.
+type disk struct{ dir string }
+
+func (d disk) path(name string) string { return filepath.Join(d.dir, filepath.FromSlash(name)) }
+
+func (d disk) OpenFile(name string, flag int) (Handle, error) {
+	f, err := os.OpenFile(d.path(name), flag, 0o600)
+	if err != nil {
+		return nil, err // not f: a nil *os.File in an interface is not nil
+	}
+	return f, nil
+}
+
+func (d disk) Mkdir(name string) error {
+	err := os.Mkdir(d.path(name), 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	return err
+}
+
+func (d disk) Rename(from, to string) error          { return os.Rename(d.path(from), d.path(to)) }
+func (d disk) Remove(name string) error              { return os.Remove(d.path(name)) }
+func (d disk) Stat(name string) (fs.FileInfo, error) { return os.Lstat(d.path(name)) }
+func (d disk) Space() (free, total int64, err error) { return space(d.dir) }
+
+func (d disk) ReadDir(name string) ([]string, error) {
+	f, err := os.Open(d.path(name))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	names, err := f.Readdirnames(-1)
+	slices.Sort(names)
+	return names, err
+}
+
+func (d disk) SyncDir(name string) error {
+	f, err := os.Open(d.path(name))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }

@@ -1,15 +1,30 @@
 // Package blobs keeps content by digest: the files (Store) and the rows that
 // say which blobs the site has, who may see them and what refers to them
 // (Records).
+//
+// What the store promises, whatever stops the machine: a blob is visible only
+// whole, verified against its digest and synced, and a success that was
+// reported stays true. DESIGN.md has the steps and the reasons.
 package blobs
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/node/fault"
 )
 
 // Options of a store; the zero value is usable.
@@ -33,93 +48,402 @@ type Info struct {
 	Size   int64
 }
 
-// Offset is the Detail of an Append at the wrong place: where to go on.
-type Offset struct {
-	Offset int64 `json:"offset"`
-}
-
 // Usage is what the store occupies, in bytes.
 type Usage struct {
-	Blobs    int   // blobs held
+	Blobs    int   // number of blobs held
 	Bytes    int64 // by blobs held
 	Uploads  int64 // by upload sessions
-	Partials int64 // by fetches under way
+	Partials int64 // by fetches under way, holes included
 	Staging  int64 // by imports under way
 	Free     int64 // still free for the store
 	Total    int64 // size of the disk
 }
 
-// Codes of failures that the OCI Distribution specification has no name for.
+// CodeNoSpace is the code of a fault.Limit for want of disk space: the OCI
+// Distribution specification has no name for it.
+const CodeNoSpace = "INSUFFICIENT_STORAGE"
+
 const (
-	CodeNoSpace = "INSUFFICIENT_STORAGE" // kind fault.Limit
+	format       = "atoll-blobs 1\n"
+	bufferSize   = 256 << 10
+	spaceEvery   = 16 << 20 // bytes written between two looks at the free space
+	maxSessions  = 4096
+	kernelBootID = "/proc/sys/kernel/random/boot_id"
 )
 
-// PieceSize is the unit in which a Partial remembers what it holds, in bytes.
-const PieceSize = 256 << 10
+// Store is a content store in one directory, which must be its alone. It is safe
+// for concurrent use.
+type Store struct {
+	fs      FS
+	o       Options
+	log     *slog.Logger
+	boot    string
+	locks   locks
+	shards  [256]shard
+	buffers sync.Pool
 
-type Store struct{}
-
-func Open(dir string, o Options) (*Store, error)                          { panic("being built") }
-func (s *Store) Close() error                                             { panic("being built") }
-func (s *Store) Stat(d digest.Digest) (Info, error)                       { panic("being built") }
-func (s *Store) OpenBlob(d digest.Digest) (File, int64, error)            { panic("being built") }
-func (s *Store) List(after digest.Digest, n int) ([]digest.Digest, error) { panic("being built") }
-func (s *Store) Remove(d digest.Digest) error                             { panic("being built") }
-func (s *Store) Pin(d digest.Digest) (release func())                     { panic("being built") }
-func (s *Store) Usage(ctx context.Context) (Usage, error)                 { panic("being built") }
-func (s *Store) Put(ctx context.Context, d digest.Digest, r io.Reader) (Info, error) {
-	panic("being built")
-}
-func (s *Store) Expire(ctx context.Context, olderThan time.Duration) (int, error) {
-	panic("being built")
+	mu       sync.Mutex
+	sessions map[string]*Upload
+	partials map[string]bool // open ones, by hex
 }
 
-// RemoveIf asks allowed under the digest's lock, so that nothing can bring the blob back between the answer and the unlink.
+// Open opens the store in dir, making it when there is none, and puts in order
+// what a crash has left: nothing of it was ever visible or acknowledged.
+func Open(dir string, o Options) (*Store, error) {
+	s := &Store{fs: o.FS, o: o, log: o.Log, boot: o.Boot, sessions: map[string]*Upload{}, partials: map[string]bool{}}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.o.MaxSessions <= 0 {
+		s.o.MaxSessions = maxSessions
+	}
+	s.buffers.New = func() any { return new([bufferSize]byte) }
+	if s.boot == "" {
+		if b, err := os.ReadFile(kernelBootID); err == nil {
+			s.boot = strings.TrimSpace(string(b))
+		}
+	}
+	if s.fs == nil {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("opening the blob store: %w", err)
+		}
+		if err := (disk{filepath.Dir(dir)}).SyncDir("."); err != nil {
+			return nil, fmt.Errorf("opening the blob store: %w", err)
+		}
+		s.fs = disk{dir}
+	}
+	if err := s.recover(); err != nil {
+		return nil, fmt.Errorf("opening the blob store in %s: %w", dir, err)
+	}
+	return s, nil
+}
+
+func (s *Store) recover() error {
+	if err := s.checkFormat(); err != nil {
+		return err
+	}
+	for i := range s.shards {
+		s.shards[i].renamed = 1 // an earlier process may have renamed and not synced
+	}
+	last, err := s.read(bootName)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	sameBoot := s.boot != "" && string(last) == s.boot
+	if err := s.recoverUploads(sameBoot); err != nil {
+		return err
+	}
+	if !sameBoot {
+		if err := s.write(bootName, []byte(s.boot)); err != nil {
+			return err
+		}
+	}
+	if err := s.recoverPartials(); err != nil {
+		return err
+	}
+	return s.recoverStaging()
+}
+
+// checkFormat reads the version of the layout, or lays out an empty store. The
+// format file comes last, so that a store with one is complete.
+func (s *Store) checkFormat() error {
+	got, err := s.read(formatName)
+	if err == nil {
+		if string(got) != format {
+			return fmt.Errorf("its format is %.40q and this version of atoll reads %q: use the version that wrote it, or a newer one", got, format)
+		}
+		return nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, dir := range []string{"blobs", blobsDir, uploadsDir, partialsDir, stagingDir} {
+		if err := s.fs.Mkdir(dir); err != nil {
+			return err
+		}
+	}
+	for i := range s.shards {
+		if err := s.fs.Mkdir(shardName(i)); err != nil {
+			return err
+		}
+		names, err := s.fs.ReadDir(shardName(i))
+		if err != nil {
+			return err
+		}
+		if len(names) > 0 {
+			return fmt.Errorf("it holds blobs but no file %q to say in what format: restore that file, or give another directory", formatName)
+		}
+	}
+	for _, dir := range []string{blobsDir, "blobs", "."} {
+		if err := s.fs.SyncDir(dir); err != nil {
+			return err
+		}
+	}
+	return s.write(formatName, []byte(format))
+}
+
+// Close saves what the upload sessions have taken in. The store must not be in
+// use any more.
+func (s *Store) Close() error {
+	var errs []error
+	for _, u := range s.allSessions() {
+		if u.tryAcquire() {
+			errs = append(errs, u.park())
+			u.release()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Stat tells whether the store holds a blob durably; fault.NotFound with code
+// BLOB_UNKNOWN when it does not.
+func (s *Store) Stat(d digest.Digest) (Info, error) {
+	hex, err := hexOf(d)
+	if err != nil {
+		return Info{}, err
+	}
+	unlock := s.locks.read(hex)
+	defer unlock()
+	fi, err := s.fs.Stat(blobName(hex))
+	if err != nil {
+		return Info{}, s.failed(err, d, "looking at")
+	}
+	if err := s.settle(shardOf(hex)); err != nil {
+		return Info{}, s.failed(err, d, "syncing")
+	}
+	return Info{Digest: d, Size: fi.Size()}, nil
+}
+
+// OpenBlob opens a blob for reading; fault.NotFound with code BLOB_UNKNOWN when
+// the store does not hold it. A blob that is removed stays readable for those
+// who have it open.
+func (s *Store) OpenBlob(d digest.Digest) (File, int64, error) {
+	hex, err := hexOf(d)
+	if err != nil {
+		return nil, 0, err
+	}
+	unlock := s.locks.read(hex)
+	defer unlock()
+	return s.open(blobName(hex), d)
+}
+
+func (s *Store) open(name string, d digest.Digest) (File, int64, error) {
+	f, err := s.fs.OpenFile(name, os.O_RDONLY)
+	if err != nil {
+		return nil, 0, s.failed(err, d, "opening")
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, 0, errors.Join(s.failed(err, d, "opening"), f.Close())
+	}
+	return f, fi.Size(), nil
+}
+
+// List gives up to n held blobs in the order of their digests, after the one
+// given ("" begins). It reads one of 256 directories at a time.
+func (s *Store) List(after digest.Digest, n int) ([]digest.Digest, error) {
+	last, first := "", 0
+	if after != "" {
+		hex, err := hexOf(after)
+		if err != nil {
+			return nil, err
+		}
+		last, first = hex, shardOf(hex)
+	}
+	var found []digest.Digest
+	for i := first; i < len(s.shards) && len(found) < n; i++ {
+		names, err := s.blobsIn(i)
+		if err != nil {
+			return nil, err
+		}
+		at, _ := slices.BinarySearch(names, last+"\x00")
+		for _, name := range names[at:] {
+			if len(found) == n {
+				break
+			}
+			found = append(found, digestOf(name))
+		}
+	}
+	return found, nil
+}
+
+func (s *Store) blobsIn(i int) ([]string, error) {
+	names, err := s.fs.ReadDir(shardName(i))
+	if err != nil {
+		return nil, fmt.Errorf("listing blobs: %w", err)
+	}
+	// What is not ours is left alone and not shown.
+	return slices.DeleteFunc(names, func(name string) bool { return !isHex(name, 64) || shardOf(name) != i }), nil
+}
+
+// Remove removes a blob; see RemoveIf.
+func (s *Store) Remove(d digest.Digest) error {
+	hex, err := hexOf(d)
+	if err != nil {
+		return err
+	}
+	return s.remove(d, hex, func() error { return nil })
+}
+
+// RemoveIf removes a blob if allowed, asked under the blob's lock, answers nil:
+// no Commit, Stat or OpenBlob of the blob runs between the answer and the
+// unlink. A pinned blob is fault.Conflict, one not held fault.NotFound. The
+// unlink is not synced: after a power cut the blob may be held again.
 func (s *Store) RemoveIf(ctx context.Context, d digest.Digest, allowed func(context.Context) error) error {
-	panic("being built")
+	hex, err := hexOf(d)
+	if err != nil {
+		return err
+	}
+	return s.remove(d, hex, func() error { return allowed(ctx) })
 }
 
-type Upload struct{}
-
-func (s *Store) NewUpload(ctx context.Context) (*Upload, error) { panic("being built") }
-
-// Upload finds a session; fault.NotFound with code BLOB_UPLOAD_UNKNOWN.
-func (s *Store) Upload(id string) (*Upload, error) { panic("being built") }
-
-func (u *Upload) ID() string  { panic("being built") }
-func (u *Upload) Size() int64 { panic("being built") }
-
-// Progress gives when the session last took bytes in.
-func (u *Upload) Progress() (size int64, at time.Time) { panic("being built") }
-func (u *Upload) Append(ctx context.Context, r io.Reader, at int64) (int64, error) {
-	panic("being built")
+func (s *Store) remove(d digest.Digest, hex string, allowed func() error) error {
+	unlock, pinned := s.locks.write(hex)
+	defer unlock()
+	if pinned {
+		return fault.New(fault.Conflict, "blob %s is being pushed", d)
+	}
+	if err := allowed(); err != nil {
+		return err
+	}
+	if err := s.unlink(hex); err != nil {
+		return s.failed(err, d, "removing")
+	}
+	return nil
 }
-func (u *Upload) Commit(ctx context.Context, want digest.Digest) (Info, error) { panic("being built") }
-func (u *Upload) Cancel() error                                                { panic("being built") }
 
-type Partial struct{}
-
-func (s *Store) NewPartial(ctx context.Context, d digest.Digest, size int64) (*Partial, error) {
-	panic("being built")
+// Pin keeps a blob from being removed until release is called, held or not. A
+// push pins before Commit and releases once the row is live, so that no
+// collection which saw the older row can unlink the file in between.
+func (s *Store) Pin(d digest.Digest) (release func()) {
+	hex, err := hexOf(d)
+	if err != nil {
+		return func() {}
+	}
+	return s.locks.pin(hex)
 }
-func (p *Partial) Size() int64                              { panic("being built") }
-func (p *Partial) WriteAt(b []byte, off int64) (int, error) { panic("being built") }
-func (p *Partial) ReadAt(b []byte, off int64) (int, error)  { panic("being built") }
-func (p *Partial) MarkPiece(i int) error                    { panic("being built") }
-func (p *Partial) Have(i int) bool                          { panic("being built") }
-func (p *Partial) Held() (pieces int, bytes int64)          { panic("being built") }
-func (p *Partial) Commit(ctx context.Context) (Info, error) { panic("being built") }
-func (p *Partial) Close() error                             { panic("being built") }
-func (p *Partial) Abort() error                             { panic("being built") }
 
-type Staging struct{}
-
-func (s *Store) Staging(id string) (*Staging, error) { panic("being built") }
-func (s *Store) Staged() ([]string, error)           { panic("being built") }
-func (g *Staging) Put(ctx context.Context, d digest.Digest, size int64, r io.Reader) error {
-	panic("being built")
+// Put stores what r gives as one blob; the failures are those of Upload. Nothing
+// of it can be resumed.
+func (s *Store) Put(ctx context.Context, d digest.Digest, r io.Reader) (Info, error) {
+	if _, err := hexOf(d); err != nil {
+		return Info{}, err
+	}
+	u, err := s.NewUpload(ctx)
+	if err != nil {
+		return Info{}, err
+	}
+	if _, err := u.Append(ctx, r, 0); err != nil {
+		return Info{}, errors.Join(err, u.Cancel())
+	}
+	info, err := u.Commit(ctx, d)
+	if err != nil {
+		return Info{}, errors.Join(err, u.Cancel())
+	}
+	return info, nil
 }
-func (g *Staging) Has(d digest.Digest) (bool, error)         { panic("being built") }
-func (g *Staging) Open(d digest.Digest) (File, int64, error) { panic("being built") }
-func (g *Staging) Commit(ctx context.Context) (int, error)   { panic("being built") }
-func (g *Staging) Discard() error                            { panic("being built") }
+
+// Expire ends upload sessions and closed partials that nobody has touched for
+// longer than olderThan, frees their space and gives their number. Sessions left
+// by an earlier process count from Open. Call it now and then: it also saves
+// and closes the files of sessions that pause.
+func (s *Store) Expire(ctx context.Context, olderThan time.Duration) (int, error) {
+	n := 0
+	var errs []error
+	for _, u := range s.allSessions() {
+		if ctx.Err() != nil {
+			return n, ctx.Err()
+		}
+		_, at := u.Progress()
+		idle := time.Since(at)
+		if idle <= min(olderThan, parkAfter) || !u.tryAcquire() {
+			continue
+		}
+		if idle > olderThan {
+			u.end()
+			n++
+		} else {
+			errs = append(errs, u.park())
+		}
+		u.release()
+	}
+	more, err := s.expirePartials(ctx, olderThan)
+	return n + more, errors.Join(append(errs, err)...)
+}
+
+// failed turns a failure of the file system into the user's terms.
+func (s *Store) failed(err error, d digest.Digest, doing string) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fault.New(fault.NotFound, "blob %s is not held here", d).WithCode("BLOB_UNKNOWN")
+	case full(err):
+		return noSpace(err)
+	}
+	return fmt.Errorf("%s blob %s: %w", doing, d, err)
+}
+
+func full(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+func noSpace(err error) error {
+	return fault.Wrap(err, fault.Limit, "the disk of this node is full: nothing can be pushed until space is freed; pulls go on").WithCode(CodeNoSpace)
+}
+
+// room refuses a write of need bytes that would take the disk below the
+// low-water mark.
+func (s *Store) room(need int64) error {
+	if s.o.MinFree <= 0 {
+		return nil
+	}
+	free, _, err := s.fs.Space()
+	if err != nil {
+		return fmt.Errorf("asking for the free space: %w", err)
+	}
+	if free-need >= s.o.MinFree {
+		return nil
+	}
+	return fault.New(fault.Limit, "the disk of this node has %d MiB free and %d MiB of them are kept in reserve: "+
+		"nothing this large can be pushed until space is freed; pulls go on", free>>20, s.o.MinFree>>20).WithCode(CodeNoSpace)
+}
+
+func (s *Store) read(name string) ([]byte, error) {
+	f, err := s.fs.OpenFile(name, os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 16<<20))
+	return b, errors.Join(err, f.Close())
+}
+
+// write replaces a small file, durably.
+func (s *Store) write(name string, b []byte) error {
+	if err := s.replace(name, b, true); err != nil {
+		return err
+	}
+	return s.fs.SyncDir(".")
+}
+
+// replace replaces a small file atomically; with sync its content is durable
+// before it takes the name.
+func (s *Store) replace(name string, b []byte, sync bool) error {
+	f, err := s.fs.OpenFile(name+tempSuffix, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(b, 0)
+	if err == nil && sync {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return errors.Join(err, s.fs.Remove(name+tempSuffix))
+	}
+	return s.fs.Rename(name+tempSuffix, name)
+}
+
+// sweep removes a file that nothing needs any more; the next Open tries again.
+func (s *Store) sweep(name string) {
+	if err := s.fs.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.log.Warn("a file that is not needed could not be removed", "file", name, "err", err)
+	}
+}

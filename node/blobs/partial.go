@@ -1,0 +1,394 @@
+package blobs
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"math/bits"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/node/fault"
+)
+
+const (
+	// PieceSize is the unit in which a Partial remembers what it holds, in bytes.
+	PieceSize = 256 << 10
+	// flushEvery is after how many new pieces a Partial saves what it holds.
+	flushEvery = 32 << 20 / PieceSize
+	// maxPartial bounds the size that a peer can make the store believe in.
+	maxPartial = 1 << 44
+)
+
+// Partial is a blob that arrives in pieces of PieceSize in any order. What is
+// marked survives a restart and a power cut, but for the last few: the list of
+// pieces on disk names only those that were synced before it was written.
+// Nothing in a Partial is visible as a blob before Commit. It is safe for
+// concurrent use.
+type Partial struct {
+	s    *Store
+	d    digest.Digest
+	hex  string
+	size int64
+	file Handle
+
+	flushing sync.Mutex   // held by whoever syncs; taken first
+	writing  sync.RWMutex // writers share it; Commit has it alone
+
+	mu     sync.Mutex
+	have   []byte // a bit for each piece, the first in the lowest bit
+	marked int
+	dirty  int   // marked since the last flush
+	broken error // a sync failed: what the file holds is uncertain
+	placed bool
+	closed bool
+}
+
+// NewPartial opens the partial of a blob of the given size, with the pieces that
+// an earlier one left. One at a time: else fault.Conflict. fault.Limit when the
+// blob does not fit on the disk.
+func (s *Store) NewPartial(ctx context.Context, d digest.Digest, size int64) (*Partial, error) {
+	hexName, err := hexOf(d)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if size < 0 || size > maxPartial {
+		return nil, fault.New(fault.Invalid, "blob %s cannot have %d bytes", d, size).WithCode("SIZE_INVALID")
+	}
+	s.mu.Lock()
+	open := s.partials[hexName]
+	s.partials[hexName] = true
+	s.mu.Unlock()
+	if open {
+		return nil, fault.New(fault.Conflict, "blob %s is being fetched already", d)
+	}
+	p := &Partial{s: s, d: d, hex: hexName, size: size, have: make([]byte, (pieces(size)+7)/8)}
+	if err := p.open(); err != nil {
+		s.closePartial(hexName)
+		return nil, err
+	}
+	return p, nil
+}
+
+func pieces(size int64) int { return int((size + PieceSize - 1) / PieceSize) }
+
+func (s *Store) closePartial(hex string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.partials, hex)
+}
+
+func (p *Partial) open() error {
+	if b, err := p.s.read(partialName(p.hex) + haveSuffix); err == nil {
+		if have, err := decodeHave(b, p.size); err == nil {
+			p.have = have
+			for _, b := range have {
+				p.marked += bits.OnesCount8(b)
+			}
+		}
+	}
+	if err := p.s.room(p.size - p.bytes()); err != nil {
+		return err
+	}
+	f, err := p.s.fs.OpenFile(partialName(p.hex), os.O_RDWR|os.O_CREATE)
+	if err != nil {
+		return p.failed(err, "opening")
+	}
+	fi, err := f.Stat()
+	if err == nil && fi.Size() != p.size {
+		// Not the file that the list speaks of. The list goes first: after a crash
+		// it must not vouch for the new file.
+		clear(p.have)
+		p.marked = 0
+		err = p.s.fs.Remove(partialName(p.hex) + haveSuffix)
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			err = f.Truncate(p.size)
+		}
+	}
+	if err != nil {
+		return errors.Join(p.failed(err, "opening"), f.Close())
+	}
+	p.file = f
+	return nil
+}
+
+func (p *Partial) failed(err error, doing string) error {
+	if full(err) {
+		return noSpace(err)
+	}
+	return fmt.Errorf("%s the partial of blob %s: %w", doing, p.d, err)
+}
+
+// Size gives the size of the whole blob in bytes.
+func (p *Partial) Size() int64 { return p.size }
+
+// WriteAt writes unverified bytes; MarkPiece says when a piece is good.
+func (p *Partial) WriteAt(b []byte, off int64) (int, error) {
+	if off < 0 || off > p.size-int64(len(b)) {
+		return 0, fault.New(fault.Invalid, "bytes %d to %d are not in blob %s of %d bytes", off, off+int64(len(b)), p.d, p.size)
+	}
+	p.writing.RLock()
+	defer p.writing.RUnlock()
+	p.mu.Lock()
+	broken, over := p.broken, p.placed || p.closed
+	p.mu.Unlock()
+	if broken != nil {
+		return 0, broken
+	}
+	if over {
+		return 0, fmt.Errorf("writing the partial of blob %s: %w", p.d, fs.ErrClosed)
+	}
+	n, err := p.file.WriteAt(b, off)
+	if err == nil && n < len(b) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return n, p.failed(err, "writing")
+	}
+	return n, nil
+}
+
+// ReadAt reads what is in the file, verified or not: see Have. It goes on after
+// Commit, until Close.
+func (p *Partial) ReadAt(b []byte, off int64) (int, error) { return p.file.ReadAt(b, off) }
+
+// Have reports whether piece i was marked.
+func (p *Partial) Have(i int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return i >= 0 && i < pieces(p.size) && p.have[i/8]&(1<<(i%8)) != 0
+}
+
+// Held gives how many pieces are marked and their bytes.
+func (p *Partial) Held() (pieces int, bytes int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.marked, p.bytes()
+}
+
+func (p *Partial) bytes() int64 {
+	n := int64(p.marked) * PieceSize
+	if last := pieces(p.size) - 1; last >= 0 && p.have[last/8]&(1<<(last%8)) != 0 {
+		n -= int64(last+1)*PieceSize - p.size
+	}
+	return n
+}
+
+// MarkPiece says that piece i is written and was verified. Now and then it also
+// syncs the file and saves the list; a failure of that breaks the partial.
+func (p *Partial) MarkPiece(i int) error {
+	p.mu.Lock()
+	if i < 0 || i >= pieces(p.size) {
+		p.mu.Unlock()
+		return fault.New(fault.Invalid, "blob %s has no piece %d", p.d, i)
+	}
+	if bit := byte(1) << (i % 8); p.have[i/8]&bit == 0 {
+		p.have[i/8] |= bit
+		p.marked++
+		p.dirty++
+	}
+	due := p.dirty >= flushEvery
+	p.mu.Unlock()
+	if due && p.flushing.TryLock() {
+		defer p.flushing.Unlock()
+		return p.flush()
+	}
+	return nil
+}
+
+// flush saves the list of pieces. The caller holds p.flushing.
+func (p *Partial) flush() error {
+	p.mu.Lock()
+	list, dirty, broken := encodeHave(p.have, p.size), p.dirty, p.broken
+	p.dirty = 0
+	p.mu.Unlock()
+	if broken != nil || dirty == 0 {
+		return broken
+	}
+	err := p.file.Sync()
+	if err == nil {
+		err = p.s.replace(partialName(p.hex)+haveSuffix, list, false)
+	}
+	if err != nil {
+		err = p.failed(err, "saving")
+		p.mu.Lock()
+		p.broken = err
+		p.mu.Unlock()
+	}
+	return err
+}
+
+// Commit hashes the whole file and makes it a blob, durable and visible when it
+// returns. With another digest than the blob's it is fault.Invalid with code
+// DIGEST_INVALID; if by then every piece was marked, a mark was wrong, and all
+// is dropped. Close must follow.
+func (p *Partial) Commit(ctx context.Context) (Info, error) {
+	p.flushing.Lock()
+	defer p.flushing.Unlock()
+	p.writing.Lock()
+	defer p.writing.Unlock()
+	p.mu.Lock()
+	broken, placed, complete := p.broken, p.placed, p.marked == pieces(p.size)
+	p.mu.Unlock()
+	if broken != nil || placed {
+		return Info{Digest: p.d, Size: p.size}, broken
+	}
+	sum := sha256.New()
+	if err := p.s.hash(ctx, sum, p.file, 0, p.size); err != nil {
+		return Info{}, p.failed(err, "verifying")
+	}
+	if got := hex.EncodeToString(sum.Sum(nil)); got != p.hex {
+		err := wrongDigest(digestOf(got), p.d, p.size)
+		if complete {
+			p.drop(err)
+		}
+		return Info{}, err
+	}
+	err := p.file.Sync()
+	if err == nil {
+		err = p.s.place(partialName(p.hex), p.hex, p.size)
+	}
+	if err != nil {
+		err = p.failed(err, "storing")
+		p.drop(err)
+		return Info{}, err
+	}
+	p.mu.Lock()
+	p.placed = true
+	p.mu.Unlock()
+	p.s.sweep(partialName(p.hex) + haveSuffix)
+	return Info{Digest: p.d, Size: p.size}, nil
+}
+
+// drop forgets what the partial holds; err answers every later call.
+func (p *Partial) drop(err error) {
+	p.mu.Lock()
+	p.broken = err
+	p.mu.Unlock()
+	p.s.sweep(partialName(p.hex) + haveSuffix) // before the file that it vouches for
+	p.s.sweep(partialName(p.hex))
+}
+
+// Close saves what is marked, for a later NewPartial, and closes the file.
+func (p *Partial) Close() error {
+	p.flushing.Lock()
+	defer p.flushing.Unlock()
+	p.mu.Lock()
+	closed, placed, broken := p.closed, p.placed, p.broken
+	p.closed = true
+	p.mu.Unlock()
+	if closed {
+		return nil
+	}
+	defer p.s.closePartial(p.hex)
+	var err error
+	if !placed && broken == nil {
+		err = p.flush()
+	}
+	return errors.Join(err, p.file.Close())
+}
+
+// Abort drops what the partial holds and closes it.
+func (p *Partial) Abort() error {
+	p.mu.Lock()
+	if done := p.closed || p.placed; !done {
+		p.mu.Unlock()
+		p.drop(fault.New(fault.Unavailable, "the fetch of blob %s was given up", p.d))
+	} else {
+		p.mu.Unlock()
+	}
+	return p.Close()
+}
+
+// recoverPartials sweeps lists without a file and files of unfinished writes.
+func (s *Store) recoverPartials() error {
+	names, err := s.fs.ReadDir(partialsDir)
+	if err != nil {
+		return err
+	}
+	files := map[string]bool{}
+	for _, name := range names {
+		if isHex(name, 64) {
+			files[name] = true
+		}
+	}
+	for _, name := range names {
+		if !files[strings.TrimSuffix(name, haveSuffix)] {
+			s.sweep(partialName(name))
+		}
+	}
+	return nil
+}
+
+func (s *Store) expirePartials(ctx context.Context, olderThan time.Duration) (n int, err error) {
+	names, err := s.fs.ReadDir(partialsDir)
+	if err != nil {
+		return 0, err
+	}
+	for _, name := range names {
+		if ctx.Err() != nil {
+			return n, ctx.Err()
+		}
+		fi, err := s.fs.Stat(partialName(name))
+		if !isHex(name, 64) || err != nil || time.Since(fi.ModTime()) <= olderThan {
+			continue
+		}
+		s.mu.Lock()
+		open := s.partials[name]
+		if !open {
+			s.partials[name] = true
+		}
+		s.mu.Unlock()
+		if open {
+			continue
+		}
+		s.sweep(partialName(name) + haveSuffix)
+		s.sweep(partialName(name))
+		s.closePartial(name)
+		n++
+	}
+	return n, nil
+}
+
+// What <hex>.have holds: the magic, the blob's size and the piece size (big
+// endian, 64 bits each), the bits, and CRC-32C of all before.
+const haveMagic = "atoll-pieces 1\n"
+
+func encodeHave(have []byte, size int64) []byte {
+	b := binary.BigEndian.AppendUint64([]byte(haveMagic), uint64(size))
+	b = binary.BigEndian.AppendUint64(b, PieceSize)
+	b = append(b, have...)
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+var errHave = errors.New("not a list of this blob's pieces")
+
+func decodeHave(b []byte, size int64) ([]byte, error) {
+	n := (pieces(size) + 7) / 8
+	want := encodeHave(make([]byte, n), size)
+	head := len(haveMagic) + 16
+	if len(b) != len(want) || string(b[:head]) != string(want[:head]) {
+		return nil, errHave
+	}
+	if crc32.Checksum(b[:head+n], castagnoli) != binary.BigEndian.Uint32(b[head+n:]) {
+		return nil, errHave
+	}
+	have := b[head : head+n]
+	if last := pieces(size) % 8; last != 0 && have[n-1]>>last != 0 {
+		return nil, errHave
+	}
+	return have, nil
+}

@@ -1,0 +1,233 @@
+package blobs
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/node/fault"
+)
+
+// Staging is where the blobs of an import wait, verified and invisible, until
+// Commit moves all of them among the blobs. It survives a restart, and what a
+// power cut takes from it is whole blobs. It is safe for concurrent use, but for
+// Commit and Discard.
+type Staging struct {
+	s   *Store
+	dir string
+}
+
+// Staging opens the staging area of an import, with what an earlier process put
+// there. The id is 1 to 80 letters, digits, '-', '_' and '.'; else fault.Invalid.
+func (s *Store) Staging(id string) (*Staging, error) {
+	if !isStagingID(id) {
+		return nil, fault.New(fault.Invalid, "%.100q cannot name an import", id)
+	}
+	g := &Staging{s: s, dir: stagingDir + "/" + id}
+	if err := s.fs.Mkdir(g.dir); err != nil {
+		return nil, g.failed(err, "making")
+	}
+	return g, nil
+}
+
+// Staged lists the ids of the staging areas.
+func (s *Store) Staged() ([]string, error) {
+	names, err := s.fs.ReadDir(stagingDir)
+	if err != nil {
+		return nil, fmt.Errorf("listing imports: %w", err)
+	}
+	return names, nil
+}
+
+func (g *Staging) failed(err error, doing string) error {
+	if full(err) {
+		return noSpace(err)
+	}
+	return fmt.Errorf("%s %s: %w", doing, g.dir, err)
+}
+
+// Put stages a blob from r, which must give exactly size bytes of the digest:
+// else it is fault.Invalid with code SIZE_INVALID or DIGEST_INVALID. A blob that
+// is staged is replaced by what is the same.
+func (g *Staging) Put(ctx context.Context, d digest.Digest, size int64, r io.Reader) error {
+	name, err := hexOf(d)
+	if err != nil {
+		return err
+	}
+	if err := g.s.room(size); err != nil {
+		return err
+	}
+	temp := g.dir + "/" + rand.Text() + tempSuffix
+	f, err := g.s.fs.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return g.failed(err, "making a file in")
+	}
+	err = g.fill(ctx, f, d, size, r)
+	if err == nil {
+		if err = f.Sync(); err != nil {
+			err = g.failed(err, "syncing a file in")
+		}
+	}
+	if closing := f.Close(); err == nil && closing != nil {
+		err = g.failed(closing, "closing a file in")
+	}
+	if err == nil {
+		if err = g.s.fs.Rename(temp, g.dir+"/"+name); err != nil {
+			err = g.failed(err, "naming a file in")
+		}
+	}
+	if err != nil {
+		g.s.sweep(temp)
+	}
+	return err
+}
+
+func (g *Staging) fill(ctx context.Context, f Handle, d digest.Digest, size int64, r io.Reader) error {
+	buf := g.s.buffers.Get().(*[bufferSize]byte)
+	defer g.s.buffers.Put(buf)
+	sum := sha256.New()
+	var at int64
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := io.ReadFull(r, buf[:])
+		if at+int64(n) > size {
+			return fault.New(fault.Invalid, "blob %s is longer than the %d bytes announced", d, size).WithCode("SIZE_INVALID")
+		}
+		sum.Write(buf[:n])
+		wrote, werr := f.WriteAt(buf[:n], at)
+		if werr == nil && wrote < n {
+			werr = io.ErrShortWrite
+		}
+		if werr != nil {
+			return g.failed(werr, "writing a file in")
+		}
+		at += int64(n)
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("reading blob %s: %w", d, err)
+		}
+	}
+	if at != size {
+		return fault.New(fault.Invalid, "blob %s has %d bytes, not the %d announced", d, at, size).WithCode("SIZE_INVALID")
+	}
+	if got := digestOf(hex.EncodeToString(sum.Sum(nil))); got != d {
+		return wrongDigest(got, d, size)
+	}
+	return nil
+}
+
+// Has reports whether a blob is staged here; whether the store holds it already
+// is Store.Stat's answer.
+func (g *Staging) Has(d digest.Digest) (bool, error) {
+	name, err := hexOf(d)
+	if err != nil {
+		return false, err
+	}
+	_, err = g.s.fs.Stat(g.dir + "/" + name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Open opens a staged blob.
+func (g *Staging) Open(d digest.Digest) (File, int64, error) {
+	name, err := hexOf(d)
+	if err != nil {
+		return nil, 0, err
+	}
+	return g.s.open(g.dir+"/"+name, d)
+}
+
+// Commit moves all that is staged among the blobs and ends the area. When it
+// returns nil they are durable; after a failure or a crash some may be visible
+// already, and Commit is to be called again.
+func (g *Staging) Commit(ctx context.Context) error {
+	names, err := g.s.fs.ReadDir(g.dir)
+	if err != nil {
+		return g.failed(err, "reading")
+	}
+	for _, name := range names {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if !isHex(name, 64) {
+			continue
+		}
+		if err := g.move(name); err != nil {
+			return g.failed(err, "moving blobs from")
+		}
+	}
+	// All shards, not only those used now: an earlier Commit of this area may
+	// have been stopped after it had moved others.
+	for i := range g.s.shards {
+		if err := g.s.settle(i); err != nil {
+			return g.failed(err, "syncing blobs from")
+		}
+	}
+	return g.Discard()
+}
+
+func (g *Staging) move(name string) error {
+	unlock, _ := g.s.locks.write(name)
+	defer unlock()
+	fi, err := g.s.fs.Stat(g.dir + "/" + name)
+	if err != nil {
+		return err
+	}
+	_, err = g.s.enter(g.dir+"/"+name, name, fi.Size())
+	return err
+}
+
+// Discard ends the area and frees its space.
+func (g *Staging) Discard() error {
+	names, err := g.s.fs.ReadDir(g.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return g.failed(err, "reading")
+	}
+	for _, name := range names {
+		if err := g.s.fs.Remove(g.dir + "/" + name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return g.failed(err, "emptying")
+		}
+	}
+	if err := g.s.fs.Remove(g.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return g.failed(err, "removing")
+	}
+	return nil
+}
+
+// recoverStaging sweeps the files of unfinished writes.
+func (s *Store) recoverStaging() error {
+	areas, err := s.fs.ReadDir(stagingDir)
+	if err != nil {
+		return err
+	}
+	for _, area := range areas {
+		names, err := s.fs.ReadDir(stagingDir + "/" + area)
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if strings.HasSuffix(name, tempSuffix) {
+				s.sweep(stagingDir + "/" + area + "/" + name)
+			}
+		}
+	}
+	return nil
+}
