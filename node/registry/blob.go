@@ -1,0 +1,158 @@
+package registry
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"strconv"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/fault"
+)
+
+// getBlob serves a blob that the repository links: from this node's file, which
+// reaches the kernel's sendfile, or from other nodes while it arrives.
+func (g *Registry) getBlob(c *call) error {
+	d, err := parseDigest(c.route.Reference)
+	if err != nil {
+		return err
+	}
+	if err := g.permit(c, actionPull); err != nil {
+		return err
+	}
+	row, err := g.visible(c.r.Context(), c.route.Name, d)
+	if err != nil {
+		return err
+	}
+	h := c.w.Header()
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Docker-Content-Digest", d.String())
+	h.Set("Etag", strconv.Quote(d.String()))
+	file, _, err := g.store.OpenBlob(d)
+	switch {
+	case err == nil:
+		defer file.Close()
+		return g.send(c, file)
+	case !fault.Is(err, fault.NotFound):
+		return err
+	case c.r.Method == http.MethodHead:
+		h.Set("Accept-Ranges", "bytes")
+		h.Set("Content-Length", strconv.FormatInt(row.Size, 10))
+		c.w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	return g.sendRemote(c, d, row.Size)
+}
+
+// sendRemote serves a blob that other nodes hold.
+func (g *Registry) sendRemote(c *call, d digest.Digest, size int64) error {
+	if g.fetcher == nil {
+		return fault.New(fault.Unavailable, "no node that answers holds blob %s; try again when more nodes of the site are up", d)
+	}
+	content, err := g.fetcher.Open(c.r.Context(), d, size)
+	if err != nil {
+		return err
+	}
+	defer content.Close()
+	g.metrics.remote.Inc()
+	noted := &notedReader{ReadSeeker: content}
+	if err := g.send(c, noted); err != nil {
+		if noted.err != nil && c.r.Context().Err() == nil {
+			return noted.err
+		}
+		return err
+	}
+	return nil
+}
+
+// notedReader remembers why reading failed, which http.ServeContent does not say.
+type notedReader struct {
+	io.ReadSeeker
+	err error
+}
+
+func (n *notedReader) Read(p []byte) (int, error) {
+	got, err := n.ReadSeeker.Read(p)
+	if err != nil && err != io.EOF {
+		n.err = err
+	}
+	return got, err
+}
+
+// visible gives the row of a blob that a repository links. What is here is
+// enough to say yes; a no is confirmed with the leader. A blob that was about to
+// be collected is kept, since whoever sees it may rely on it.
+func (g *Registry) visible(ctx context.Context, n Name, d digest.Digest) (blobs.Blob, error) {
+	var row blobs.Blob
+	var seen bool
+	read := func(v *table.View) error {
+		linked, err := g.records.Linked(v, n.Project, n.Repository, d)
+		if err != nil || !linked {
+			return err
+		}
+		row, seen, err = g.records.Get(v, d)
+		seen = seen && row.State != blobs.Gone
+		return err
+	}
+	if err := g.db.View(read); err != nil {
+		return row, err
+	}
+	if !seen {
+		fresh, err := g.db.Confirmed(ctx, read)
+		switch {
+		case err != nil:
+			return row, err
+		case !seen && fresh.Stale:
+			return row, fault.New(fault.Unavailable, "whether repository %s has blob %s cannot be said: the site has no leader at the moment; try again in a few seconds", n.Sent, d)
+		case !seen:
+			return row, blobUnknown(n, d)
+		}
+	}
+	if row.State == blobs.Live {
+		return row, nil
+	}
+	return g.records.Revive(ctx, d)
+}
+
+func blobUnknown(n Name, d digest.Digest) error {
+	return fault.New(fault.NotFound, "repository %s has no blob %s", n.Sent, d).WithCode(codeBlobUnknown)
+}
+
+// deleteBlob takes a blob out of the repository's sight. The bytes go later, if
+// nothing else needs them. While a manifest of the repository names the blob it
+// is refused, which the specification lets a registry do with 405: an image
+// that is listed can be pulled.
+func (g *Registry) deleteBlob(c *call) error {
+	d, err := parseDigest(c.route.Reference)
+	if err != nil {
+		return err
+	}
+	if err := g.permit(c, actionDelete); err != nil {
+		return err
+	}
+	n := c.route.Name
+	_, err = g.db.Update(c.r.Context(), func(tx *table.Tx) error {
+		linked, err := g.records.Linked(tx, n.Project, n.Repository, d)
+		if err != nil {
+			return err
+		}
+		if !linked {
+			return blobUnknown(n, d)
+		}
+		used, err := g.records.Referred(tx, d, n.Project, n.Repository)
+		if err != nil {
+			return err
+		}
+		if used {
+			return fault.New(fault.Precondition, "a manifest in repository %s needs blob %s; delete that manifest first", n.Sent, d).WithCode(codeUnsupported)
+		}
+		return g.records.Unlink(tx, n.Project, n.Repository, d)
+	})
+	if err != nil {
+		return err
+	}
+	return c.empty(http.StatusAccepted)
+}

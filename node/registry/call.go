@@ -1,0 +1,265 @@
+package registry
+
+import (
+	"encoding/json"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/atoll-registry/atoll/node/access"
+	"github.com/atoll-registry/atoll/node/fault"
+)
+
+const (
+	// sendChunk is how much is handed to the kernel between two looks at the
+	// clock: with the default of Idle, a client must take about 2 KB/s.
+	sendChunk = 256 << 10
+	// drainBytes and drainTime bound what is still read of a request that has
+	// been refused, so that a client that reads only after writing hears why.
+	drainBytes = 128 << 20
+	drainTime  = 30 * time.Second
+	// drainFree is what net/http itself reads of a body that was left.
+	drainFree = 256 << 10
+)
+
+// call is one request under way.
+type call struct {
+	w      *writer
+	r      *http.Request
+	body   *body
+	route  Route
+	who    access.Principal
+	scopes []string // that a token for this request must reach
+}
+
+func newCall(w http.ResponseWriter, r *http.Request, idle time.Duration) *call {
+	control := http.NewResponseController(w)
+	p := pace{idle: idle, stream: r.ProtoMajor >= 2}
+	c := &call{w: &writer{ResponseWriter: w, control: control, pace: p}, r: r}
+	if r.Body != nil && r.Body != http.NoBody {
+		c.body = &body{inner: r.Body, control: control, pace: p}
+		r.Body = c.body
+	}
+	return c
+}
+
+// release leaves no deadline of this request on the connection for the next.
+func (c *call) release() {
+	if c.w.last.IsZero() {
+		return
+	}
+	_ = c.w.control.SetWriteDeadline(time.Time{}) // a writer without deadlines has none to clear
+}
+
+// method is a handler with the request method that it answers.
+type method struct {
+	name   string
+	handle func(*Registry, *call) error
+}
+
+// handle lets the handler of the request's method answer. That of GET answers
+// HEAD too.
+func (g *Registry) handle(c *call, all ...method) error {
+	names := make([]string, 0, 8)
+	for _, m := range all {
+		if m.name == c.r.Method || m.name == http.MethodGet && c.r.Method == http.MethodHead {
+			return m.handle(g, c)
+		}
+		names = append(names, m.name)
+		if m.name == http.MethodGet {
+			names = append(names, http.MethodHead)
+		}
+	}
+	allow := strings.Join(names, ", ")
+	c.w.Header().Set("Allow", allow)
+	return fault.New(fault.Invalid, "this path takes %s", allow).WithCode(codeMethodInvalid)
+}
+
+// empty answers without a body.
+func (c *call) empty(status int) error {
+	if status != http.StatusNoContent {
+		c.w.Header().Set("Content-Length", "0")
+	}
+	c.w.WriteHeader(status)
+	return nil
+}
+
+// json answers with a document. A media type that was set stays.
+func (c *call) json(status int, value any) error {
+	data, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	h := c.w.Header()
+	if h.Get("Content-Type") == "" {
+		h.Set("Content-Type", "application/json; charset=utf-8")
+	}
+	h.Set("Content-Length", strconv.Itoa(len(data)))
+	c.w.WriteHeader(status)
+	_, _ = c.w.Write(data) // a failed write means that the client is gone
+	return nil
+}
+
+// refuse sends the answer to a request that may still be sending. The answer
+// goes out at once, then what follows is read for a while: a client that is cut
+// off while it writes often never reads why.
+func (c *call) refuse(status int, answer []byte) {
+	unread := c.body != nil && !c.body.ended && !c.body.pace.stream && (c.r.ContentLength < 0 || c.r.ContentLength-c.body.read > drainFree)
+	waiting := c.body != nil && c.body.read == 0 && c.r.Header.Get("Expect") != ""
+	if !unread || waiting || c.who.Kind == access.Anonymous || c.w.control.EnableFullDuplex() != nil {
+		c.w.WriteHeader(status)
+		_, _ = c.w.Write(answer) // a failed write means that the client is gone
+		return
+	}
+	c.w.Header().Set("Connection", "close")
+	c.w.WriteHeader(status)
+	_, _ = c.w.Write(answer)
+	if c.w.control.Flush() != nil || c.w.control.SetReadDeadline(time.Now().Add(drainTime)) != nil {
+		return
+	}
+	_, _ = io.CopyN(io.Discard, c.body.inner, drainBytes) // whatever ends it, the connection closes
+}
+
+// pace moves a deadline while bytes flow.
+type pace struct {
+	idle   time.Duration
+	stream bool // HTTP/2: an expired deadline ends the stream even if nothing waits on it
+	last   time.Time
+}
+
+// due says whether the deadline is to be moved, and to when.
+func (p *pace) due() (time.Time, bool) {
+	now := time.Now()
+	if p.idle <= 0 || !p.stream && now.Sub(p.last) < p.idle/8 {
+		return time.Time{}, false
+	}
+	p.last = now
+	return now.Add(p.idle), true
+}
+
+// body is the request's body. It tells apart failures of the client's side, and
+// a client that sends nothing for too long is one.
+type body struct {
+	inner   io.ReadCloser
+	control *http.ResponseController
+	pace    pace
+	read    int64
+	ended   bool
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	if deadline, due := b.pace.due(); due {
+		_ = b.control.SetReadDeadline(deadline) // a connection without deadlines has its own
+	}
+	n, err := b.inner.Read(p)
+	b.read += int64(n)
+	if err != nil || b.pace.stream {
+		// Without this the deadline would end the request while it is worked on.
+		_ = b.control.SetReadDeadline(time.Time{})
+	}
+	switch {
+	case err == io.EOF:
+		b.ended = true
+	case err != nil:
+		err = &bodyError{err}
+	}
+	return n, err
+}
+
+func (b *body) Close() error { return b.inner.Close() }
+
+// writer notes whether an answer has begun and moves the deadline while it is
+// sent. It keeps io.ReaderFrom, so that a file reaches the kernel's sendfile.
+type writer struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	pace
+	status  int
+	written int64
+	buffer  []byte
+}
+
+func (w *writer) begun() bool { return w.status != 0 }
+
+func (w *writer) WriteHeader(status int) {
+	if w.status == 0 && status >= 200 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *writer) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	w.move()
+	n, err := w.ResponseWriter.Write(p)
+	w.written += int64(n)
+	w.rest()
+	return n, err
+}
+
+// ReadFrom sends from src in chunks. A chunk stays one LimitedReader around
+// what it was given, which is the only wrapping that sendfile sees through.
+func (w *writer) ReadFrom(src io.Reader) (int64, error) {
+	limited, ok := src.(*io.LimitedReader)
+	if !ok {
+		limited = &io.LimitedReader{R: src, N: 1<<63 - 1}
+	}
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	var total int64
+	for limited.N > 0 {
+		chunk := io.LimitedReader{R: limited.R, N: min(limited.N, sendChunk)}
+		want := chunk.N
+		n, err := w.send(&chunk)
+		total += n
+		w.written += n
+		limited.N -= want - chunk.N
+		if err != nil || n < want {
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+func (w *writer) send(chunk *io.LimitedReader) (int64, error) {
+	if w.pace.stream { // HTTP/2 has no ReaderFrom, and io.Copy would make a buffer each time
+		if w.buffer == nil {
+			w.buffer = make([]byte, 32<<10)
+		}
+		return io.CopyBuffer(stepWriter{w}, chunk, w.buffer)
+	}
+	w.move()
+	return io.Copy(w.ResponseWriter, chunk)
+}
+
+// stepWriter writes through w, each time under a new deadline.
+type stepWriter struct{ w *writer }
+
+func (s stepWriter) Write(p []byte) (int, error) {
+	s.w.move()
+	n, err := s.w.ResponseWriter.Write(p)
+	s.w.rest()
+	return n, err
+}
+
+func (w *writer) move() {
+	if deadline, due := w.due(); due {
+		_ = w.control.SetWriteDeadline(deadline) // a connection without deadlines has its own
+	}
+}
+
+// rest takes the deadline off a stream on which nothing is being written.
+func (w *writer) rest() {
+	if w.stream {
+		_ = w.control.SetWriteDeadline(time.Time{})
+	}
+}
+
+func (w *writer) Flush() { _ = w.control.Flush() }
+
+func (w *writer) Unwrap() http.ResponseWriter { return w.ResponseWriter }
