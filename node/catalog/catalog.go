@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -184,7 +185,12 @@ type Config struct {
 // Catalog keeps repositories, artifacts and tags. It is safe for use by many
 // goroutines.
 type Catalog struct {
-	Config
+	db       *table.DB
+	records  *blobs.Records
+	journal  *journal.Journal
+	projects Projects
+	big      Big
+	gates    []Gate
 
 	// Pushed and Deleted tell what has been committed.
 	Pushed  events.Topic[Pushed]
@@ -198,7 +204,10 @@ func New(c Config) (*Catalog, error) {
 	if c.DB == nil || c.Records == nil || c.Journal == nil || c.Projects == nil || c.Big == nil {
 		return nil, errors.New("catalog: a part that it is made of is missing")
 	}
-	return &Catalog{Config: c, tables: define(c.DB)}, nil
+	return &Catalog{
+		db: c.DB, records: c.Records, journal: c.Journal, projects: c.Projects, big: c.Big, gates: c.Gates,
+		tables: define(c.DB),
+	}, nil
 }
 
 // Referrers asks for the artifacts that refer to a subject.
@@ -235,3 +244,6 @@ func CheckTag(tag string) error {
 func (a Artifact) descriptor(annotations map[string]string) v1.Descriptor {
 	return v1.Descriptor{MediaType: a.MediaType, Digest: a.Digest, Size: a.Size, ArtifactType: a.ArtifactType, Annotations: annotations}
 }
+
+// cut splits "project/repository" at the first slash.
+func cut(full string) (project, repository string, ok bool) { return strings.Cut(full, "/") }

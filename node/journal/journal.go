@@ -26,11 +26,12 @@ import (
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
-// ErrGap and ErrFork are wrapped by refusals of entries of other sites: some
-// are missing in between, or the log says something else at that place.
+// Wrapped by refusals of entries of other sites: some are missing in between,
+// the log says something else at that place, or they are in it already.
 var (
-	ErrGap  = errors.New("entries are missing in between")
-	ErrFork = errors.New("the log differs from what was accepted before")
+	ErrGap      = errors.New("entries are missing in between")
+	ErrFork     = errors.New("the log differs from what was accepted before")
+	ErrAccepted = errors.New("the entry was accepted before")
 )
 
 // Sealer keeps private keys from whoever reads the rows. name is bound to what
@@ -162,8 +163,8 @@ func (j *Journal) Follow(tx *table.Tx, id entry.LogID) error {
 // Accept adds entries of another site's log, the first with the sequence number
 // seq. It is to be called once for a log in a Txn. The Txn takes effect only
 // when the log ends exactly there; a fault Conflict that wraps ErrGap says that
-// entries are missing in between. Entries already accepted are the caller's to
-// skip, after Compare.
+// entries are missing in between, one that wraps ErrAccepted that the first is in
+// the log already: those are the caller's to skip, after Compare.
 func (j *Journal) Accept(tx *table.Tx, id entry.LogID, seq uint64, values ...[]byte) error {
 	row, _, known, err := j.logs.Get(tx, logKey(id)...)
 	if err != nil {
@@ -180,7 +181,7 @@ func (j *Journal) Accept(tx *table.Tx, id entry.LogID, seq uint64, values ...[]b
 		return fault.Wrap(ErrGap, fault.Conflict, "log %s: entries %d to %d are missing; bring a bundle that starts at or before %d", id, size, seq-1, size)
 	}
 	if seq < size {
-		return fault.New(fault.Conflict, "log %s: entry %d was accepted before", id, seq)
+		return fault.Wrap(ErrAccepted, fault.Conflict, "log %s: entry %d was accepted before", id, seq)
 	}
 	for i, value := range values {
 		if _, err := entry.Decode(value); err != nil {
