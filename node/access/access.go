@@ -101,7 +101,9 @@ func InSystem(p Principal, want Permission) bool {
 	if p.Grants != nil {
 		switch want {
 		case CatalogRead:
-			return Granted(p, Catalog, "*")
+			if !Granted(p, Catalog, "*") {
+				return false
+			}
 		case ProjectCreate:
 			if !slices.ContainsFunc(p.Grants, func(g Grant) bool { return slices.Contains(g.Actions, "push") }) {
 				return false
