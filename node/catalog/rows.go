@@ -40,7 +40,7 @@ func define(db *table.DB) tables {
 		}),
 		tags:      table.Define[tagRow](db, "tag"),
 		tagged:    table.Define[mark](db, "tagged"),
-		members:   table.Define[mark](db, "member"),
+		members:   table.Define[mark](db, "index_member"),
 		manifests: table.Define[manifestRow](db, "manifest"),
 		holders:   table.Define[mark](db, "manifest_holder"),
 	}
