@@ -1,0 +1,198 @@
+package member
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/pki"
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// Limits of a join token.
+const (
+	MaxTokenUses = 1000
+	MaxTokenTTL  = 366 * 24 * time.Hour
+)
+
+// Seal encrypts a secret under the site's cluster key, bound to a name.
+func (n *Node) Seal(name string, plain []byte) ([]byte, error) {
+	return pki.Seal(n.Identity().ClusterKey, "secret "+name, plain)
+}
+
+// Unseal decrypts what Seal made under the same name on any member.
+func (n *Node) Unseal(name string, sealed []byte) ([]byte, error) {
+	return pki.Open(n.Identity().ClusterKey, "secret "+name, sealed)
+}
+
+// authority reads the site's authority out of its sealed row.
+func (n *Node) authority(r table.Reader) (*pki.Authority, error) {
+	row, _, ok, err := n.rows.authority.Get(r, theAuthority)
+	if err != nil {
+		return nil, fmt.Errorf("reading the site's authority: %w", err)
+	}
+	if !ok {
+		return nil, errNoAuthority
+	}
+	keyPEM, err := pki.Open(n.Identity().ClusterKey, caKeyName, row.SealedKey)
+	if err != nil {
+		return nil, err
+	}
+	return pki.LoadAuthority(row.Cert, keyPEM)
+}
+
+// failure is one that passes: a client may try again.
+type failure string
+
+func (f failure) Error() string     { return string(f) }
+func (f failure) Unavailable() bool { return true }
+
+const errNoAuthority = failure("the site's authority is not known to this node yet: try again in a few seconds")
+
+// localAuthority reads the authority from the newest local state.
+func (n *Node) localAuthority() (a *pki.Authority, err error) {
+	err = n.db.View(func(v *table.View) error {
+		a, err = n.authority(v)
+		return err
+	})
+	return a, err
+}
+
+// ServerCertificate issues a certificate for the public listener, good for the
+// DNS names and IP addresses given. It lives for pki.ServerLife.
+func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certificate, error) {
+	if err := ctx.Err(); err != nil {
+		return tls.Certificate{}, err
+	}
+	authority, err := n.localAuthority()
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	key, err := pki.NewKey()
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	cert, err := authority.IssueServer(key.Public(), sans, time.Now())
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	keyPEM, err := pki.MarshalKey(key)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.X509KeyPair(append(cert, authority.CertPEM()...), keyPEM)
+}
+
+// CreateToken makes a token by which uses nodes may join within ttl. Its text
+// is shown once; the site keeps a hash.
+func (n *Node) CreateToken(ctx context.Context, ttl time.Duration, uses int) (string, error) {
+	if ttl <= 0 || ttl > MaxTokenTTL {
+		return "", fmt.Errorf("a join token lives for more than nothing and at most %d days", int(MaxTokenTTL.Hours()/24))
+	}
+	if uses < 1 || uses > MaxTokenUses {
+		return "", fmt.Errorf("a join token has 1 to %d uses", MaxTokenUses)
+	}
+	pin, err := pki.PinPEM(n.CA())
+	if err != nil {
+		return "", err
+	}
+	token, err := pki.NewToken(pki.KindJoin, pin)
+	if err != nil {
+		return "", err
+	}
+	now := time.Now()
+	row := tokenRow{Kind: token.Kind, Hash: pki.HashSecret(token.Secret), Created: now.Unix(), Expires: now.Add(ttl).Unix(), Uses: uses}
+	if _, err := n.db.Update(ctx, func(tx *table.Tx) error { return n.rows.tokens.Put(tx, row, token.ID) }); err != nil {
+		return "", fmt.Errorf("storing the join token: %w", err)
+	}
+	return token.String(), nil
+}
+
+// keyHash identifies the node's key.
+func (id Identity) keyHash() (string, error) {
+	key, err := pki.ParseKey(id.Key)
+	if err != nil {
+		return "", err
+	}
+	return pki.KeyHash(key.Public())
+}
+
+// renewAt is when a node asks for a new certificate: at a moment between 50 and
+// 80 % of the old one's life that depends on the node, so that a site that was
+// founded in one go does not renew in one go.
+func renewAt(cert *x509.Certificate, node string) time.Time {
+	h := fnv.New32a()
+	h.Write([]byte(node)) // never fails
+	start := cert.NotBefore.Add(pki.Backdate)
+	life := cert.NotAfter.Sub(start)
+	return start.Add(life/2 + life*3/10*time.Duration(h.Sum32()%1024)/1024)
+}
+
+// renew replaces the node's certificate in time.
+func (n *Node) renew(ctx context.Context) error {
+	for {
+		if now := time.Now(); now.After(renewAt(n.Certificate().Leaf, n.Self())) {
+			if err := n.renewOnce(ctx, now); err != nil && ctx.Err() == nil {
+				n.log.Warn("renewing this node's certificate", "expires", n.Certificate().Leaf.NotAfter, "error", err)
+			}
+		}
+		if !sleep(ctx, n.cfg.Timings.Renew) {
+			return nil
+		}
+	}
+}
+
+// renewOnce asks the other members, and signs by itself when there is none.
+func (n *Node) renewOnce(ctx context.Context, now time.Time) error {
+	id := n.Identity()
+	key, err := pki.ParseKey(id.Key)
+	if err != nil {
+		return err
+	}
+	members, err := n.roster()
+	if err != nil {
+		return err
+	}
+	var cert []byte
+	alone := true
+	var refusals []error
+	for _, m := range members {
+		if m.ID == id.NodeID {
+			continue
+		}
+		alone = false
+		if cert, err = n.askRenewal(ctx, m.Addr, key); err == nil {
+			break
+		}
+		refusals = append(refusals, fmt.Errorf("%s at %s: %w", m.Name, m.Addr, err))
+	}
+	if alone {
+		authority, err := n.localAuthority()
+		if err != nil {
+			return err
+		}
+		if cert, err = authority.IssueNode(key.Public(), id.SiteID, id.NodeID, now); err != nil {
+			return err
+		}
+	}
+	if cert == nil {
+		return errors.Join(refusals...)
+	}
+	id.Cert = cert
+	parsed, err := id.Certificate()
+	if err != nil {
+		return err
+	}
+	if err := id.save(n.cfg.Dir); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	n.identity, n.cert = id, parsed
+	n.mu.Unlock()
+	n.log.Info("renewed this node's certificate", "expires", parsed.Leaf.NotAfter)
+	return nil
+}

@@ -1,0 +1,230 @@
+package member
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/kv"
+)
+
+// The control service is HTTP/1.1 between members:
+//
+//	POST /v1/txn    a Txn's bytes in, a Result's bytes out; to the leader
+//	GET  /v1/index  a read index; to the leader
+//	GET  /v1/term   the term of this node
+//	GET  /v1/ping   a sign of life
+//
+// Nothing is passed on: a node that does not lead says so.
+const (
+	pathTxn   = "/v1/txn"
+	pathIndex = "/v1/index"
+	pathTerm  = "/v1/term"
+	pathPing  = "/v1/ping"
+)
+
+// maxAnswer bounds what is read of an answer. The longest is a Result with a
+// number for each of kv.MaxParts operations.
+const maxAnswer = 128 << 10
+
+// ping is a sign of life.
+type ping struct {
+	Node    string `json:"node"`
+	Term    uint64 `json:"term"`
+	Applied uint64 `json:"applied"`
+	Leader  string `json:"leader"`
+}
+
+type number struct {
+	Node   string `json:"node"`
+	Number uint64 `json:"number"`
+}
+
+type peerKey struct{}
+
+// controlServer serves the control service.
+func (n *Node) controlServer() *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST "+pathTxn, n.serveTxn)
+	mux.HandleFunc("GET "+pathIndex, n.serveIndex)
+	mux.HandleFunc("GET "+pathTerm, n.serveTerm)
+	mux.HandleFunc("GET "+pathPing, n.servePing)
+	return &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       time.Minute,
+		WriteTimeout:      time.Minute,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    8 << 10,
+		ErrorLog:          slog.NewLogLogger(n.log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if p, ok := c.(interface{ PeerID() string }); ok {
+				return context.WithValue(ctx, peerKey{}, p.PeerID())
+			}
+			return ctx
+		},
+	}
+}
+
+func (n *Node) serveTxn(w http.ResponseWriter, r *http.Request) {
+	// The network lets peers without a row use this service, so that a node
+	// that was away can catch up; writing takes a row.
+	peer, _ := r.Context().Value(peerKey{}).(string)
+	if _, ok, err := n.member(peer); err != nil || !ok {
+		http.Error(w, "you are not a member of the site as far as this node knows", http.StatusForbidden)
+		return
+	}
+	txn, err := io.ReadAll(http.MaxBytesReader(w, r.Body, kv.MaxTxnBytes))
+	if err != nil {
+		http.Error(w, "reading the transaction: "+err.Error(), http.StatusBadRequest)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), n.cfg.Timings.LeaderWait)
+	defer cancel()
+	result, outcome, err := n.commit(ctx, txn)
+	switch {
+	case err == nil:
+		w.Write(result.Encode())
+	case outcome == never:
+		http.Error(w, err.Error(), http.StatusMisdirectedRequest)
+	case outcome == refused:
+		http.Error(w, err.Error(), http.StatusBadRequest)
+	default:
+		http.Error(w, err.Error(), http.StatusBadGateway)
+	}
+}
+
+// forward sends the bytes to the leader at addr.
+func (n *Node) forward(ctx context.Context, addr string, txn []byte) (kv.Result, outcome, error) {
+	sent := never
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { sent = unknown },
+	})
+	status, body, err := n.call(ctx, http.MethodPost, addr, pathTxn, bytes.NewReader(txn))
+	if err != nil {
+		return kv.Result{}, sent, err
+	}
+	switch status {
+	case http.StatusOK:
+		result, err := kv.DecodeResult(body)
+		if err != nil {
+			return kv.Result{}, unknown, fmt.Errorf("reading the leader's answer: %w", err)
+		}
+		return result, never, nil
+	case http.StatusMisdirectedRequest, http.StatusForbidden:
+		return kv.Result{}, never, fmt.Errorf("the leader at %s: %s", addr, body)
+	case http.StatusBadRequest:
+		return kv.Result{}, refused, fmt.Errorf("the leader at %s: %s", addr, body)
+	default:
+		return kv.Result{}, unknown, fmt.Errorf("the leader at %s answered %d: %s", addr, status, body)
+	}
+}
+
+func (n *Node) serveIndex(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), n.cfg.Timings.ReadWait)
+	defer cancel()
+	index, err := n.leadIndex(ctx)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusMisdirectedRequest)
+		return
+	}
+	n.reply(w, number{Node: n.Self(), Number: index})
+}
+
+func (n *Node) askIndex(ctx context.Context, addr string) (uint64, error) {
+	var answer number
+	err := n.ask(ctx, addr, pathIndex, &answer)
+	return answer.Number, err
+}
+
+func (n *Node) serveTerm(w http.ResponseWriter, _ *http.Request) {
+	in := n.raft.Load()
+	if in == nil {
+		http.Error(w, "the node is starting", http.StatusServiceUnavailable)
+		return
+	}
+	n.reply(w, number{Node: n.Self(), Number: in.CurrentTerm()})
+}
+
+// askTerm asks the voter id for its term.
+func (n *Node) askTerm(ctx context.Context, addr, id string) (uint64, error) {
+	var answer number
+	if err := n.ask(ctx, addr, pathTerm, &answer); err != nil {
+		return 0, err
+	}
+	if answer.Node != id {
+		return 0, fmt.Errorf("node %s answered at %s instead of %s", answer.Node, addr, id)
+	}
+	return answer.Number, nil
+}
+
+func (n *Node) servePing(w http.ResponseWriter, _ *http.Request) {
+	in := n.raft.Load()
+	if in == nil {
+		http.Error(w, "the node is starting", http.StatusServiceUnavailable)
+		return
+	}
+	n.reply(w, ping{Node: n.Self(), Term: in.CurrentTerm(), Applied: in.machine.Applied(), Leader: n.Leader()})
+}
+
+func (n *Node) reply(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		n.log.Debug("answering a member", "error", err)
+	}
+}
+
+// ask gets a JSON answer.
+func (n *Node) ask(ctx context.Context, addr, path string, into any) error {
+	status, body, err := n.call(ctx, http.MethodGet, addr, path, nil)
+	if err != nil {
+		return err
+	}
+	if status != http.StatusOK {
+		return fmt.Errorf("the node at %s answered %d: %s", addr, status, body)
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return fmt.Errorf("reading the answer of %s: %w", addr, err)
+	}
+	return nil
+}
+
+func (n *Node) call(ctx context.Context, method, addr, path string, body io.Reader) (int, []byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+addr+path, body)
+	if err != nil {
+		return 0, nil, err
+	}
+	resp, err := n.client.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err == nil && len(answer) > maxAnswer {
+		err = errors.New("the answer is too long")
+	}
+	return resp.StatusCode, answer, err
+}
+
+func (n *Node) newClient() *http.Client {
+	return &http.Client{
+		// Members do not redirect.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: &http.Transport{
+			DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+				return n.cfg.Network.Dial(ctx, addr, ServiceControl)
+			},
+			MaxIdleConnsPerHost: 8,
+			IdleConnTimeout:     time.Minute,
+			DisableCompression:  true,
+		},
+	}
+}

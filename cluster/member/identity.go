@@ -1,0 +1,269 @@
+package member
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/pki"
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// Files of the data directory, all 0600. The cluster key has a file of its own,
+// so that it can be kept elsewhere; it is in no snapshot and in no backup.
+const (
+	identityFile   = "identity.json"
+	clusterKeyFile = "cluster.key"
+	foundingFile   = "founding.json" // until the site's first rows are committed
+	joiningFile    = "joining.json"  // until the site has answered
+)
+
+// identityFormat is the version of identity.json.
+const identityFormat = 1
+
+// Identity is who a node is, kept in its data directory.
+type Identity struct {
+	SiteID, NodeID, Name string
+	CA, Cert             []byte // PEM
+	Key                  []byte // PEM, PKCS #8
+	ClusterKey           []byte // pki.ClusterKeySize bytes; seals the site's secrets
+}
+
+// identityJSON is the content of identity.json.
+type identityJSON struct {
+	Format int    `json:"format"`
+	Site   string `json:"site"`
+	Node   string `json:"node"`
+	Name   string `json:"name"`
+	CA     string `json:"ca"`
+	Cert   string `json:"cert"`
+	Key    string `json:"key"`
+}
+
+// foundingJSON is the content of founding.json: what becomes the site's first
+// rows as soon as its founder leads.
+type foundingJSON struct {
+	CAKey string `json:"ca_key"`
+}
+
+// LoadIdentity reads the identity in dir; ErrEmpty when there is none.
+func LoadIdentity(dir string) (Identity, error) {
+	var stored identityJSON
+	if err := readJSON(filepath.Join(dir, identityFile), &stored); errors.Is(err, fs.ErrNotExist) {
+		return Identity{}, fmt.Errorf("%s: %w", dir, ErrEmpty)
+	} else if err != nil {
+		return Identity{}, fmt.Errorf("reading the node's identity: %w", err)
+	}
+	if stored.Format != identityFormat {
+		return Identity{}, fmt.Errorf("%s has format %d, this version of Atoll reads %d: run the version that wrote it, or a newer one", filepath.Join(dir, identityFile), stored.Format, identityFormat)
+	}
+	key, err := os.ReadFile(filepath.Join(dir, clusterKeyFile))
+	if err != nil {
+		return Identity{}, fmt.Errorf("reading the cluster key, without which the site's secrets stay sealed: %w", err)
+	}
+	if len(key) != pki.ClusterKeySize {
+		return Identity{}, fmt.Errorf("%s has %d bytes instead of %d: restore it from another node of the site", filepath.Join(dir, clusterKeyFile), len(key), pki.ClusterKeySize)
+	}
+	id := Identity{
+		SiteID: stored.Site, NodeID: stored.Node, Name: stored.Name,
+		CA: []byte(stored.CA), Cert: []byte(stored.Cert), Key: []byte(stored.Key), ClusterKey: key,
+	}
+	if _, err := id.Certificate(); err != nil {
+		return Identity{}, fmt.Errorf("%s: %w", filepath.Join(dir, identityFile), err)
+	}
+	return id, nil
+}
+
+// Certificate is the node's certificate for its peers, the authority's behind
+// it: a node that joins finds the pinned authority there.
+func (id Identity) Certificate() (tls.Certificate, error) {
+	cert, err := tls.X509KeyPair(append(append([]byte(nil), id.Cert...), id.CA...), id.Key)
+	if err != nil {
+		return tls.Certificate{}, fmt.Errorf("the node's certificate: %w", err)
+	}
+	site, node, err := pki.NodeOf(cert.Leaf)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	if site != id.SiteID || node != id.NodeID {
+		return tls.Certificate{}, fmt.Errorf("the node's certificate is of node %s of site %s, the identity is node %s of site %s", node, site, id.NodeID, id.SiteID)
+	}
+	return cert, nil
+}
+
+// Pool holds the site's authority.
+func (id Identity) Pool() (*x509.CertPool, error) { return pki.Pool(id.CA) }
+
+// save writes the identity; the identity file comes last, because its
+// existence says that the directory belongs to a site.
+func (id Identity) save(dir string) error {
+	if err := writeFile(filepath.Join(dir, clusterKeyFile), id.ClusterKey); err != nil {
+		return err
+	}
+	return writeJSON(filepath.Join(dir, identityFile), identityJSON{
+		Format: identityFormat, Site: id.SiteID, Node: id.NodeID, Name: id.Name,
+		CA: string(id.CA), Cert: string(id.Cert), Key: string(id.Key),
+	})
+}
+
+// Found makes dir the data directory of a new site's first node. The site's
+// first rows are committed when the node runs.
+func Found(dir, name, advertise string) (Identity, error) {
+	if err := checkName(name); err != nil {
+		return Identity{}, err
+	}
+	if err := checkAddr(advertise); err != nil {
+		return Identity{}, fmt.Errorf("the address to advertise: %w", err)
+	}
+	if err := prepareDir(dir); err != nil {
+		return Identity{}, err
+	}
+	now := time.Now()
+	id := Identity{SiteID: table.NewID(), NodeID: table.NewID(), Name: name}
+	authority, err := pki.NewAuthority(id.SiteID, now)
+	if err != nil {
+		return Identity{}, err
+	}
+	caKey, err := authority.KeyPEM()
+	if err != nil {
+		return Identity{}, err
+	}
+	key, err := pki.NewKey()
+	if err != nil {
+		return Identity{}, err
+	}
+	if id.Key, err = pki.MarshalKey(key); err != nil {
+		return Identity{}, err
+	}
+	if id.ClusterKey, err = pki.NewClusterKey(); err != nil {
+		return Identity{}, err
+	}
+	id.CA = authority.CertPEM()
+	if id.Cert, err = authority.IssueNode(key.Public(), id.SiteID, id.NodeID, now); err != nil {
+		return Identity{}, err
+	}
+	if err := writeJSON(filepath.Join(dir, foundingFile), foundingJSON{CAKey: string(caKey)}); err != nil {
+		return Identity{}, err
+	}
+	return id, id.save(dir)
+}
+
+// prepareDir makes the directory of a node that has no identity yet.
+func prepareDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("making the data directory: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, identityFile)); err == nil {
+		return fmt.Errorf("%s: %w", dir, ErrFounded)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("looking into the data directory: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "raft")); err == nil {
+		return fmt.Errorf("%s holds the state of a node but no %s: restore that file, or take an empty directory", dir, identityFile)
+	}
+	return nil
+}
+
+func readJSON(path string, into any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, into); err != nil {
+		return fmt.Errorf("%s is damaged: %w", path, err)
+	}
+	return nil
+}
+
+func writeJSON(path string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(path, append(b, '\n'))
+}
+
+// writeFile replaces a file so that a crash leaves the old or the new one.
+func writeFile(path string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp-*") // 0600
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	return nil
+}
+
+// removeFile removes a file for good; that it is gone already is fine.
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing %s: %w", path, err)
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// checkName allows what people call machines: 1 to 63 letters, digits, dots,
+// dashes and underscores, beginning with a letter or digit.
+func checkName(name string) error {
+	ok := len(name) >= 1 && len(name) <= 63
+	for i, c := range name {
+		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !letter && (i == 0 || c != '.' && c != '-' && c != '_') {
+			ok = false
+		}
+	}
+	if !ok {
+		return fmt.Errorf("%q is no node name: take 1 to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit", name)
+	}
+	return nil
+}
+
+// checkAddr allows host:port with a host that other nodes can dial.
+func checkAddr(addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%q is not host:port: %w", addr, err)
+	}
+	if len(addr) > 261 {
+		return fmt.Errorf("%q is too long for host:port", addr)
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		return fmt.Errorf("%q names no host that other nodes could reach: give one with --advertise", addr)
+	}
+	if p, err := strconv.ParseUint(port, 10, 16); err != nil || p == 0 {
+		return fmt.Errorf("%q has no port from 1 to 65535", addr)
+	}
+	return nil
+}

@@ -1,0 +1,259 @@
+package member
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+
+	"github.com/atoll-registry/atoll/cluster/kv"
+)
+
+// instance is raft with its stores and transport.
+type instance struct {
+	*raft.Raft
+	self      raft.ServerID
+	layer     *layer
+	transport *transport
+	store     *raftboltdb.BoltStore
+	machine   *machine
+	progress  *progress
+
+	// gate keeps proposals out of raft's queue once it is stopping: raft never
+	// answers what waits in the queue when it ends.
+	gate    sync.RWMutex
+	stopped bool
+}
+
+// machine is the state machine that raft drives; it counts the bytes of log
+// that a snapshot would save.
+type machine struct {
+	*kv.Machine
+	bytes atomic.Int64
+}
+
+// Apply implements raft.FSM.
+func (m *machine) Apply(l *raft.Log) any { return m.ApplyBatch([]*raft.Log{l})[0] }
+
+// ApplyBatch implements raft.BatchingFSM.
+func (m *machine) ApplyBatch(logs []*raft.Log) []any {
+	var size int64
+	for _, l := range logs {
+		size += int64(len(l.Data))
+	}
+	m.bytes.Add(size)
+	return m.Machine.ApplyBatch(logs)
+}
+
+// Restore implements raft.FSM.
+func (m *machine) Restore(r io.ReadCloser) error {
+	m.bytes.Store(0)
+	return m.Machine.Restore(r)
+}
+
+// open starts raft on the node's directory. It closes what it opened when it
+// fails.
+func (n *Node) open() (_ *instance, err error) {
+	if n.db.Machine() == nil {
+		return nil, errors.New("member: the database is not built yet: call DB.Build before Run")
+	}
+	if err := os.MkdirAll(n.raftDir(), 0o700); err != nil {
+		return nil, fmt.Errorf("making the directory of the log: %w", err)
+	}
+	log := newRaftLog(n.log)
+	path := filepath.Join(n.raftDir(), "log.db")
+	store, err := raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{Timeout: time.Second}})
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return nil, fmt.Errorf("%s is in use: another process runs on this data directory", path)
+	} else if err != nil {
+		return nil, fmt.Errorf("opening the log %s: %w", path, err)
+	}
+	defer func() {
+		if err != nil {
+			store.Close()
+		}
+	}()
+	snapshots, err := raft.NewFileSnapshotStoreWithLogger(n.raftDir(), 2, log)
+	if err != nil {
+		return nil, fmt.Errorf("opening the snapshots: %w", err)
+	}
+	cached, err := raft.NewLogCache(128, store)
+	if err != nil {
+		return nil, err
+	}
+	in := &instance{
+		self: raft.ServerID(n.Self()), layer: newLayer(n.cfg.Network, n.cfg.Advertise),
+		store: store, machine: &machine{Machine: n.db.Machine()}, progress: newProgress(),
+	}
+	in.transport = &transport{progress: in.progress, NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		Logger: log, Stream: in.layer, MaxPool: 3, MaxRPCsInFlight: 1, Timeout: n.cfg.Timings.RPC,
+	})}
+	defer func() {
+		if err != nil {
+			in.transport.Close()
+		}
+	}()
+	cfg, err := n.raftConfig(snapshots, in.machine.Applied())
+	if err != nil {
+		return nil, err
+	}
+	cfg.Logger = log
+	if err := n.bootstrap(cfg, cached, store, snapshots, in.transport); err != nil {
+		return nil, err
+	}
+	if in.Raft, err = raft.NewRaft(cfg, in.machine, cached, store, snapshots, in.transport); err != nil {
+		return nil, fmt.Errorf("starting the consensus: %w", err)
+	}
+	return in, nil
+}
+
+func (n *Node) raftConfig(snapshots raft.SnapshotStore, applied uint64) (*raft.Config, error) {
+	t := n.cfg.Timings
+	cfg := raft.DefaultConfig()
+	cfg.LocalID = raft.ServerID(n.Self())
+	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = t.Heartbeat, t.Election, t.Lease
+	cfg.BatchApplyCh = true
+	cfg.MaxAppendEntries = 64
+	cfg.ShutdownOnRemove = false
+	cfg.TrailingLogs = n.cfg.Snapshots.TrailingLogs
+	cfg.NoLegacyTelemetry = true
+	// Snapshots are triggered by the size of the log, not by its entries.
+	cfg.SnapshotInterval, cfg.SnapshotThreshold = 24*time.Hour, math.MaxUint64
+	// The engine keeps the state on disk. Only when it is behind the newest
+	// snapshot (the node died while it installed one) is that one restored.
+	list, err := snapshots.List()
+	if err != nil {
+		return nil, fmt.Errorf("listing the snapshots: %w", err)
+	}
+	cfg.NoSnapshotRestoreOnStart = len(list) > 0 && list[0].Index <= applied
+	return cfg, nil
+}
+
+// bootstrap writes the first configuration of a new site, once. A node that
+// joined gets its configuration from the leader.
+func (n *Node) bootstrap(cfg *raft.Config, logs raft.LogStore, stable raft.StableStore, snapshots raft.SnapshotStore, trans raft.Transport) error {
+	if _, err := os.Stat(filepath.Join(n.cfg.Dir, foundingFile)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("looking for a site to found: %w", err)
+	}
+	begun, err := raft.HasExistingState(logs, stable, snapshots)
+	if err != nil || begun {
+		return err
+	}
+	first := raft.Configuration{Servers: []raft.Server{{
+		Suffrage: raft.Voter, ID: cfg.LocalID, Address: raft.ServerAddress(n.cfg.Advertise),
+	}}}
+	if err := raft.BootstrapCluster(cfg, logs, stable, snapshots, trans, first); err != nil {
+		return fmt.Errorf("founding the site: %w", err)
+	}
+	return nil
+}
+
+// servers is raft's newest configuration, committed or not.
+func (in *instance) servers() []raft.Server {
+	return in.GetConfiguration().Configuration().Servers
+}
+
+// loneVoter reports whether this node alone decides what is committed.
+func (in *instance) loneVoter() bool {
+	voters, self := 0, false
+	for _, s := range in.servers() {
+		if s.Suffrage == raft.Voter {
+			voters++
+			self = self || s.ID == in.self
+		}
+	}
+	return voters == 1 && self
+}
+
+// elect lets a lone voter lead at once instead of after a heartbeat timeout:
+// nobody can object. It is the message by which a leader hands over, sent by
+// the node to itself.
+func (in *instance) elect(addr string) error {
+	return in.transport.TimeoutNow(in.self, raft.ServerAddress(addr), &raft.TimeoutNowRequest{
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(in.self), Addr: []byte(addr)},
+	}, &raft.TimeoutNowResponse{})
+}
+
+// stop ends raft: leadership is handed over first, so that writes elsewhere do
+// not wait for a timeout.
+func (in *instance) stop(n *Node) {
+	in.gate.Lock()
+	in.stopped = true
+	in.gate.Unlock()
+	patience := n.cfg.Timings.Election
+	if in.State() == raft.Leader && in.otherVoters() {
+		if err := within(patience+time.Second, in.LeadershipTransfer().Error); err != nil {
+			n.log.Info("the leadership was not handed over; the others elect a leader after a timeout", "error", err)
+		}
+	}
+	// Raft does not answer what is in its queue when it ends. The gate lets
+	// nothing more in, and when this barrier is answered the queue is empty.
+	_ = within(n.cfg.Timings.Lease*2, in.Barrier(n.cfg.Timings.Lease).Error)
+	ended := in.Shutdown()
+	in.layer.Close() // cuts messages that raft would wait for
+	if err := ended.Error(); err != nil {
+		n.log.Warn("stopping the consensus", "error", err)
+	}
+	if err := in.store.Close(); err != nil {
+		n.log.Warn("closing the log", "error", err)
+	}
+}
+
+func (in *instance) otherVoters() bool {
+	for _, s := range in.servers() {
+		if s.Suffrage == raft.Voter && s.ID != in.self {
+			return true
+		}
+	}
+	return false
+}
+
+// within waits for an answer that may never come.
+func within(d time.Duration, answer func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- answer() }()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-t.C:
+		return fmt.Errorf("no answer in %v", d)
+	}
+}
+
+// snapshotWhenDue takes a snapshot whenever the log since the last one
+// outweighs the state.
+func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
+	for sleep(ctx, n.cfg.Timings.Ping) {
+		logged := in.machine.bytes.Load()
+		if logged < max(n.cfg.Snapshots.MinBytes, in.machine.Size()) {
+			continue
+		}
+		start := time.Now()
+		err := in.Snapshot().Error()
+		switch {
+		case errors.Is(err, raft.ErrNothingNewToSnapshot), errors.Is(err, raft.ErrRaftShutdown):
+		case err != nil:
+			n.log.Warn("a snapshot of the state was not taken; the log grows until one is", "error", err)
+		default:
+			in.machine.bytes.Add(-logged)
+			n.log.Debug("took a snapshot of the state", "log_bytes", logged, "took", time.Since(start))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,316 @@
+package member
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/pki"
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// JoinConfig is what a new node needs to join a site.
+type JoinConfig struct {
+	Dir       string // data directory without an identity
+	Name      string
+	Advertise string // host:port of this node's peer port
+	APIURL    string // where clients will reach this node; "" when not known yet
+	Token     string
+	Addrs     []string // peer ports of nodes of the site, any of them
+	// Dial reaches the join service of the node at addr: Network.DialJoin.
+	Dial func(ctx context.Context, addr string, caPin []byte) (net.Conn, error)
+	Log  *slog.Logger
+	// Retry is for how long nodes that do not answer are asked again; 0 means 30 s.
+	Retry time.Duration
+}
+
+const (
+	pathJoin  = "/v1/join"
+	pathRenew = "/v1/renew"
+	// maxJoinBody bounds what is read of a stranger's request, and of its answer.
+	maxJoinBody   = 16 << 10
+	maxJoinAnswer = 256 << 10
+)
+
+// joinRequest asks for membership.
+type joinRequest struct {
+	Token   string `json:"token"`
+	Node    string `json:"node"`
+	Name    string `json:"name"`
+	Addr    string `json:"addr"`
+	API     string `json:"api,omitempty"`
+	CSR     []byte `json:"csr"`
+	Feature int    `json:"feature"`
+}
+
+// joinAnswer makes the asker a member.
+type joinAnswer struct {
+	Site       string `json:"site"`
+	CA         []byte `json:"ca"`
+	Cert       []byte `json:"cert"`
+	ClusterKey []byte `json:"cluster_key"`
+}
+
+// renewRequest asks for a new certificate of the key that the row names.
+type renewRequest struct {
+	Node string `json:"node"`
+	CSR  []byte `json:"csr"`
+}
+
+type renewAnswer struct {
+	Cert []byte `json:"cert"`
+}
+
+// refusal is the answer to a request that is not granted.
+type refusal struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+}
+
+func (r *refusal) Error() string { return r.Message }
+
+// Is lets errors.Is find the sentinel that the code stands for, on both ends.
+func (r *refusal) Is(target error) bool {
+	want, ok := map[string]error{
+		codeExpired: ErrTokenExpired, codeUsed: ErrTokenUsed, codeUnknown: ErrTokenUnknown,
+		codeOtherSite: ErrOtherSite, codeName: ErrNameTaken, codeMalformed: pki.ErrMalformed, codeRemoved: ErrRemoved,
+	}[r.Code]
+	return ok && want == target
+}
+
+const (
+	codeExpired   = "token_expired"
+	codeUsed      = "token_used"
+	codeUnknown   = "token_unknown"
+	codeOtherSite = "other_site"
+	codeName      = "name_taken"
+	codeMalformed = "malformed"
+	codeRemoved   = "removed"
+	codeLater     = "try_again"
+)
+
+func refuse(code, format string, args ...any) *refusal {
+	return &refusal{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+// joiningJSON is the content of joining.json: an application under way. When
+// its answer was lost, the same key asks again and gets it.
+type joiningJSON struct {
+	TokenID string `json:"token_id"`
+	Node    string `json:"node"`
+	Key     string `json:"key"`
+}
+
+// Join makes cfg.Dir the data directory of a new member of an existing site.
+// Errors: ErrFounded, pki.ErrMalformed, ErrOtherSite, ErrTokenExpired,
+// ErrTokenUsed, ErrTokenUnknown, ErrNameTaken, ErrUnreachable.
+func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
+	token, err := pki.ParseToken(cfg.Token)
+	if err != nil {
+		return Identity{}, fmt.Errorf("the join token: %w", err)
+	}
+	if token.Kind != pki.KindJoin {
+		return Identity{}, fmt.Errorf("the join token: %w: it is a token for %q; make one with: atoll token create", pki.ErrMalformed, token.Kind)
+	}
+	if err := checkName(cfg.Name); err != nil {
+		return Identity{}, err
+	}
+	if err := checkAddr(cfg.Advertise); err != nil {
+		return Identity{}, fmt.Errorf("the address to advertise: %w", err)
+	}
+	if len(cfg.Addrs) == 0 {
+		return Identity{}, errors.New("joining takes the address of at least one node of the site")
+	}
+	if err := prepareDir(cfg.Dir); err != nil {
+		return Identity{}, err
+	}
+	pending, key, err := application(cfg.Dir, token.ID)
+	if err != nil {
+		return Identity{}, err
+	}
+	csr, err := pki.NewCSR(key)
+	if err != nil {
+		return Identity{}, err
+	}
+	body, err := json.Marshal(joinRequest{
+		Token: token.String(), Node: pending.Node, Name: cfg.Name, Addr: cfg.Advertise, API: cfg.APIURL,
+		CSR: csr, Feature: FeatureLevel,
+	})
+	if err != nil {
+		return Identity{}, err
+	}
+	var answer joinAnswer
+	if err := cfg.apply(ctx, token.Pin, body, &answer); err != nil {
+		return Identity{}, err
+	}
+	id := Identity{
+		SiteID: answer.Site, NodeID: pending.Node, Name: cfg.Name, CA: answer.CA, Cert: answer.Cert,
+		Key: []byte(pending.Key), ClusterKey: answer.ClusterKey,
+	}
+	if err := id.check(token.Pin); err != nil {
+		return Identity{}, fmt.Errorf("the site's answer: %w", err)
+	}
+	if err := id.save(cfg.Dir); err != nil {
+		return Identity{}, err
+	}
+	return id, removeFile(filepath.Join(cfg.Dir, joiningFile))
+}
+
+// check makes sure of what a site answered before it is stored.
+func (id Identity) check(pin []byte) error {
+	ca, err := pki.ParseCert(id.CA)
+	if err != nil {
+		return err
+	}
+	if !pki.PinMatches(pki.PinOf(ca), pin) {
+		return ErrOtherSite
+	}
+	if len(id.ClusterKey) != pki.ClusterKeySize {
+		return errors.New("it holds no cluster key")
+	}
+	cert, err := id.Certificate()
+	if err != nil {
+		return err
+	}
+	return cert.Leaf.CheckSignatureFrom(ca)
+}
+
+// application gives the key and the id under which the node applies with a
+// token: those of an earlier try with the same token, else new ones, which are
+// on disk before they are sent.
+func application(dir, tokenID string) (joiningJSON, crypto.Signer, error) {
+	path := filepath.Join(dir, joiningFile)
+	var pending joiningJSON
+	err := readJSON(path, &pending)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return pending, nil, err
+	}
+	if err == nil && pending.TokenID == tokenID {
+		key, err := pki.ParseKey([]byte(pending.Key))
+		if err != nil {
+			return pending, nil, fmt.Errorf("%s is damaged, remove it: %w", path, err)
+		}
+		return pending, key, nil
+	}
+	key, err := pki.NewKey()
+	if err != nil {
+		return pending, nil, err
+	}
+	keyPEM, err := pki.MarshalKey(key)
+	if err != nil {
+		return pending, nil, err
+	}
+	pending = joiningJSON{TokenID: tokenID, Node: table.NewID(), Key: string(keyPEM)}
+	return pending, key, writeJSON(path, pending)
+}
+
+// apply asks one node after the other. A refusal is final, unless it says to
+// try again; silence is not.
+func (cfg JoinConfig) apply(ctx context.Context, pin, body []byte, answer *joinAnswer) error {
+	retry := cfg.Retry
+	if retry == 0 {
+		retry = 30 * time.Second
+	}
+	patient, cancel := context.WithTimeout(ctx, retry)
+	defer cancel()
+	for {
+		var silent []error
+		for _, addr := range cfg.Addrs {
+			err := postJoin(patient, dialer{cfg.Dial, addr, pin}, pathJoin, body, answer)
+			var no *refusal
+			switch {
+			case err == nil:
+				return nil
+			case errors.As(err, &no) && no.Code != codeLater, errors.Is(err, ErrOtherSite):
+				return fmt.Errorf("joining at %s: %w", addr, err)
+			}
+			silent = append(silent, fmt.Errorf("%s: %w", addr, err))
+			if cfg.Log != nil {
+				cfg.Log.Info("a node of the site did not take this node in; trying on", "address", addr, "error", err)
+			}
+		}
+		if !sleep(patient, time.Second) {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			return fmt.Errorf("%w: %w", ErrUnreachable, errors.Join(silent...))
+		}
+	}
+}
+
+type dialer struct {
+	dial func(ctx context.Context, addr string, caPin []byte) (net.Conn, error)
+	addr string
+	pin  []byte
+}
+
+// postJoin sends one request over a join connection of its own.
+func postJoin(ctx context.Context, d dialer, path string, body []byte, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	client := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return d.dial(ctx, d.addr, d.pin)
+		},
+		DisableKeepAlives: true,
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+d.addr+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	resp, err := client.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxJoinAnswer+1))
+	if err != nil {
+		return fmt.Errorf("reading the answer: %w", err)
+	}
+	if len(text) > maxJoinAnswer {
+		return errors.New("the answer is too long")
+	}
+	if resp.StatusCode == http.StatusOK {
+		if err := json.Unmarshal(text, answer); err != nil {
+			return fmt.Errorf("reading the answer: %w", err)
+		}
+		return nil
+	}
+	var no refusal
+	if err := json.Unmarshal(text, &no); err != nil || no.Code == "" {
+		return fmt.Errorf("the node answered %d: %.200q", resp.StatusCode, text)
+	}
+	return &no
+}
+
+// askRenewal asks the member at addr for a new certificate. It takes the join
+// service, because a certificate that has expired opens no other.
+func (n *Node) askRenewal(ctx context.Context, addr string, key crypto.Signer) ([]byte, error) {
+	csr, err := pki.NewCSR(key)
+	if err != nil {
+		return nil, err
+	}
+	pin, err := pki.PinPEM(n.CA())
+	if err != nil {
+		return nil, err
+	}
+	body, err := json.Marshal(renewRequest{Node: n.Self(), CSR: csr})
+	if err != nil {
+		return nil, err
+	}
+	var answer renewAnswer
+	if err := postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathRenew, body, &answer); err != nil {
+		return nil, err
+	}
+	return answer.Cert, nil
+}

@@ -1,0 +1,271 @@
+// Package member makes one node a member of a site: its identity, how it
+// founds or joins, the raft instance with its log and snapshots, and the
+// membership that raft follows. It is the way to the leader for cluster/table.
+// DESIGN.md beside it states the invariants and why they hold.
+package member
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// Services of the network that this package listens on.
+const (
+	ServiceRaft    byte = 1
+	ServiceControl byte = 2
+)
+
+// FeatureLevel is what this version publishes in its member row: new shapes of
+// rows wait until every member has reached the level that brought them.
+const FeatureLevel = 1
+
+// Network carries connections between the nodes of the site. An accepted or
+// dialled connection proves its peer and says who it is: it has a method
+// PeerID() string.
+type Network interface {
+	// Listen gives the accepted connections of one service.
+	Listen(service byte) net.Listener
+	// Dial reaches a service of the node at addr.
+	Dial(ctx context.Context, addr string, service byte) (net.Conn, error)
+	// ListenJoin gives the connections of nodes that have no certificate yet.
+	ListenJoin() net.Listener
+	// DialJoin reaches the join service of the node at addr, which must prove
+	// to be of the site whose authority has the pin. Its error wraps
+	// ErrOtherSite when it is not.
+	DialJoin(ctx context.Context, addr string, caPin []byte) (net.Conn, error)
+}
+
+// Config is what a Node needs. Zero values of what is not required mean the
+// defaults of the design.
+type Config struct {
+	Dir       string // of the identity and of raft's files; required
+	Name      string // a label; the identity's when empty
+	Advertise string // host:port of the peer port as other nodes reach it; required
+	APIURL    string // where clients reach this node's public API
+	Network   Network
+	DB        *table.DB // New defines its tables on it; built before Run
+	Log       *slog.Logger
+	Registry  prometheus.Registerer // may be nil
+
+	Timings   Timings
+	Snapshots Snapshots
+	MaxVoters int // 5
+}
+
+// Timings of the consensus. Tests shrink them; in one site they must agree.
+type Timings struct {
+	Heartbeat  time.Duration // a follower waits so long for its leader; 3 s
+	Election   time.Duration // a candidate waits so long for votes; 3 s
+	Lease      time.Duration // a leader without a majority steps down after; 1.5 s
+	LeaderWait time.Duration // a write waits so long for a leader; 15 s
+	ReadWait   time.Duration // a read index waits so long for the voters; 3 s
+	Ping       time.Duration // members are asked for a sign of life so often; 1 s
+	Live       time.Duration // a member is live so long after its last sign; 3 s
+	RPC        time.Duration // deadline of one raft message; 5 s
+	Renew      time.Duration // the certificate's age is looked at so often; 1 h
+}
+
+// Snapshots says when one is taken and what of the log stays behind it.
+type Snapshots struct {
+	// MinBytes of log since the last snapshot make a new one due, unless the
+	// state itself is larger: then as many bytes as the state has. 16 MiB.
+	MinBytes int64
+	// TrailingLogs stay in the log behind a snapshot, so that a node that was
+	// away for a while needs no snapshot. 10240.
+	TrailingLogs uint64
+}
+
+// Failures that a caller can tell apart.
+var (
+	// ErrEmpty: the data directory holds no identity.
+	ErrEmpty = errors.New("the data directory belongs to no site yet")
+	// ErrFounded: the data directory already holds an identity.
+	ErrFounded = errors.New("the data directory already belongs to a site")
+	// ErrOtherSite: a token's pin names another site's authority.
+	ErrOtherSite = errors.New("the token is for another site")
+	// ErrTokenExpired, ErrTokenUsed, ErrTokenUnknown: the site refuses a token.
+	ErrTokenExpired = errors.New("the token has expired")
+	ErrTokenUsed    = errors.New("the token has been used up")
+	ErrTokenUnknown = errors.New("the token is not known to the site")
+	// ErrNameTaken: a live member has the name that a new node asked for.
+	ErrNameTaken = errors.New("the node name is taken")
+	// ErrUnreachable: none of the addresses given for joining answered.
+	ErrUnreachable = errors.New("no node of the site answered")
+	// ErrRemoved: this node is no longer a member of its site.
+	ErrRemoved = errors.New("this node was removed from its site")
+
+	errStopped = errors.New("the node is stopping")
+)
+
+// Node is this process as a member of its site.
+//
+// Lock order: mu is a leaf. Run owns every goroutine.
+type Node struct {
+	cfg    Config
+	log    *slog.Logger
+	db     *table.DB
+	rows   rows
+	client *http.Client
+
+	mu       sync.Mutex
+	identity Identity
+	cert     tls.Certificate
+
+	raft    atomic.Pointer[instance] // nil until Run has started it
+	term    atomic.Uint64            // the newest term that this node has opened as its leader
+	changed *signal                  // fires when the leader or the membership may have changed
+	peers   *sightings
+	metrics *metrics
+	begun   time.Time
+	ready   chan struct{}
+	ran     atomic.Bool
+}
+
+var _ table.Backend = (*Node)(nil)
+
+// New prepares a node and defines its tables on cfg.DB; nothing runs yet. The
+// order is: New, DB.Build, DB.Attach(node), Run.
+func New(cfg Config, identity Identity) (*Node, error) {
+	if cfg.Dir == "" || cfg.Network == nil || cfg.DB == nil || cfg.Log == nil {
+		return nil, errors.New("member: Dir, Network, DB and Log are required")
+	}
+	if err := checkAddr(cfg.Advertise); err != nil {
+		return nil, fmt.Errorf("the address to advertise: %w", err)
+	}
+	if cfg.Name == "" {
+		cfg.Name = identity.Name
+	}
+	if err := checkName(cfg.Name); err != nil {
+		return nil, err
+	}
+	cfg.defaults()
+	cert, err := identity.Certificate()
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{
+		cfg: cfg, log: cfg.Log, db: cfg.DB, rows: defineRows(cfg.DB),
+		identity: identity, cert: cert,
+		changed: newSignal(), peers: newSightings(), ready: make(chan struct{}), begun: time.Now(),
+	}
+	n.client = n.newClient()
+	if n.metrics, err = newMetrics(cfg.Registry, n); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+func (c *Config) defaults() {
+	t := &c.Timings
+	for _, d := range []struct {
+		at   *time.Duration
+		mean time.Duration
+	}{
+		{&t.Heartbeat, 3 * time.Second}, {&t.Election, 3 * time.Second}, {&t.Lease, 1500 * time.Millisecond},
+		{&t.LeaderWait, 15 * time.Second}, {&t.ReadWait, 3 * time.Second}, {&t.Ping, time.Second},
+		{&t.Live, 3 * time.Second}, {&t.RPC, 5 * time.Second}, {&t.Renew, time.Hour},
+	} {
+		if *d.at == 0 {
+			*d.at = d.mean
+		}
+	}
+	if c.Snapshots.MinBytes == 0 {
+		c.Snapshots.MinBytes = 16 << 20
+	}
+	if c.Snapshots.TrailingLogs == 0 {
+		c.Snapshots.TrailingLogs = 10240
+	}
+	if c.MaxVoters == 0 {
+		c.MaxVoters = 5
+	}
+}
+
+// Self is this node's id.
+func (n *Node) Self() string { return n.Identity().NodeID }
+
+// Identity is what this node is at present; its certificate changes when it is
+// renewed.
+func (n *Node) Identity() Identity {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.identity
+}
+
+// Certificate is the node's certificate for its peers, the authority's behind
+// it. It changes when it is renewed: ask again for each handshake.
+func (n *Node) Certificate() tls.Certificate {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.cert
+}
+
+// CA is the certificate of the site's authority in PEM.
+func (n *Node) CA() []byte { return n.Identity().CA }
+
+// Ready is closed when the node serves: its state is loaded and its peers are
+// answered. There need not be a leader.
+func (n *Node) Ready() <-chan struct{} { return n.ready }
+
+// Leader is the id of the leader as far as this node knows; "" for none.
+func (n *Node) Leader() string {
+	_, id := n.leader()
+	return id
+}
+
+func (n *Node) leader() (addr, id string) {
+	r := n.raft.Load()
+	if r == nil {
+		return "", ""
+	}
+	a, i := r.LeaderWithID()
+	return string(a), string(i)
+}
+
+func (n *Node) raftDir() string { return filepath.Join(n.cfg.Dir, "raft") }
+
+// signal wakes everybody who waits for a change.
+type signal struct {
+	mu sync.Mutex
+	ch chan struct{}
+}
+
+func newSignal() *signal { return &signal{ch: make(chan struct{})} }
+
+// wait gives a channel that is closed at the next fire.
+func (s *signal) wait() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ch
+}
+
+func (s *signal) fire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.ch)
+	s.ch = make(chan struct{})
+}
+
+// sleep waits; false when ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

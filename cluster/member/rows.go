@@ -1,0 +1,142 @@
+package member
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// Member is a node's row. Raft's own configuration follows these rows, never
+// the other way round.
+type Member struct {
+	ID      string `cbor:"id"`
+	Name    string `cbor:"name"`
+	Addr    string `cbor:"addr"` // of the peer port
+	API     string `cbor:"api"`  // URL of the public API; "" when not known yet
+	Joined  int64  `cbor:"joined"`
+	Feature int    `cbor:"feature"`
+	KeyHash string `cbor:"key_hash"` // of the key that its certificate is for
+	// Removed is when the node was removed, 0 while it is a member. The row
+	// stays: a certificate that was once issued is refused by it.
+	Removed int64 `cbor:"removed"`
+	// ReplacedBy is the id of a node that joined under this node's name while
+	// it was dead, and takes its place as soon as it has caught up.
+	ReplacedBy string `cbor:"replaced_by"`
+}
+
+// nameRow says which node has a name.
+type nameRow struct {
+	Node string `cbor:"node"`
+}
+
+// tokenRow is a join token as the site keeps it. The secret is not in it.
+type tokenRow struct {
+	Kind    string     `cbor:"kind"`
+	Hash    []byte     `cbor:"hash"`
+	Created int64      `cbor:"created"`
+	Expires int64      `cbor:"expires"`
+	Uses    int        `cbor:"uses"`
+	Used    []tokenUse `cbor:"used"`
+}
+
+// tokenUse remembers who used a token, so that a node whose answer was lost
+// gets it again.
+type tokenUse struct {
+	Node    string `cbor:"node"`
+	KeyHash string `cbor:"key_hash"`
+}
+
+// authorityRow is the site's certificate authority.
+type authorityRow struct {
+	Cert      []byte `cbor:"cert"`       // PEM
+	SealedKey []byte `cbor:"sealed_key"` // by pki.Seal under caKeyName
+}
+
+// theAuthority is the key of the one authority row.
+const theAuthority = "ca"
+
+// caKeyName is what the authority's key is sealed as.
+const caKeyName = "site authority key"
+
+type rows struct {
+	members   *table.Table[Member]
+	names     *table.Table[nameRow]
+	tokens    *table.Table[tokenRow]
+	authority *table.Table[authorityRow]
+}
+
+func defineRows(db *table.DB) rows {
+	return rows{
+		members:   table.Define[Member](db, "member"),
+		names:     table.Define[nameRow](db, "member_name"),
+		tokens:    table.Define[tokenRow](db, "join_token"),
+		authority: table.Define[authorityRow](db, "site_authority"),
+	}
+}
+
+// Members are the site's nodes at the moment of r, by id. Those that were
+// removed are not among them.
+func (n *Node) Members(r table.Reader) ([]Member, error) {
+	all, err := n.everMembers(r)
+	if err != nil {
+		return nil, err
+	}
+	members := all[:0]
+	for _, m := range all {
+		if m.Removed == 0 {
+			members = append(members, m)
+		}
+	}
+	return members, nil
+}
+
+// everMembers are also those that were removed.
+func (n *Node) everMembers(r table.Reader) ([]Member, error) {
+	var all []Member
+	for row, err := range n.rows.members.Scan(r, table.Range{}) {
+		if err != nil {
+			return nil, fmt.Errorf("reading the member rows: %w", err)
+		}
+		all = append(all, row.Value)
+	}
+	return all, nil
+}
+
+// roster is the members of the newest local state.
+func (n *Node) roster() (members []Member, err error) {
+	err = n.db.View(func(v *table.View) error {
+		members, err = n.Members(v)
+		return err
+	})
+	return members, err
+}
+
+// member reads one row of the newest local state.
+func (n *Node) member(id string) (m Member, ok bool, err error) {
+	err = n.db.View(func(v *table.View) error {
+		m, _, ok, err = n.rows.members.Get(v, id)
+		return err
+	})
+	return m, ok, err
+}
+
+// Authorize decides whether a peer with a certificate of the site may use a
+// service of this node, by its member row.
+//
+// A peer without a row may use those of the consensus: a node that was away
+// does not know who joined meanwhile, and could never learn it if it refused a
+// leader that did. It may not propose: see the control service. Removed
+// members have rows that say so.
+func (n *Node) Authorize(peerID string, service byte) error {
+	m, ok, err := n.member(peerID)
+	switch {
+	case err != nil:
+		return fmt.Errorf("looking up the peer %s: %w", peerID, err)
+	case ok && m.Removed != 0:
+		return fmt.Errorf("the peer %s (%s) was removed from the site on %s", peerID, m.Name, time.Unix(m.Removed, 0).UTC().Format(time.DateOnly))
+	case !ok && service != ServiceRaft && service != ServiceControl:
+		return fmt.Errorf("the peer %s is not a member of the site as far as this node knows", peerID)
+	}
+	return nil
+}

@@ -1,0 +1,195 @@
+package member
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// Run makes the node take part in its site until ctx ends or something fails
+// for good: the state machine halts, or the node was removed (ErrRemoved). A
+// node runs once.
+//
+// The order of stopping has reasons. What acts by itself (leading, pings,
+// renewal) ends first, so that nothing starts anew. Then the leadership is
+// handed over, while this node still answers its peers: the successor needs
+// its vote and the last entries. Then raft ends, then the listeners, and last
+// the log is closed, which raft writes until it has ended.
+func (n *Node) Run(ctx context.Context) error {
+	if n.ran.Swap(true) {
+		return errors.New("member: Run was called twice")
+	}
+	in, err := n.open()
+	if err != nil {
+		return err
+	}
+	// The servers outlive ctx; they end when their listeners are closed.
+	var serving errgroup.Group
+	failed := make(chan error, 3)
+	serve := func(what string, f func() error) {
+		serving.Go(func() error {
+			if err := f(); err != nil {
+				failed <- fmt.Errorf("serving %s: %w", what, err)
+			}
+			return nil
+		})
+	}
+	control, joins := n.controlServer(), n.joinServer()
+	serve("the consensus", in.layer.serve)
+	serve("the members", func() error { return serveHTTP(control, n.cfg.Network.Listen(ServiceControl)) })
+	serve("joining nodes", func() error { return serveHTTP(joins, n.cfg.Network.ListenJoin()) })
+	n.raft.Store(in)
+
+	acting, actx := errgroup.WithContext(ctx)
+	for _, act := range []func(context.Context) error{
+		func(ctx context.Context) error { return n.observe(ctx, in) },
+		func(ctx context.Context) error { return n.lead(ctx, in) },
+		func(ctx context.Context) error { return n.snapshotWhenDue(ctx, in) },
+		n.watchPeers, n.publish, n.renew,
+		func(ctx context.Context) error { return n.start(ctx, in) },
+		func(ctx context.Context) error {
+			select {
+			case <-ctx.Done():
+				return nil
+			case err := <-failed:
+				return err
+			case <-in.machine.Halted():
+				return in.machine.Err()
+			}
+		},
+	} {
+		acting.Go(func() error { return act(actx) })
+	}
+	err = acting.Wait()
+
+	in.stop(n)
+	n.changed.fire()
+	control.Close()
+	joins.Close()
+	n.client.CloseIdleConnections()
+	_ = serving.Wait() // its functions report to failed
+	return err
+}
+
+func serveHTTP(s *http.Server, l net.Listener) error {
+	if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// start makes a lone voter lead and says when the node serves.
+func (n *Node) start(ctx context.Context, in *instance) error {
+	defer close(n.ready)
+	if !in.loneVoter() {
+		return nil
+	}
+	if err := in.elect(n.cfg.Advertise); err != nil {
+		n.log.Info("this node leads after a timeout only", "error", err)
+	}
+	patience, cancel := context.WithTimeout(ctx, 2*n.cfg.Timings.Election)
+	defer cancel()
+	for n.term.Load() == 0 {
+		opened := n.changed.wait()
+		if n.term.Load() != 0 {
+			break
+		}
+		select {
+		case <-opened:
+		case <-patience.Done():
+			return nil
+		}
+	}
+	return nil
+}
+
+// observe wakes those who wait for a leader.
+func (n *Node) observe(ctx context.Context, in *instance) error {
+	seen := make(chan raft.Observation, 16)
+	o := raft.NewObserver(seen, false, func(o *raft.Observation) bool {
+		switch o.Data.(type) {
+		case raft.LeaderObservation, raft.RaftState:
+			return true
+		}
+		return false
+	})
+	in.RegisterObserver(o)
+	defer in.DeregisterObserver(o)
+	for {
+		n.changed.fire()
+		select {
+		case o := <-seen:
+			if l, ok := o.Data.(raft.LeaderObservation); ok {
+				n.log.Info("the site's leader changed", "leader", string(l.LeaderID), "address", string(l.LeaderAddr))
+			}
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// publish keeps this node's own row true, and notices when it was removed.
+func (n *Node) publish(ctx context.Context) error {
+	rows := n.db.Watch(ctx, "member", n.Self())
+	for {
+		self, ok, err := n.member(n.Self())
+		switch {
+		case err != nil:
+			n.log.Warn("reading this node's row", "error", err)
+		case ok && self.Removed != 0:
+			return ErrRemoved
+		case ok && n.published(self) != self:
+			if err := n.publishOnce(ctx); err != nil && ctx.Err() == nil {
+				n.log.Info("this node's new address or name is not known to the site yet", "error", err)
+			}
+		}
+		tick := time.NewTimer(5 * n.cfg.Timings.Ping)
+		select {
+		case <-rows:
+		case <-tick.C:
+		case <-ctx.Done():
+			tick.Stop()
+			return nil
+		}
+		tick.Stop()
+	}
+}
+
+// published is what this node's row should be.
+func (n *Node) published(m Member) Member {
+	m.Name, m.Addr, m.API, m.Feature = n.cfg.Name, n.cfg.Advertise, n.cfg.APIURL, FeatureLevel
+	return m
+}
+
+func (n *Node) publishOnce(ctx context.Context) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		self, _, ok, err := n.rows.members.Get(tx, n.Self())
+		if err != nil || !ok || self.Removed != 0 {
+			return err
+		}
+		is := n.published(self)
+		if is.Name != self.Name {
+			if holder, _, taken, err := n.rows.names.Get(tx, is.Name); err != nil {
+				return err
+			} else if taken && holder.Node != is.ID {
+				return fmt.Errorf("%w: %q is node %s", ErrNameTaken, is.Name, holder.Node)
+			}
+			if err := n.rows.names.Delete(tx, self.Name); err != nil {
+				return err
+			}
+			if err := n.rows.names.Put(tx, nameRow{Node: is.ID}, is.Name); err != nil {
+				return err
+			}
+		}
+		return n.rows.members.Put(tx, is, is.ID)
+	})
+	return err
+}

@@ -1,0 +1,247 @@
+package member
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+)
+
+// Status is what a node knows of its site.
+type Status struct {
+	Self    string
+	Leader  string // id; "" when none is known
+	Term    uint64
+	Applied uint64 // revision of this node's state
+	// Quorum: a majority of the voters has just confirmed the leader.
+	Quorum bool
+	// LastContact is when this node last heard of a leader.
+	LastContact time.Time
+	Members     []MemberStatus // by time of joining
+}
+
+// MemberStatus is one member as this node sees it.
+type MemberStatus struct {
+	Member
+	Voter  bool
+	Leader bool
+	Up     bool // it answered within Timings.Live
+	// Lag is by how many revisions its state is behind this node's; 0 as well
+	// when it is not known.
+	Lag         uint64
+	LastContact time.Time // zero: never since this node started
+}
+
+// Status gives what this node knows; it asks the leader for a confirmation, no
+// longer than 300 ms.
+func (n *Node) Status(ctx context.Context) (Status, error) {
+	in := n.raft.Load()
+	if in == nil {
+		return Status{}, errors.New("the node is starting")
+	}
+	members, err := n.roster()
+	if err != nil {
+		return Status{}, err
+	}
+	ask, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+	defer cancel()
+	_, unconfirmed := n.ReadIndex(ask)
+	s := Status{
+		Self: n.Self(), Leader: n.Leader(), Term: in.CurrentTerm(), Applied: in.machine.Applied(),
+		Quorum: unconfirmed == nil, LastContact: n.LastContact(),
+	}
+	voters := make(map[string]bool)
+	for _, server := range in.servers() {
+		voters[string(server.ID)] = server.Suffrage == raft.Voter
+	}
+	for _, m := range members {
+		ms := MemberStatus{Member: m, Voter: voters[m.ID], Leader: m.ID == s.Leader, Up: n.live(m.ID)}
+		ms.LastContact = n.lastSeen(m.ID)
+		if m.ID == s.Self {
+			ms.LastContact = time.Now()
+		} else if applied := n.peers.of(m.ID).applied; applied > 0 && applied < s.Applied {
+			ms.Lag = s.Applied - applied
+		}
+		s.Members = append(s.Members, ms)
+	}
+	slices.SortStableFunc(s.Members, func(a, b MemberStatus) int { return int(a.Joined - b.Joined) })
+	return s, nil
+}
+
+// Live are the members that this node could reach just now, itself first.
+func (n *Node) Live() []Member {
+	members, err := n.roster()
+	if err != nil {
+		n.log.Warn("reading the members", "error", err)
+		return nil
+	}
+	live := slices.DeleteFunc(members, func(m Member) bool { return !n.live(m.ID) })
+	self := n.Self()
+	slices.SortStableFunc(live, func(a, b Member) int {
+		switch self {
+		case a.ID:
+			return -1
+		case b.ID:
+			return 1
+		}
+		return 0
+	})
+	return live
+}
+
+func (n *Node) live(id string) bool {
+	return id == n.Self() || time.Since(n.lastSeen(id)) < n.cfg.Timings.Live
+}
+
+// lastSeen is the last successful exchange with a member, of either kind.
+func (n *Node) lastSeen(id string) time.Time {
+	seen := n.peers.of(id).at
+	if in := n.raft.Load(); in != nil {
+		if c := in.progress.contact(id); c.After(seen) {
+			return c
+		}
+	}
+	return seen
+}
+
+// sightings is what the members answered to pings.
+type sightings struct {
+	mu   sync.Mutex
+	seen map[string]sighting
+}
+
+type sighting struct {
+	at      time.Time
+	applied uint64
+	leader  string // whom it takes for the leader
+}
+
+func newSightings() *sightings { return &sightings{seen: make(map[string]sighting)} }
+
+func (s *sightings) of(id string) sighting {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.seen[id]
+}
+
+func (s *sightings) saw(p ping) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.seen[p.Node] = sighting{at: time.Now(), applied: p.Applied, leader: p.Leader}
+}
+
+// route is the way to the leader: raft's, else what members answered to pings.
+// A node whose address has changed hears of the leader in that way only: the
+// leader does not know where to find it.
+func (n *Node) route() (addr, id string) {
+	if addr, id = n.leader(); id != "" {
+		return addr, id
+	}
+	members, err := n.roster()
+	if err != nil {
+		return "", ""
+	}
+	byID := make(map[string]Member, len(members))
+	for _, m := range members {
+		byID[m.ID] = m
+	}
+	var newest time.Time
+	for _, m := range members {
+		s := n.peers.of(m.ID)
+		leader, ok := byID[s.leader]
+		if ok && leader.ID != n.Self() && s.at.After(newest) && time.Since(s.at) < n.cfg.Timings.Live {
+			newest, addr, id = s.at, leader.Addr, leader.ID
+		}
+	}
+	return addr, id
+}
+
+// watchPeers asks every member for a sign of life, again and again.
+func (n *Node) watchPeers(ctx context.Context) error {
+	for {
+		members, err := n.roster()
+		if err != nil {
+			n.log.Warn("reading the members", "error", err)
+		}
+		n.pingAll(ctx, members)
+		if !sleep(ctx, n.cfg.Timings.Ping) {
+			return nil
+		}
+	}
+}
+
+func (n *Node) pingAll(ctx context.Context, members []Member) {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live/2)
+	defer cancel()
+	var asked errgroup.Group
+	for _, m := range members {
+		if m.ID == n.Self() {
+			continue
+		}
+		asked.Go(func() error {
+			was := n.live(m.ID)
+			var answer ping
+			if err := n.ask(ctx, m.Addr, pathPing, &answer); err != nil {
+				if was && !n.live(m.ID) && ctx.Err() == nil {
+					n.log.Warn("a member does not answer", "node", m.ID, "name", m.Name, "address", m.Addr, "error", err)
+				}
+				return nil
+			}
+			if answer.Node != m.ID {
+				return nil // another node has its address now
+			}
+			n.peers.saw(answer)
+			if !was {
+				n.log.Info("a member answers", "node", m.ID, "name", m.Name, "address", m.Addr)
+			}
+			return nil
+		})
+	}
+	_ = asked.Wait() // no function fails
+}
+
+// metrics of the membership.
+type metrics struct {
+	singleCopies prometheus.Counter
+}
+
+func newMetrics(registry prometheus.Registerer, n *Node) (*metrics, error) {
+	m := &metrics{singleCopies: prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "atoll_cluster_single_copy_writes_total",
+		Help: "Writes that were acknowledged with one copy because the only other node was away or catching up.",
+	})}
+	if registry == nil {
+		return m, nil
+	}
+	gauge := func(name, help string, value func(*instance) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
+			in := n.raft.Load()
+			if in == nil {
+				return 0
+			}
+			return value(in)
+		})
+	}
+	for _, c := range []prometheus.Collector{
+		m.singleCopies,
+		gauge("atoll_cluster_term_count", "Raft's term: it grows with each election.", func(in *instance) float64 { return float64(in.CurrentTerm()) }),
+		gauge("atoll_cluster_applied_revision", "Revision of this node's state.", func(in *instance) float64 { return float64(in.machine.Applied()) }),
+		gauge("atoll_cluster_leader_bool", "1 while this node leads.", func(in *instance) float64 {
+			if in.State() == raft.Leader {
+				return 1
+			}
+			return 0
+		}),
+		gauge("atoll_cluster_live_nodes", "Members that this node could reach just now, itself included.", func(*instance) float64 { return float64(len(n.Live())) }),
+	} {
+		if err := registry.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}

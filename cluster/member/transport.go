@@ -1,0 +1,259 @@
+package member
+
+import (
+	"context"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// layer is raft's way through the Network. A dial to the node itself never
+// leaves it: the lone voter's call for an election takes that way.
+type layer struct {
+	net.Listener // of the Network
+	network      Network
+	self         string
+
+	accepted chan net.Conn
+	closed   chan struct{}
+	once     sync.Once
+
+	mu    sync.Mutex
+	conns map[*layerConn]struct{}
+}
+
+// layerConn is a connection that the layer can cut when raft stops: raft
+// itself would wait for its deadline.
+type layerConn struct {
+	net.Conn
+	layer *layer
+	once  sync.Once
+}
+
+func (c *layerConn) Close() error {
+	c.once.Do(func() {
+		c.layer.mu.Lock()
+		delete(c.layer.conns, c)
+		c.layer.mu.Unlock()
+	})
+	return c.Conn.Close()
+}
+
+func newLayer(network Network, self string) *layer {
+	l := &layer{
+		Listener: network.Listen(ServiceRaft), network: network, self: self,
+		accepted: make(chan net.Conn), closed: make(chan struct{}), conns: make(map[*layerConn]struct{}),
+	}
+	return l
+}
+
+// serve moves accepted connections to raft until the listener is closed.
+func (l *layer) serve() error {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			select {
+			case <-l.closed:
+				return nil
+			default:
+				return err
+			}
+		}
+		l.hand(c)
+	}
+}
+
+func (l *layer) hand(c net.Conn) {
+	select {
+	case l.accepted <- c:
+	case <-l.closed:
+		c.Close()
+	}
+}
+
+// Accept implements raft.StreamLayer.
+func (l *layer) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.accepted:
+		return l.track(c)
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Dial implements raft.StreamLayer.
+func (l *layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	if string(address) == l.self {
+		near, far := net.Pipe()
+		select {
+		case l.accepted <- far:
+			return l.track(near)
+		case <-l.closed:
+			return nil, net.ErrClosed
+		}
+	}
+	// raft gives no context; the timeout and Close end the dial.
+	ctx, cancel := context.WithTimeout(closing{l.closed}, timeout)
+	defer cancel()
+	c, err := l.network.Dial(ctx, string(address), ServiceRaft)
+	if err != nil {
+		return nil, err
+	}
+	return l.track(c)
+}
+
+func (l *layer) track(c net.Conn) (net.Conn, error) {
+	tracked := &layerConn{Conn: c, layer: l}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	select {
+	case <-l.closed:
+		c.Close()
+		return nil, net.ErrClosed
+	default:
+	}
+	l.conns[tracked] = struct{}{}
+	return tracked, nil
+}
+
+// Close implements raft.StreamLayer: connections under way are cut.
+func (l *layer) Close() error {
+	l.once.Do(func() {
+		l.mu.Lock()
+		close(l.closed)
+		conns := make([]*layerConn, 0, len(l.conns))
+		for c := range l.conns {
+			conns = append(conns, c)
+		}
+		l.mu.Unlock()
+		for _, c := range conns {
+			c.Close()
+		}
+	})
+	return l.Listener.Close()
+}
+
+// Addr implements raft.StreamLayer.
+func (l *layer) Addr() net.Addr { return peerAddr(l.self) }
+
+type peerAddr string
+
+func (peerAddr) Network() string  { return "peer" }
+func (a peerAddr) String() string { return string(a) }
+
+// closing is a context that ends when a channel is closed.
+type closing struct{ done <-chan struct{} }
+
+func (closing) Deadline() (time.Time, bool) { return time.Time{}, false }
+func (c closing) Done() <-chan struct{}     { return c.done }
+func (closing) Value(any) any               { return nil }
+func (c closing) Err() error {
+	select {
+	case <-c.done:
+		return context.Canceled
+	default:
+		return nil
+	}
+}
+
+// transport is raft's network transport that remembers what each follower has
+// answered: raft itself knows, but does not say how far a non-voter is.
+type transport struct {
+	*raft.NetworkTransport
+	progress *progress
+}
+
+// AppendEntries implements raft.Transport.
+func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+	if err == nil && resp.Success && resp.Term <= args.Term {
+		index := args.PrevLogEntry
+		if n := len(args.Entries); n > 0 {
+			index = args.Entries[n-1].Index
+		}
+		t.progress.answered(string(id), args.Term, index, args.LeaderCommitIndex)
+	}
+	return err
+}
+
+// AppendEntriesPipeline implements raft.Transport. There is no pipeline: it
+// would keep two messages under way instead of one and hide the answers from
+// us; a batch of 64 entries per round trip is far above what an edge site writes.
+func (t *transport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.AppendPipeline, error) {
+	return nil, raft.ErrPipelineReplicationNotSupported
+}
+
+// InstallSnapshot implements raft.Transport.
+func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+	err := t.NetworkTransport.InstallSnapshot(id, target, args, resp, data)
+	if err == nil && resp.Success {
+		t.progress.answered(string(id), args.Term, args.LastLogIndex, 0)
+	}
+	return err
+}
+
+// progress is what the followers of this leader have answered.
+type progress struct {
+	mu      sync.Mutex
+	peers   map[string]follower
+	changed *signal
+}
+
+type follower struct {
+	term    uint64    // of the leader that it answered
+	durable uint64    // its log holds this entry and all before it on disk
+	caught  bool      // in this term its log has reached what was committed at that time
+	contact time.Time // of its last answer
+}
+
+func newProgress() *progress {
+	return &progress{peers: make(map[string]follower), changed: newSignal()}
+}
+
+// answered records that a follower's log agrees with the leader's up to index;
+// 0 in a heartbeat, which says nothing of the log.
+func (p *progress) answered(id string, term, index, commit uint64) {
+	p.mu.Lock()
+	f := p.peers[id]
+	if term < f.term {
+		p.mu.Unlock()
+		return
+	}
+	if term > f.term {
+		f = follower{term: term} // another leader may have cut the log meanwhile
+	}
+	moved := index > f.durable
+	f.durable = max(f.durable, index)
+	if index > 0 && commit > 0 && f.durable >= commit {
+		f.caught = true
+	}
+	f.contact = time.Now()
+	p.peers[id] = f
+	p.mu.Unlock()
+	if moved {
+		p.changed.fire()
+	}
+}
+
+// of gives what a follower has answered to this node as the leader of term.
+func (p *progress) of(id string, term uint64) follower {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f := p.peers[id]
+	if f.term != term {
+		return follower{term: term}
+	}
+	return f
+}
+
+// contact is when a follower last answered this node in any term.
+func (p *progress) contact(id string) time.Time {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.peers[id].contact
+}
+
+var _ raft.WithPreVote = (*transport)(nil)
