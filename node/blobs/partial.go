@@ -49,7 +49,7 @@ type Partial struct {
 	have   []byte // a bit for each piece, the first in the lowest bit
 	marked int
 	dirty  int   // marked since the last flush
-	broken error // a sync failed: what the file holds is uncertain
+	broken error // why the file was dropped
 	placed bool
 	closed bool
 }
@@ -188,7 +188,7 @@ func (p *Partial) bytes() int64 {
 }
 
 // MarkPiece says that piece i is written and was verified. Now and then it also
-// syncs the file and saves the list; a failure of that breaks the partial.
+// syncs the file and saves the list; a failure of that drops the partial.
 func (p *Partial) MarkPiece(i int) error {
 	p.mu.Lock()
 	if i < 0 || i >= pieces(p.size) {
@@ -223,10 +223,10 @@ func (p *Partial) flush() error {
 		err = p.s.replace(partialName(p.hex)+haveSuffix, list, false)
 	}
 	if err != nil {
+		// What a failed sync leaves in memory may look right and never reach the
+		// disk, so nothing of this file is kept.
 		err = p.failed(err, "saving")
-		p.mu.Lock()
-		p.broken = err
-		p.mu.Unlock()
+		p.drop(err)
 	}
 	return err
 }

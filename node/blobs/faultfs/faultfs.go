@@ -88,6 +88,32 @@ func New() *FS {
 	return &FS{names: map[string]*node{".": root}, durable: map[string]*node{".": root}, faults: map[int]Fault{}}
 }
 
+// Clone copies the files, what is durable of them, and the capacity; the steps
+// of the copy count from 0.
+func (f *FS) Clone() *FS {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	copies := map[*node]*node{}
+	twin := func(n *node) *node {
+		if n != nil && copies[n] == nil {
+			copies[n] = &node{n.dir, slices.Clone(n.data), slices.Clone(n.synced), n.lost, n.at}
+		}
+		return copies[n]
+	}
+	c := New()
+	for name, n := range f.names {
+		c.names[name] = twin(n)
+	}
+	for name, n := range f.durable {
+		c.durable[name] = twin(n)
+	}
+	for _, ch := range f.journal {
+		c.journal = append(c.journal, change{ch.from, ch.to, twin(ch.node)})
+	}
+	c.capacity = f.capacity
+	return c
+}
+
 // Steps gives how many steps were made so far; the next has this number.
 func (f *FS) Steps() int {
 	f.mu.Lock()

@@ -1,0 +1,426 @@
+package blobs_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/blobs/blobstest"
+	"github.com/atoll-registry/atoll/node/blobs/faultfs"
+)
+
+// history is what a scenario was told, for the check after the crash.
+type history struct {
+	stored  map[digest.Digest][]byte // successes of the store
+	removed map[digest.Digest]bool   // removals asked for since
+	upload  string                   // a session, of uploadContent
+	partial []byte                   // a fetch of this content
+}
+
+func (h *history) success(content []byte) {
+	d := digest.FromBytes(content)
+	h.stored[d] = content
+	delete(h.removed, d)
+}
+
+type scenario func(ctx context.Context, s *blobs.Store, h *history) error
+
+var scenarios = map[string]scenario{
+	"put": func(ctx context.Context, s *blobs.Store, h *history) error {
+		return store(ctx, s, h, blobstest.Content(1, 3000))
+	},
+	"held": func(ctx context.Context, s *blobs.Store, h *history) error {
+		content := blobstest.Content(2, 3000)
+		err := store(ctx, s, h, content)
+		return errors.Join(err, store(ctx, s, h, content))
+	},
+	"stat": func(ctx context.Context, s *blobs.Store, h *history) error {
+		content := blobstest.Content(2, 3000)
+		d := digest.FromBytes(content)
+		if _, err := s.Stat(d); err == nil {
+			h.success(content) // a push asks first, and then sends only the manifest
+		}
+		return store(ctx, s, h, content)
+	},
+	"chunks": chunks,
+	"remove": func(ctx context.Context, s *blobs.Store, h *history) error {
+		content := blobstest.Content(3, 2000)
+		if err := store(ctx, s, h, content); err != nil {
+			return err
+		}
+		h.removed[digest.FromBytes(content)] = true
+		if err := s.Remove(digest.FromBytes(content)); err != nil {
+			return err
+		}
+		return store(ctx, s, h, content)
+	},
+	"fetch": fetch,
+	"stage": stage,
+}
+
+func store(ctx context.Context, s *blobs.Store, h *history, content []byte) error {
+	_, err := s.Put(ctx, digest.FromBytes(content), bytes.NewReader(content))
+	if err == nil {
+		h.success(content)
+	}
+	return err
+}
+
+// chunks pushes in three parts, with a checkpoint after the first.
+func chunks(ctx context.Context, s *blobs.Store, h *history) error {
+	content := blobstest.Content(4, 5000)
+	u, err := s.NewUpload(ctx)
+	if err != nil {
+		return err
+	}
+	h.upload = u.ID()
+	if _, err := u.Append(ctx, bytes.NewReader(content[:2000]), 0); err != nil {
+		return err
+	}
+	if err := s.Close(); err != nil {
+		return err
+	}
+	for at := 2000; at < len(content); at += 1500 {
+		if _, err := u.Append(ctx, bytes.NewReader(content[at:at+1500]), int64(at)); err != nil {
+			return err
+		}
+	}
+	if _, err := u.Commit(ctx, digest.FromBytes(content)); err != nil {
+		return err
+	}
+	h.success(content)
+	h.upload = ""
+	return nil
+}
+
+func fetch(ctx context.Context, s *blobs.Store, h *history) error {
+	content := blobstest.Content(5, blobs.PieceSize+1000)
+	h.partial = content
+	write := func(p *blobs.Partial, i int) error {
+		at := i * blobs.PieceSize
+		if _, err := p.WriteAt(content[at:min(at+blobs.PieceSize, len(content))], int64(at)); err != nil {
+			return err
+		}
+		return p.MarkPiece(i)
+	}
+	for _, round := range [][]int{{1}, {0}} {
+		p, err := s.NewPartial(ctx, digest.FromBytes(content), int64(len(content)))
+		if err != nil {
+			return err
+		}
+		for _, i := range round {
+			err = errors.Join(err, write(p, i))
+		}
+		if err == nil && round[0] == 0 {
+			if _, err = p.Commit(ctx); err == nil {
+				h.success(content)
+			}
+		}
+		if err := errors.Join(err, p.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func stage(ctx context.Context, s *blobs.Store, h *history) error {
+	g, err := s.Staging("import-1")
+	if err != nil {
+		return err
+	}
+	contents := [][]byte{blobstest.Content(6, 1000), blobstest.Content(7, 2000)}
+	for _, content := range contents {
+		if err := g.Put(ctx, digest.FromBytes(content), int64(len(content)), bytes.NewReader(content)); err != nil {
+			return err
+		}
+	}
+	if err := g.Commit(ctx); err != nil {
+		return err
+	}
+	for _, content := range contents {
+		h.success(content)
+	}
+	return nil
+}
+
+// verify checks what must hold after any failure.
+func verify(t *testing.T, s *blobs.Store, h *history) {
+	t.Helper()
+	for d, content := range h.stored {
+		if !h.removed[d] {
+			blobstest.Check(t, s, content)
+		}
+	}
+	visible, err := s.List("", 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range visible {
+		f, _, err := s.OpenBlob(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(f)
+		if got := digest.FromBytes(b); err != nil || got != d {
+			t.Fatalf("visible blob %s has the bytes of %s (%d, %v)", d, got, len(b), err)
+		}
+		f.Close()
+	}
+	if p := h.partial; p != nil {
+		checkPartial(t, s, p)
+	}
+}
+
+// checkPartial checks that a reopened partial vouches only for what it has.
+func checkPartial(t *testing.T, s *blobs.Store, content []byte) {
+	t.Helper()
+	p, err := s.NewPartial(t.Context(), digest.FromBytes(content), int64(len(content)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	for i := range 2 {
+		at := i * blobs.PieceSize
+		piece := content[at:min(at+blobs.PieceSize, len(content))]
+		got := make([]byte, len(piece))
+		if !p.Have(i) {
+			continue
+		}
+		if _, err := p.ReadAt(got, int64(at)); (err != nil && err != io.EOF) || !bytes.Equal(got, piece) {
+			t.Fatalf("piece %d is marked and wrong (%v)", i, err)
+		}
+	}
+}
+
+// resume goes on with the session of chunks, if the store still has it: what it
+// holds must be the beginning of what was sent.
+func resume(t *testing.T, s *blobs.Store, h *history) {
+	t.Helper()
+	u, err := s.Upload(h.upload)
+	if err != nil {
+		return
+	}
+	content := blobstest.Content(4, 5000)
+	if u.Size() > 5000 {
+		t.Fatalf("the session holds %d bytes of 5000", u.Size())
+	}
+	if _, err := u.Append(t.Context(), bytes.NewReader(content[u.Size():]), u.Size()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := u.Commit(t.Context(), digest.FromBytes(content)); err != nil {
+		t.Fatal(err)
+	}
+	h.success(content)
+}
+
+var losses = []struct {
+	name string
+	loss faultfs.Loss
+	seed uint64
+	boot string
+}{
+	{"killed", faultfs.Killed, 0, "1"},
+	{"power cut", faultfs.PowerCut, 0, "2"},
+	{"torn 1", faultfs.Torn, 1, "2"},
+	{"torn 2", faultfs.Torn, 2, "2"},
+	{"torn 3", faultfs.Torn, 3, "2"},
+}
+
+// next goes through the steps; far out are only the 256 alike ones that sync
+// every directory of blobs, and it takes few of them.
+func next(step int) int {
+	if step < 40 {
+		return step + 1
+	}
+	return step + 37
+}
+
+// founded is a disk with an empty store on it.
+func founded(t *testing.T) *faultfs.FS {
+	disk := faultfs.New()
+	open(t, "/", blobs.Options{FS: disk, Boot: "1"})
+	return disk
+}
+
+func newHistory() *history {
+	return &history{stored: map[digest.Digest][]byte{}, removed: map[digest.Digest]bool{}}
+}
+
+// Every scenario is stopped before each of its steps, the disk loses what a kill
+// or a power cut takes, and the store is opened again.
+func TestCrashAtEveryStep(t *testing.T) {
+	base := founded(t)
+	for name, run := range scenarios {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, l := range losses {
+				for step := 0; ; step = next(step) {
+					disk := base.Clone()
+					s := open(t, "/", blobs.Options{FS: disk, Boot: "1"})
+					disk.Inject(disk.Steps()+step, faultfs.Fault{Crash: true, Short: step * 37})
+					h := newHistory()
+					err := run(t.Context(), s, h)
+					if !disk.Crashed() {
+						if err != nil {
+							t.Fatalf("without a fault: %v", err)
+						}
+						if step < 6 {
+							t.Fatalf("the scenario has only %d steps", step)
+						}
+						break
+					}
+					afterCrash(t, disk, h, run, fmt.Sprintf("%s before step %d", l.name, step), l.loss, l.seed+uint64(step)<<8, l.boot)
+				}
+			}
+		})
+	}
+}
+
+func afterCrash(t *testing.T, disk *faultfs.FS, h *history, run scenario, what string, loss faultfs.Loss, seed uint64, boot string) {
+	t.Helper()
+	defer func() {
+		if t.Failed() {
+			t.Logf("%s; files: %s", what, strings.Join(disk.Dump("."), " "))
+		}
+	}()
+	disk.Restart(loss, seed)
+	s := open(t, "/", blobs.Options{FS: disk, Boot: boot})
+	verify(t, s, h)
+	resume(t, s, h)
+	verify(t, s, h)
+	// The client tries again, and then the power goes.
+	if err := run(t.Context(), s, h); err != nil {
+		t.Fatalf("%s: again: %v", what, err)
+	}
+	disk.Restart(faultfs.PowerCut, 0)
+	s = open(t, "/", blobs.Options{FS: disk, Boot: "3"})
+	verify(t, s, h)
+	clean(t, s, disk)
+}
+
+// clean checks that nothing unfinished is left once all has expired.
+func clean(t *testing.T, s *blobs.Store, disk *faultfs.FS) {
+	t.Helper()
+	if _, err := s.Expire(t.Context(), -time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	ids, err := s.Staged()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range ids {
+		if g, err := s.Staging(id); err != nil || g.Discard() != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, dir := range []string{"uploads", "partials", "staging"} {
+		if left := disk.Dump(dir); len(left) > 0 {
+			t.Fatalf("left behind: %s", left)
+		}
+	}
+}
+
+// The machine stops a second time while the store is being opened.
+func TestCrashWhileRecovering(t *testing.T) {
+	base := founded(t)
+	for name, run := range scenarios {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for first := 3; ; first = next(first + 4) {
+				disk := base.Clone()
+				s := open(t, "/", blobs.Options{FS: disk, Boot: "1"})
+				disk.Inject(disk.Steps()+first, faultfs.Fault{Crash: true})
+				h := newHistory()
+				_ = run(t.Context(), s, h)
+				if !disk.Crashed() {
+					return
+				}
+				disk.Restart(faultfs.Torn, uint64(first))
+				for second := 0; ; second = next(second) {
+					twice := disk.Clone()
+					twice.Inject(second, faultfs.Fault{Crash: true})
+					if _, err := blobs.Open("/", blobs.Options{FS: twice, Boot: "2"}); err == nil {
+						break
+					}
+					own := newHistory()
+					for d, content := range h.stored {
+						own.stored[d] = content
+					}
+					own.removed, own.upload, own.partial = h.removed, h.upload, h.partial
+					afterCrash(t, twice, own, run, fmt.Sprintf("first %d second %d", first, second), faultfs.Torn, uint64(second), "3")
+				}
+			}
+		})
+	}
+}
+
+// The machine stops while an empty store is being laid out.
+func TestCrashWhileFounding(t *testing.T) {
+	total := founded(t).Steps()
+	for step := 0; step < total; step += 1 + step%29 {
+		for _, l := range losses {
+			disk := faultfs.New()
+			disk.Inject(step, faultfs.Fault{Crash: true, Short: 5})
+			if _, err := blobs.Open("/", blobs.Options{FS: disk, Boot: "1"}); err == nil {
+				t.Fatalf("opened although the machine stopped before step %d", step)
+			}
+			disk.Restart(l.loss, l.seed)
+			h := newHistory()
+			if err := scenarios["put"](t.Context(), open(t, "/", blobs.Options{FS: disk, Boot: l.boot}), h); err != nil {
+				t.Fatal(err)
+			}
+			disk.Restart(faultfs.PowerCut, 0)
+			verify(t, open(t, "/", blobs.Options{FS: disk, Boot: "3"}), h)
+		}
+	}
+}
+
+// Every step fails once; the process goes on.
+func TestFaultAtEveryStep(t *testing.T) {
+	base := founded(t)
+	faults := map[string]faultfs.Fault{
+		"EIO":         {Err: syscall.EIO},
+		"ENOSPC":      {Err: syscall.ENOSPC, Short: 100},
+		"short write": {Short: 50},
+	}
+	for name, run := range scenarios {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for kind, f := range faults {
+				for step := 0; ; step = next(step) {
+					disk := base.Clone()
+					s := open(t, "/", blobs.Options{FS: disk, Boot: "1"})
+					at := disk.Steps() + step
+					disk.Inject(at, f)
+					h := newHistory()
+					err := run(t.Context(), s, h)
+					if disk.Steps() <= at {
+						if err != nil {
+							t.Fatalf("without a fault: %v", err)
+						}
+						break
+					}
+					verify(t, s, h)
+					resume(t, s, h)
+					if err := run(t.Context(), s, h); err != nil {
+						t.Fatalf("%s at step %d, then again: %v", kind, step, err)
+					}
+					verify(t, s, h)
+					disk.Restart(faultfs.PowerCut, 0)
+					s = open(t, "/", blobs.Options{FS: disk, Boot: "2"})
+					verify(t, s, h)
+					clean(t, s, disk)
+				}
+			}
+		})
+	}
+}
