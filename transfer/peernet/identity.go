@@ -18,8 +18,8 @@ func Pin(ca *x509.Certificate) []byte {
 	return sum[:]
 }
 
-// identity reads atoll://<site>/node/<node> from a certificate's one URI.
-func identity(cert *x509.Certificate) (site, node string, err error) {
+// Identity reads atoll://<site>/node/<node> from a certificate's one URI.
+func Identity(cert *x509.Certificate) (site, node string, err error) {
 	if len(cert.URIs) != 1 {
 		return "", "", errors.New("peer certificate is not a node's: it does not have exactly one URI")
 	}
@@ -38,7 +38,7 @@ func (n *Net) verify(cs tls.ConnectionState, usage x509.ExtKeyUsage) (site, node
 		return "", "", errors.New("peer sent no certificate")
 	}
 	leaf := cs.PeerCertificates[0]
-	if site, node, err = identity(leaf); err != nil {
+	if site, node, err = Identity(leaf); err != nil {
 		return "", "", err
 	}
 	if site != n.cfg.SiteID {
@@ -69,7 +69,7 @@ func verifyPinned(cs tls.ConnectionState, pin []byte, now time.Time) (site, node
 			found = true
 		}
 	}
-	if site, node, err = identity(leaf); err != nil {
+	if site, node, err = Identity(leaf); err != nil {
 		return "", "", err
 	}
 	if !found {

@@ -122,6 +122,9 @@ func (p *plan) pickRun(h *holder) (first, n int) {
 		return 0, 0
 	}
 	run := max(1, min(maxRun, p.left/max(1, 2*p.workers)))
+	if h.ailing() {
+		run = 1 // what breaks off soon is asked for little
+	}
 	for p.from < total && p.states[p.place(p.from)] != missing {
 		p.from++
 	}
@@ -304,6 +307,13 @@ func (h *holder) strike(era, n int) int {
 		h.strikes += n
 	}
 	return h.strikes
+}
+
+// ailing says whether it has failed since it last delivered.
+func (h *holder) ailing() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.strikes > 0
 }
 
 // drop says whether it was dropped only now.

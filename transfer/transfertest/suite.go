@@ -1,0 +1,320 @@
+package transfertest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/transfer"
+)
+
+const (
+	// patient is a stall timeout for tests in which nobody stalls.
+	patient = 20 * time.Second
+	// hasty is one for tests in which somebody does.
+	hasty = 500 * time.Millisecond
+	// deadline for anything to happen; reached only when the engine is wrong.
+	deadline = 30 * time.Second
+)
+
+// Run runs the suite against an engine.
+func Run(t *testing.T, start Start) {
+	for _, c := range []struct {
+		name string
+		test func(*testing.T, *fleet)
+	}{
+		{"AnySize", testAnySize},
+		{"Empty", testEmpty},
+		{"HeldAlready", testHeldAlready},
+		{"SharedByHolders", testSharedByHolders},
+		{"Joined", testJoined},
+		{"Lie", testLie},
+		{"LieWithoutRoot", testLieWithoutRoot},
+		{"Replay", testReplay},
+		{"ForeignTable", testForeignTable},
+		{"WrongRoot", testWrongRoot},
+		{"SizeLie", testSizeLie},
+		{"Stall", testStall},
+		{"Short", testShort},
+		{"ShortWithoutRoot", testShortWithoutRoot},
+		{"Reset", testReset},
+		{"OneOfThreeDies", testOneOfThreeDies},
+		{"NoHolder", testNoHolder},
+		{"AllLie", testAllLie},
+		{"WrongPeer", testWrongPeer},
+		{"Relay", testRelay},
+		{"Resume", testResume},
+		{"ResumeAfterRot", testResumeAfterRot},
+		{"SinkFails", testSinkFails},
+		{"ReadWhileArriving", testReadWhileArriving},
+		{"ReadersAtOffsets", testReadersAtOffsets},
+		{"ReaderLeaves", testReaderLeaves},
+		{"ReaderOfFailure", testReaderOfFailure},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.test(t, &fleet{t: t, site: NewSite(t, "site-a"), start: start, stall: patient})
+		})
+	}
+}
+
+// fresh makes content that no other test has.
+func fresh(size int) []byte {
+	b := make([]byte, size)
+	var seed [32]byte
+	for i := range seed {
+		seed[i] = byte(rand.Uint32())
+	}
+	rand.NewChaCha8(seed).Read(b)
+	return b
+}
+
+// blobOf names content, with its root.
+func blobOf(t testing.TB, content []byte) transfer.Blob {
+	t.Helper()
+	table, err := transfer.HashPieces(bytes.NewReader(content), int64(len(content)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return transfer.Blob{Digest: digest.FromBytes(content), Size: int64(len(content)), Root: table.Root()}
+}
+
+func rootless(b transfer.Blob) transfer.Blob {
+	b.Root = nil
+	return b
+}
+
+// holding makes a store that holds the content.
+func holding(content []byte) *Store {
+	s := NewStore()
+	s.Put(content)
+	return s
+}
+
+func (f *fleet) ctx() context.Context {
+	ctx, cancel := context.WithTimeout(f.t.Context(), deadline)
+	f.t.Cleanup(cancel)
+	return ctx
+}
+
+func (f *fleet) fetch(n *node, b transfer.Blob) *transfer.Fetch {
+	f.t.Helper()
+	fetch, err := n.Fetch(f.ctx(), b)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return fetch
+}
+
+// arrives fetches a blob and wants it to arrive whole.
+func (f *fleet) arrives(n *node, store *Store, content []byte, b transfer.Blob) {
+	f.t.Helper()
+	if err := f.fetch(n, b).Wait(f.ctx()); err != nil {
+		f.t.Fatal(err)
+	}
+	if !bytes.Equal(store.Bytes(b.Digest), content) {
+		f.t.Fatal("the store does not hold the blob that was fetched")
+	}
+}
+
+func (f *fleet) await(what string, ch <-chan struct{}) {
+	f.t.Helper()
+	select {
+	case <-ch:
+	case <-f.ctx().Done():
+		f.t.Fatalf("%s: did not happen", what)
+	}
+}
+
+// awaitDrop waits until the node has dropped the peer.
+func (f *fleet) awaitDrop(n *node, peer string) {
+	f.t.Helper()
+	for {
+		select {
+		case who := <-n.drops:
+			if who == peer {
+				return
+			}
+		case <-f.ctx().Done():
+			f.t.Fatalf("%s was not dropped", peer)
+		}
+	}
+}
+
+// gated makes a source whose reads wait for a gate.
+func gated(g *Gate) func(transfer.Source) transfer.Source {
+	return func(s transfer.Source) transfer.Source {
+		return &Hostile{Source: s, Read: func(ctx context.Context, _ []byte, _ int64, read func() (int, error)) (int, error) {
+			if err := g.Pass(ctx); err != nil {
+				return 0, err
+			}
+			return read()
+		}}
+	}
+}
+
+func testAnySize(t *testing.T, f *fleet) {
+	a := NewStore()
+	from := f.node("a", a, options{})
+	for _, size := range []int{1, transfer.LeafSize, transfer.PieceSize - 1, transfer.PieceSize, transfer.PieceSize + 1, 21*transfer.PieceSize + 77} {
+		for _, root := range []bool{true, false} {
+			content := fresh(size)
+			a.Put(content)
+			b := blobOf(t, content)
+			if !root {
+				b = rootless(b)
+			}
+			store := NewStore()
+			to := f.node("b", store, options{}, from)
+			f.arrives(to, store, content, b)
+			if got := to.movedFrom("a"); got != b.Size {
+				t.Errorf("size %d, root %v: %d bytes moved", size, root, got)
+			}
+			to.stop()
+		}
+	}
+}
+
+func testEmpty(t *testing.T, f *fleet) {
+	store := NewStore()
+	n := f.node("a", store, options{})
+	b := transfer.Blob{Digest: digest.FromBytes(nil)}
+	if err := f.fetch(n, b).Wait(f.ctx()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func testHeldAlready(t *testing.T, f *fleet) {
+	content := fresh(3 * transfer.PieceSize)
+	n := f.node("a", holding(content), options{})
+	fetch := f.fetch(n, blobOf(t, content))
+	r := fetch.Reader(f.ctx())
+	defer r.Close()
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, content) {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+	if err := fetch.Wait(f.ctx()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Three holders; none of them gets on before each was asked, so each has a part.
+func testSharedByHolders(t *testing.T, f *fleet) {
+	content := fresh(64 * transfer.PieceSize)
+	asked := make(chan string, 1024)
+	g := NewGate()
+	var from []*node
+	for _, id := range []string{"a", "b", "c"} {
+		from = append(from, f.node(id, holding(content), options{source: func(s transfer.Source) transfer.Source {
+			return &Hostile{Source: s, Read: func(ctx context.Context, _ []byte, _ int64, read func() (int, error)) (int, error) {
+				select {
+				case asked <- id:
+				default:
+				}
+				if err := g.Pass(ctx); err != nil {
+					return 0, err
+				}
+				return read()
+			}}
+		}}))
+	}
+	store := NewStore()
+	to := f.node("d", store, options{}, from...)
+	fetch := f.fetch(to, blobOf(t, content))
+	seen := map[string]bool{}
+	for len(seen) < 3 {
+		select {
+		case id := <-asked:
+			seen[id] = true
+		case <-f.ctx().Done():
+			t.Fatalf("only %v were asked for pieces", seen)
+		}
+	}
+	g.Open()
+	if err := fetch.Wait(f.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(store.Bytes(digest.FromBytes(content)), content) {
+		t.Fatal("another blob arrived")
+	}
+	for id := range seen {
+		if to.movedFrom(id) == 0 {
+			t.Errorf("nothing came from %s", id)
+		}
+	}
+	if got := to.movedFrom(""); got != int64(len(content)) {
+		t.Errorf("%d bytes moved for a blob of %d", got, len(content))
+	}
+}
+
+func testJoined(t *testing.T, f *fleet) {
+	content := fresh(8 * transfer.PieceSize)
+	g := NewGate()
+	from := f.node("a", holding(content), options{source: gated(g)})
+	store := NewStore()
+	to := f.node("b", store, options{}, from)
+	b := blobOf(t, content)
+	first, second := f.fetch(to, b), f.fetch(to, rootless(b))
+	if first != second {
+		t.Error("two fetches of one blob")
+	}
+	wrong := b
+	wrong.Size++
+	if _, err := to.Fetch(f.ctx(), wrong); err == nil {
+		t.Error("a fetch was joined with another size")
+	}
+	g.Open()
+	if err := second.Wait(f.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	if got := to.movedFrom(""); got != b.Size {
+		t.Errorf("%d bytes moved for a blob of %d", got, b.Size)
+	}
+}
+
+func testNoHolder(t *testing.T, f *fleet) {
+	a, b := f.node("a", NewStore(), options{}), f.node("b", NewStore(), options{})
+	b.stop() // unreachable, where a only holds nothing
+	to := f.node("c", NewStore(), options{}, a, b)
+	for _, blob := range []transfer.Blob{blobOf(t, fresh(9)), rootless(blobOf(t, fresh(9)))} {
+		err := f.fetch(to, blob).Wait(f.ctx())
+		var none *transfer.NoHolderError
+		if !errors.As(err, &none) || !errors.Is(err, transfer.ErrNoHolder) {
+			t.Fatalf("error is %v", err)
+		}
+		if none.Digest != blob.Digest || len(none.Asked) != 2 {
+			t.Errorf("error names %s and %v", none.Digest, none.Asked)
+		}
+		for _, asked := range none.Asked {
+			if asked.Reason == nil {
+				t.Errorf("no reason for %s", asked.Peer.ID)
+			}
+		}
+	}
+	alone := f.node("d", NewStore(), options{})
+	if err := f.fetch(alone, blobOf(t, fresh(9))).Wait(f.ctx()); !errors.Is(err, transfer.ErrNoHolder) {
+		t.Errorf("alone: %v", err)
+	}
+}
+
+func testSinkFails(t *testing.T, f *fleet) {
+	content := fresh(5 * transfer.PieceSize)
+	from := f.node("a", holding(content), options{})
+	store := NewStore()
+	store.WriteErr = errors.New("no space left on device")
+	to := f.node("b", store, options{}, from)
+	for _, b := range []transfer.Blob{blobOf(t, content), rootless(blobOf(t, content))} {
+		err := f.fetch(to, b).Wait(f.ctx())
+		if !errors.Is(err, store.WriteErr) {
+			t.Errorf("error is %v", err)
+		}
+	}
+	if to.liar("a") {
+		t.Error("the holder is blamed")
+	}
+}
