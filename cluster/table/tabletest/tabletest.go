@@ -3,9 +3,11 @@
 package tabletest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -160,3 +162,25 @@ func (b *Backend) ReadIndex(context.Context) (uint64, error) {
 	}
 	return b.lastCall, nil
 }
+
+// Snapshot gives the database's state as raft would store it, for
+// Machine().Restore of another one.
+func Snapshot(t testing.TB, db *table.DB) io.ReadCloser {
+	t.Helper()
+	s, err := db.Machine().Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sink := &memorySink{}
+	if err := s.Persist(sink); err != nil {
+		t.Fatal(err)
+	}
+	return io.NopCloser(&sink.Buffer)
+}
+
+// memorySink is a raft.SnapshotSink.
+type memorySink struct{ bytes.Buffer }
+
+func (*memorySink) Close() error  { return nil }
+func (*memorySink) Cancel() error { return nil }
+func (*memorySink) ID() string    { return "memory" }

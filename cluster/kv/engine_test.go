@@ -1,0 +1,257 @@
+package kv
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"go.etcd.io/bbolt"
+)
+
+// engines are all that there are; TestEngine is what each must pass.
+func engines(t *testing.T) map[string]func(t *testing.T) Engine {
+	return map[string]func(t *testing.T) Engine{
+		"memory": func(*testing.T) Engine { return NewMemory() },
+		"bolt":   func(t *testing.T) Engine { return openTestBolt(t, filepath.Join(t.TempDir(), "state.db")) },
+	}
+}
+
+func openTestBolt(t *testing.T, path string) Engine {
+	t.Helper()
+	e, err := OpenBolt(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { e.Close() })
+	return e
+}
+
+func set(t *testing.T, e Engine, s Space, pairs ...string) {
+	t.Helper()
+	err := e.Update(func(w Writer) error {
+		for i := 0; i < len(pairs); i += 2 {
+			if err := w.Set(s, []byte(pairs[i]), []byte(pairs[i+1])); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func list(c Content, s Space, from, to []byte) (out []string) {
+	for k, v := range c.Ascend(s, from, to) {
+		out = append(out, fmt.Sprintf("%s=%s", k, v))
+	}
+	return out
+}
+
+func listAll(t *testing.T, e Engine, s Space) (out []string) {
+	t.Helper()
+	if err := e.Read(func(c Content) error { out = list(c, s, nil, nil); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestEngine(t *testing.T) {
+	tests := map[string]func(t *testing.T, e Engine){
+		"order and ranges": func(t *testing.T, e Engine) {
+			set(t, e, rows, "b", "2", "a", "1", "c", "3", "a\x00", "x")
+			_ = e.Read(func(c Content) error {
+				for want, got := range map[string][]string{
+					"[a=1 a\x00=x b=2 c=3]": list(c, rows, nil, nil),
+					"[a\x00=x b=2]":         list(c, rows, []byte("a\x00"), []byte("c")),
+					"[b=2 c=3]":             list(c, rows, []byte("aa"), nil),
+					"[]":                    list(c, rows, []byte("d"), nil),
+				} {
+					if fmt.Sprint(got) != want {
+						t.Errorf("got %q, want %q", got, want)
+					}
+				}
+				if list(c, Local, nil, nil) != nil {
+					t.Error("spaces share their keys")
+				}
+				if c.Lookup(rows, []byte("aa")) != nil {
+					t.Error("found a key that is not there")
+				}
+				return nil
+			})
+		},
+		"a failed update leaves nothing": func(t *testing.T, e Engine) {
+			set(t, e, rows, "a", "1")
+			bad := errors.New("no")
+			err := e.Update(func(w Writer) error {
+				if err := w.Set(rows, []byte("a"), []byte("2")); err != nil {
+					return err
+				}
+				if got := w.Lookup(rows, []byte("a")); string(got) != "2" {
+					t.Errorf("a writer reads %q after its write", got)
+				}
+				if err := w.Unset(rows, []byte("nothing")); err != nil {
+					return err
+				}
+				return bad
+			})
+			if !errors.Is(err, bad) {
+				t.Errorf("got %v", err)
+			}
+			if diff := cmp.Diff([]string{"a=1"}, listAll(t, e, rows)); diff != "" {
+				t.Error(diff)
+			}
+		},
+		"a snapshot stays": func(t *testing.T, e Engine) {
+			set(t, e, rows, "a", "1", "b", "2")
+			s, err := e.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Release()
+			set(t, e, rows, "a", "9", "c", "3")
+			if err := e.Update(func(w Writer) error { return w.Unset(rows, []byte("b")) }); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff([]string{"a=1", "b=2"}, list(s, rows, nil, nil)); diff != "" {
+				t.Error(diff)
+			}
+			if diff := cmp.Diff([]string{"a=9", "c=3"}, listAll(t, e, rows)); diff != "" {
+				t.Error(diff)
+			}
+			s.Release()
+		},
+		"replace": func(t *testing.T, e Engine) {
+			set(t, e, rows, "old", "1")
+			s, err := e.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			bad := errors.New("no")
+			write := func(end error) error {
+				return e.Replace(func(batch func(func(Writer) error) error) error {
+					for _, k := range []string{"x", "y"} {
+						if err := batch(func(w Writer) error { return w.Set(rows, []byte(k), []byte("new")) }); err != nil {
+							return err
+						}
+					}
+					return end
+				})
+			}
+			if err := write(bad); !errors.Is(err, bad) {
+				t.Errorf("got %v", err)
+			}
+			if diff := cmp.Diff([]string{"old=1"}, listAll(t, e, rows)); diff != "" {
+				t.Errorf("after a replacement that failed: %s", diff)
+			}
+			if err := write(nil); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff([]string{"x=new", "y=new"}, listAll(t, e, rows)); diff != "" {
+				t.Error(diff)
+			}
+			if diff := cmp.Diff([]string{"old=1"}, list(s, rows, nil, nil)); diff != "" {
+				t.Errorf("an open snapshot: %s", diff)
+			}
+			s.Release()
+			set(t, e, rows, "z", "later")
+			if diff := cmp.Diff([]string{"x=new", "y=new", "z=later"}, listAll(t, e, rows)); diff != "" {
+				t.Error(diff)
+			}
+		},
+		"writers may reuse their bytes after the update": func(t *testing.T, e Engine) {
+			k, v := []byte("key"), []byte("value")
+			if err := e.Update(func(w Writer) error { return w.Set(rows, k, v) }); err != nil {
+				t.Fatal(err)
+			}
+			clear(k)
+			clear(v)
+			if diff := cmp.Diff([]string{"key=value"}, listAll(t, e, rows)); diff != "" {
+				t.Error(diff)
+			}
+		},
+		"closed": func(t *testing.T, e Engine) {
+			if err := e.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := e.Close(); err != nil {
+				t.Errorf("a second Close: %v", err)
+			}
+			if err := e.Update(func(Writer) error { return nil }); !errors.Is(err, ErrClosed) {
+				t.Errorf("update: %v", err)
+			}
+			if err := e.Read(func(Content) error { return nil }); !errors.Is(err, ErrClosed) {
+				t.Errorf("read: %v", err)
+			}
+			if err := e.Replace(func(func(func(Writer) error) error) error { return nil }); !errors.Is(err, ErrClosed) {
+				t.Errorf("replace: %v", err)
+			}
+		},
+	}
+	for name, open := range engines(t) {
+		for test, run := range tests {
+			t.Run(name+"/"+strings.ReplaceAll(test, " ", "-"), func(t *testing.T) { run(t, open(t)) })
+		}
+	}
+}
+
+func TestBoltKeepsItsState(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	e := openTestBolt(t, path)
+	set(t, e, rows, "a", "1")
+	if _, err := OpenBolt(path); err == nil || !strings.Contains(err.Error(), "another process") {
+		t.Errorf("a second opener: %v", err)
+	}
+	if err := e.Replace(func(batch func(func(Writer) error) error) error {
+		return batch(func(w Writer) error { return w.Set(rows, []byte("b"), []byte("2")) })
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenBolt(path); err == nil {
+		t.Error("the replaced file is not locked")
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// As a crash in the middle of a Replace leaves it.
+	if err := os.WriteFile(path+".new", []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e = openTestBolt(t, path)
+	if diff := cmp.Diff([]string{"b=2"}, listAll(t, e, rows)); diff != "" {
+		t.Error(diff)
+	}
+	if _, err := os.Stat(path + ".new"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the rest of a replacement is still there: %v", err)
+	}
+}
+
+func TestBoltRefusesNewerAndDamaged(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	e := openTestBolt(t, path)
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	db, err := bbolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.Update(func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte(formatKey), []byte{9}) })
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenBolt(path); err == nil || !strings.Contains(err.Error(), "newer version") {
+		t.Errorf("a newer file: %v", err)
+	}
+	if err := os.WriteFile(path, bytes.Repeat([]byte("no"), 8192), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenBolt(path); err == nil || !strings.Contains(err.Error(), "damaged") {
+		t.Errorf("a damaged file: %v", err)
+	}
+}
