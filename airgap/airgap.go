@@ -30,7 +30,7 @@ import (
 )
 
 // The reasons to refuse. Every refusal is a *Refusal that wraps one of them and
-// whose text may be shown to the user as it is.
+// whose Text may be shown to the user as it is.
 var (
 	ErrUntrusted   = bundle.ErrUntrusted   // signed by nobody whom this site was told to trust
 	ErrAltered     = bundle.ErrAltered     // not what its signer wrote
@@ -48,26 +48,11 @@ var (
 	ErrNoProject    = errors.New("no such project")            // export: not known here
 )
 
-// Refusal says why an import, export or verification ended, in terms that the
-// operator can act upon.
-type Refusal struct {
-	Reason error  // one of the errors above
-	Text   string // what was found, in which place, and what to do
-	Cause  error  // more for the log; may be nil
-}
-
-func (r *Refusal) Error() string { return r.Text }
-
-// Unwrap makes errors.Is find the reason and the cause.
-func (r *Refusal) Unwrap() []error {
-	if r.Cause == nil {
-		return []error{r.Reason}
-	}
-	return []error{r.Reason, r.Cause}
-}
+// Refusal says why an import, export or verification ended.
+type Refusal = bundle.Refusal
 
 func refuse(reason error, format string, args ...any) *Refusal {
-	return &Refusal{Reason: reason, Text: fmt.Sprintf(format, args...)}
+	return bundle.Refuse(reason, format, args...)
 }
 
 // Site is the public identity of a site: the document that
@@ -192,9 +177,9 @@ type Catalog interface {
 	Finish(ctx context.Context, finish Finish) error
 }
 
-// Blob is a blob to be staged, with its role in the bundle: bundle.RoleManifest,
-// RoleConfig or RoleLayer; bundle.RoleEntries for a file that is staged but
-// never committed.
+// Blob is what is to be staged, with its role in the bundle: bundle.RoleConfig or
+// RoleLayer in an area that is committed; bundle.RoleEntries or RoleManifest in
+// one that is only read and discarded (manifests reach the catalog by Apply).
 type Blob struct {
 	Digest digest.Digest
 	Size   int64
@@ -203,10 +188,8 @@ type Blob struct {
 
 // Blobs is where an import puts blobs.
 type Blobs interface {
-	// Has reports whether the site holds the blob or manifest durably.
+	// Has reports whether the site holds the blob durably.
 	Has(ctx context.Context, d digest.Digest) (bool, error)
-	// Open reads a blob or manifest that the site holds.
-	Open(ctx context.Context, d digest.Digest) (io.ReadCloser, error)
 	// Free is how many bytes may be written before the site's low-water mark.
 	Free(ctx context.Context) (int64, error)
 	// Stage opens the staging area with the name, which keeps what was put

@@ -45,7 +45,9 @@ type Written struct {
 	Predicate
 	Images []Image
 	Absent []digest.Digest // named by a manifest, not held at the source
-	Blobs  int
+	// Configs and Layers count blobs, BlobBytes is their size together.
+	Configs, Layers int
+	BlobBytes       int64
 }
 
 // Write writes a bundle. An error of the source (a journal that contradicts its
@@ -54,7 +56,7 @@ type Written struct {
 func Write(ctx context.Context, w io.Writer, spec Spec, content Content) (Written, error) {
 	p := &plan{spec: spec, content: content, graph: graph{edges: map[sum][]reference{}}, sizes: map[sum]int64{}}
 	p.spec.Logs = slices.SortedFunc(slices.Values(spec.Logs), func(a, b Log) int { return a.ID.Compare(b.ID) })
-	for _, step := range []func(context.Context) error{p.readKeys, p.readLogs, p.readManifests, p.sizeBlobs, p.seal} {
+	for _, step := range []func(context.Context) error{p.readKeys, p.readLogs, p.readManifests, p.sizeBlobs, p.seal, p.sign, p.review} {
 		if err := step(ctx); err != nil {
 			return Written{}, fmt.Errorf("write bundle: %w", err)
 		}
@@ -62,7 +64,18 @@ func Write(ctx context.Context, w io.Writer, spec Spec, content Content) (Writte
 	if err := p.emit(ctx, w); err != nil {
 		return Written{}, fmt.Errorf("write bundle: %w", err)
 	}
-	written := Written{Predicate: p.predicate, Images: p.images, Blobs: len(p.blobs)}
+	written := Written{Predicate: p.predicate, Images: p.images}
+	for _, f := range p.blobs {
+		switch f.Role {
+		case RoleConfig:
+			written.Configs++
+		case RoleLayer:
+			written.Layers++
+		default:
+			continue
+		}
+		written.BlobBytes += f.Size
+	}
 	for _, absent := range p.manifest.Absent {
 		written.Absent = append(written.Absent, digest.NewDigestFromEncoded(digest.SHA256, absent))
 	}
@@ -84,8 +97,8 @@ type plan struct {
 	index     []byte
 	small     map[string][]byte
 	manifest  manifest
+	statement statement
 	prelude   []prelude
-	forged    bool // set by tests only: sign what a reader has to refuse
 }
 
 type prelude struct {
@@ -295,7 +308,7 @@ func (p *plan) sizeBlobs(ctx context.Context) error {
 	return nil
 }
 
-// seal fixes the manifest and signs the statement.
+// seal fixes the manifest.
 func (p *plan) seal(context.Context) error {
 	held := map[sum]bool{}
 	for s := range p.graph.edges {
@@ -326,10 +339,11 @@ func (p *plan) seal(context.Context) error {
 	for _, f := range p.manifest.Files {
 		p.predicate.Size += f.Size
 	}
-	return p.sign()
+	return nil
 }
 
-func (p *plan) sign() error {
+// sign makes statement and signatures over the manifest.
+func (p *plan) sign(context.Context) error {
 	content, err := entry.MarshalJSON(p.manifest)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", pathManifest, err)
@@ -339,12 +353,7 @@ func (p *plan) sign() error {
 	if err != nil {
 		return err
 	}
-	p.predicate = s.Predicate
-	if !p.forged {
-		if err := s.check(&p.manifest, manifestSum); err != nil {
-			return fmt.Errorf("this bundle would be refused: %w", err)
-		}
-	}
+	p.statement, p.predicate = s, s.Predicate
 	payload, err := entry.MarshalJSON(s)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", pathStatement, err)
@@ -359,10 +368,18 @@ func (p *plan) sign() error {
 	}
 	signature := base64.StdEncoding.EncodeToString(raw) + "\n"
 	p.prelude = []prelude{{pathStatement, envelope}, {pathManifest, content}, {pathSignature, []byte(signature)}}
+	return nil
+}
+
+// review holds the plan against what a reader accepts, before the first byte.
+func (p *plan) review(context.Context) error {
 	for _, part := range p.prelude {
 		if int64(len(part.content)) > preludeLimit(part.path) {
 			return fmt.Errorf("%s would have %d bytes, a bundle allows %d: export fewer projects at a time", part.path, len(part.content), preludeLimit(part.path))
 		}
+	}
+	if err := p.statement.check(&p.manifest, sha256.Sum256(p.prelude[1].content)); err != nil {
+		return fmt.Errorf("this bundle would be refused: %w", err)
 	}
 	return nil
 }
