@@ -26,6 +26,9 @@ const (
 	Gone State = "gone"
 )
 
+// BlobTable is the name of the table of blobs, for those who watch it.
+const BlobTable = "blob"
+
 // Blob is the row of a blob.
 type Blob struct {
 	Size int64 `cbor:"size"`
@@ -79,7 +82,7 @@ type Records struct {
 func NewRecords(db *table.DB) *Records {
 	return &Records{
 		db: db,
-		blobs: table.Define(db, "blob", table.Index[Blob]{Name: "copies", Version: 1, Keys: func(_ []string, b Blob) [][]string {
+		blobs: table.Define(db, BlobTable, table.Index[Blob]{Name: "copies", Version: 1, Keys: func(_ []string, b Blob) [][]string {
 			if b.State != Live {
 				return nil
 			}
@@ -288,6 +291,9 @@ func (r *Records) Scan(v *table.View, after digest.Digest, n int) iter.Seq2[tabl
 	}
 	return r.blobs.Scan(v, rg)
 }
+
+// Count is the number of blobs that have a row, whatever their state.
+func (r *Records) Count(v *table.View) (int, error) { return r.blobs.Count(v) }
 
 // UnderReplicated lists the live blobs that are on fewer than wanted nodes,
 // those with the fewest copies first.

@@ -143,6 +143,24 @@ func (g *Staging) Has(d digest.Digest) (bool, error) {
 	return err == nil, err
 }
 
+// List gives the digests of all that is staged, in their order.
+func (g *Staging) List() ([]digest.Digest, error) {
+	names, err := g.s.fs.ReadDir(g.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // committed or discarded
+	}
+	if err != nil {
+		return nil, g.failed(err, "reading")
+	}
+	var staged []digest.Digest
+	for _, name := range names {
+		if isHex(name, 64) {
+			staged = append(staged, digestOf(name))
+		}
+	}
+	return staged, nil
+}
+
 // Open opens a staged blob.
 func (g *Staging) Open(d digest.Digest) (File, int64, error) {
 	name, err := hexOf(d)

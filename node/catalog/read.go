@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -122,6 +123,14 @@ func (c *Catalog) absent(r table.Reader, project, repository, reference string) 
 	return manifestUnknown(project, repository, reference)
 }
 
+// ManifestRow reads a manifest that is kept as a row, whatever repository it is
+// in, without asking any gate: for content on its way to other sites and from
+// them. It is nil for one that is not; larger manifests are blobs.
+func (c *Catalog) ManifestRow(v *table.View, d digest.Digest) ([]byte, error) {
+	row, _, _, err := c.manifests.Get(v, d.String())
+	return row.Bytes, err
+}
+
 // content reads and parses an artifact's manifest without asking any gate; nil
 // when nobody holds it.
 func (c *Catalog) content(ctx context.Context, a Artifact) (*Document, error) {
@@ -154,6 +163,9 @@ func (c *Catalog) Tags(ctx context.Context, project, repository, after string, n
 	if err := CheckRepository(repository); err != nil {
 		return nil, false, err
 	}
+	if err := checkAfter(after); err != nil {
+		return nil, false, err
+	}
 	_, err = c.confirmed(ctx, func(v *table.View) error {
 		if _, _, ok, err := c.repositories.Get(v, project, repository); err != nil {
 			return err
@@ -179,6 +191,15 @@ func listTags(v *table.View, t *table.Table[tagRow], prefix []string, after stri
 	return tags, false, nil
 }
 
+// checkAfter refuses a place in a listing that no key can have. Otherwise it need
+// not exist.
+func checkAfter(after string) error {
+	if len(after) > 1024 || strings.Contains(after, "\x00") {
+		return fault.New(fault.Invalid, "%.80q cannot be the last item of a page", after)
+	}
+	return nil
+}
+
 // page is the range of one page, with one row more to see whether others follow.
 func page(prefix []string, after string, n int) table.Range {
 	rg := table.Range{Prefix: prefix}
@@ -195,6 +216,9 @@ func page(prefix []string, after string, n int) table.Range {
 // at most n (0 is all) after one; of project "" those of all projects, after
 // "project/repository".
 func (c *Catalog) Repositories(ctx context.Context, project, after string, n int) (list []Repository, more bool, err error) {
+	if err := checkAfter(after); err != nil {
+		return nil, false, err
+	}
 	_, err = c.confirmed(ctx, func(v *table.View) error {
 		list, more, err = c.repositoriesOf(v, project, after, n)
 		return err

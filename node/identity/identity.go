@@ -110,7 +110,7 @@ func New(c Config) (*Identity, error) {
 // request that came over the node's own socket carries its principal in the
 // context already, and keeps it whatever its headers say.
 func (id *Identity) Authenticate(r *http.Request) (access.Principal, error) {
-	if p := access.From(r.Context()); p.Kind == access.System {
+	if p := access.From(r.Context()); p.Kind != access.Anonymous {
 		return p, nil
 	}
 	header := r.Header.Get("Authorization")

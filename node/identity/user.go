@@ -56,6 +56,13 @@ func (id *Identity) EnsureAdmin(ctx context.Context, password func() (string, er
 	return nil
 }
 
+// HasAdmin reports whether this node's state has the admin, who is the last that
+// a new site gets.
+func (id *Identity) HasAdmin() (bool, error) {
+	_, ok, err := id.user(AdminName)
+	return ok, err
+}
+
 // SetAdminPassword changes the admin's password. Logins with the old one end on
 // every node as the change reaches it; tokens live on until they expire.
 func (id *Identity) SetAdminPassword(ctx context.Context, password string) error {

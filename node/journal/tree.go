@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"sync"
 
+	"golang.org/x/mod/sumdb/tlog"
+
 	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -56,6 +58,15 @@ func (j *Journal) Tree(v *table.View, id entry.LogID) (*entry.Tree, error) {
 		return nil, err
 	}
 	return j.treeAt(v, id, size)
+}
+
+// RootAt is the root of the hash tree over the first size entries of a log.
+func (j *Journal) RootAt(v *table.View, id entry.LogID, size uint64) (tlog.Hash, error) {
+	t, err := j.treeAt(v, id, size)
+	if err != nil {
+		return tlog.Hash{}, err
+	}
+	return t.Root(), nil
 }
 
 func (j *Journal) treeAt(v *table.View, id entry.LogID, size uint64) (*entry.Tree, error) {
