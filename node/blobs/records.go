@@ -47,6 +47,9 @@ type Link struct {
 	At int64 `cbor:"at"` // Unix seconds
 }
 
+// Place is a repository, named relative to its project.
+type Place struct{ Project, Repository string }
+
 // Ref is the row that keeps a blob: an artifact of a repository needs it.
 type Ref struct{}
 
@@ -206,6 +209,18 @@ func (r *Records) Link(tx *table.Tx, project, repository string, d digest.Digest
 func (r *Records) Linked(from table.Reader, project, repository string, d digest.Digest) (bool, error) {
 	_, _, ok, err := r.links.Get(from, project, repository, d.String())
 	return ok, err
+}
+
+// Places lists up to n repositories that link a blob. They come from a local
+// index: who decides by one asks Linked of a Tx.
+func (r *Records) Places(v *table.View, d digest.Digest, n int) (places []Place, err error) {
+	for row, err := range r.links.Lookup(v, "digest", table.Range{Prefix: []string{d.String()}, Limit: n}) {
+		if err != nil {
+			return nil, err
+		}
+		places = append(places, Place{row.Key[0], row.Key[1]})
+	}
+	return places, nil
 }
 
 // Unlink takes a blob out of a repository's sight. References stay.

@@ -70,9 +70,17 @@ func (g *Registry) linkFrom(ctx context.Context, from, to Name, d digest.Digest)
 }
 
 // maxSources bounds the repositories that are tried for a mount that names none.
-const maxSources = 32
+const maxSources = 64
 
 // holders lists repositories that link a blob, the one that is pushed to first.
 func (g *Registry) holders(to Name, d digest.Digest) ([]Name, error) {
-	return []Name{to}, nil
+	sources := []Name{to}
+	err := g.db.View(func(v *table.View) error {
+		places, err := g.records.Places(v, d, maxSources)
+		for _, p := range places {
+			sources = append(sources, Name{Project: p.Project, Repository: p.Repository})
+		}
+		return err
+	})
+	return sources, err
 }

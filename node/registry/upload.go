@@ -39,9 +39,11 @@ func (g *Registry) startUpload(c *call) error {
 		if err := g.permit(c, actionPush); err != nil {
 			return err
 		}
-		mounted, err := g.mount(c, from, d)
-		if err != nil || mounted {
-			return err
+		if fromErr == nil || q.Get("from") == "" { // else it is nowhere, and the upload begins
+			mounted, err := g.mount(c, from, d)
+			if err != nil || mounted {
+				return err
+			}
 		}
 	} else if err := g.permit(c, actionPush); err != nil {
 		return err
