@@ -54,17 +54,22 @@ func (m *Middleware) Wrap(next http.Handler) http.Handler {
 		rec := recordOf(r.Context())
 		resp := &response{ResponseWriter: w}
 		m.inFlight.Inc()
+		cut := true // stays so when the handler panics, which cuts the connection
 		defer func() {
 			m.inFlight.Dec()
-			m.finish(r, rec, resp, time.Since(start))
+			m.finish(r, rec, resp, time.Since(start), cut)
 		}()
 		next.ServeHTTP(resp, r)
+		cut = false
 	})
 }
 
-func (m *Middleware) finish(r *http.Request, rec *record, resp *response, took time.Duration) {
+func (m *Middleware) finish(r *http.Request, rec *record, resp *response, took time.Duration, cut bool) {
 	status := resp.status
-	if status == 0 {
+	switch {
+	case cut && status < http.StatusBadRequest:
+		status = http.StatusInternalServerError // what was begun was not finished
+	case status == 0:
 		status = http.StatusOK
 	}
 	route := rec.route
@@ -90,7 +95,7 @@ func (m *Middleware) finish(r *http.Request, rec *record, resp *response, took t
 	m.log.LogAttrs(r.Context(), level, "request",
 		slog.String("id", rec.id), slog.String("method", r.Method), slog.String("path", clip(r.URL.EscapedPath(), 512)),
 		slog.String("route", route), slog.Int("status", status), slog.Int64("bytes", resp.bytes),
-		slog.Duration("took", took), slog.String("from", r.RemoteAddr), slog.String("user", rec.user))
+		slog.Duration("took", took), slog.String("from", r.RemoteAddr), slog.String("user", rec.user), slog.Bool("cut", cut))
 }
 
 func clip(s string, n int) string {
