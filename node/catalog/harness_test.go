@@ -68,6 +68,7 @@ type site struct {
 	projects *project.Projects
 	catalog  *catalog.Catalog
 	big      *memoryBig
+	backend  *tabletest.Backend
 }
 
 func newSite(t *testing.T, id string, gates ...catalog.Gate) *site {
@@ -81,7 +82,7 @@ func newSite(t *testing.T, id string, gates ...catalog.Gate) *site {
 	})
 	must(t, err)
 	s.projects.Attach(s.catalog)
-	tabletest.Start(t, db)
+	s.backend = tabletest.Start(t, db)
 	_, err = s.journal.EnsureSite(t.Context(), id, id)
 	must(t, err)
 	must(t, s.projects.EnsureLibrary(t.Context(), "admin"))

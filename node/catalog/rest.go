@@ -46,8 +46,8 @@ type artifactRef struct {
 	Reference string `path:"reference" max:"255"`
 }
 
-// Register adds the operations to the kernel.
-func (c *Catalog) Register(k *rest.Kernel) {
+// Operations adds the operations to the kernel.
+func (c *Catalog) Operations(k *rest.Kernel) {
 	rest.Register(k, rest.Operation[listAllInput, rest.Page[repositoryJSON]]{
 		ID: "listAllRepositories", Method: "GET", Path: "/api/v2.0/repositories", Tag: "repository",
 		Summary: "List the repositories that you may see", Permission: access.ProjectList, Do: c.listAll,

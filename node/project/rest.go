@@ -61,8 +61,8 @@ func (p *Projects) json(v *table.View, x Project, who access.Principal) (project
 	return out, err
 }
 
-// Register adds the operations to the kernel.
-func (p *Projects) Register(k *rest.Kernel) {
+// Operations adds the operations to the kernel.
+func (p *Projects) Operations(k *rest.Kernel) {
 	const all, one = "/api/v2.0/projects", "/api/v2.0/projects/{project_name_or_id}"
 	ref := func(in *rest.ProjectRef) string { return in.Ref() }
 	rest.Register(k, rest.Operation[listInput, rest.Page[projectJSON]]{
