@@ -6,13 +6,14 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"strings"
 
 	"github.com/hashicorp/go-hclog"
 )
 
-// raftLog lets raft write to slog, one level lower than it means to: what raft
-// calls an error (a peer that does not answer) is everyday at an edge site, and
-// what has to be done about it is logged by this package.
+// raftLog lets raft write to slog, one level lower than it means to, and what
+// it repeats for as long as a peer is away as debug: that is everyday at an edge
+// site, and this package logs it once in its own words.
 type raftLog struct {
 	log  *slog.Logger
 	name string
@@ -23,6 +24,20 @@ var _ hclog.Logger = (*raftLog)(nil)
 
 func newRaftLog(log *slog.Logger) hclog.Logger {
 	return &raftLog{log: log.With("part", "raft"), name: "raft"}
+}
+
+func everyday(msg string) bool {
+	for _, start := range []string{
+		"failed to appendEntries to", "failed to heartbeat to", "failed to contact", "failed to make request",
+		"failed to decode incoming command", "failed to flush response", "failed to accept connection",
+		"rejecting pre-vote request", "rejecting vote request", "Election timeout reached", "unable to connect to peer",
+		"skipping application of old log", "pre-vote",
+	} {
+		if strings.HasPrefix(msg, start) {
+			return true
+		}
+	}
+	return false
 }
 
 func lower(level hclog.Level) slog.Level {
@@ -40,6 +55,9 @@ func lower(level hclog.Level) slog.Level {
 func (l *raftLog) Log(level hclog.Level, msg string, args ...any) {
 	if level == hclog.Trace || level == hclog.Off || !l.enabled(level) {
 		return
+	}
+	if everyday(msg) {
+		level = hclog.Debug
 	}
 	for i, a := range args {
 		if f, ok := a.(hclog.Format); ok && len(f) > 0 {

@@ -163,15 +163,22 @@ func (n *Node) route() (addr, id string) {
 
 // watchPeers asks every member for a sign of life, again and again.
 func (n *Node) watchPeers(ctx context.Context) error {
+	rows := n.db.Watch(ctx, "member")
 	for {
 		members, err := n.roster()
 		if err != nil {
 			n.log.Warn("reading the members", "error", err)
 		}
 		n.pingAll(ctx, members)
-		if !sleep(ctx, n.cfg.Timings.Ping) {
+		tick := time.NewTimer(n.cfg.Timings.Ping)
+		select {
+		case <-rows: // somebody joined or moved
+		case <-tick.C:
+		case <-ctx.Done():
+			tick.Stop()
 			return nil
 		}
+		tick.Stop()
 	}
 }
 
