@@ -48,6 +48,7 @@ var scenarios = map[string]scenario{
 		d := digest.FromBytes(content)
 		if _, err := s.Stat(d); err == nil {
 			h.success(content) // a push asks first, and then sends only the manifest
+			return nil
 		}
 		return store(ctx, s, h, content)
 	},
@@ -360,6 +361,54 @@ func TestCrashWhileRecovering(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What vouches for bytes after a power cut, a checkpoint or a list of pieces, is
+// never ahead of them.
+func TestTornWritesAreNotVouchedFor(t *testing.T) {
+	base := founded(t)
+	content := blobstest.Content(5, blobs.PieceSize+1000)
+	resumed, pieces := 0, 0
+	for seed := range uint64(150) {
+		disk := base.Clone()
+		s := open(t, "/", blobs.Options{FS: disk, Boot: "1"})
+		u, err := s.NewUpload(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := newHistory()
+		h.upload, h.partial = u.ID(), content
+		if _, err := u.Append(t.Context(), bytes.NewReader(blobstest.Content(4, 5000)[:2000]), 0); err != nil {
+			t.Fatal(err)
+		}
+		p, err := s.NewPartial(t.Context(), digest.FromBytes(content), int64(len(content)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.WriteAt(content, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(p.MarkPiece(0), p.MarkPiece(1), p.Close(), s.Close()); err != nil {
+			t.Fatal(err)
+		}
+		disk.Restart(faultfs.Torn, seed)
+		s = open(t, "/", blobs.Options{FS: disk, Boot: "2"})
+		if u, err := s.Upload(u.ID()); err == nil && u.Size() > 0 {
+			resumed++
+		}
+		if p, err := s.NewPartial(t.Context(), digest.FromBytes(content), int64(len(content))); err != nil {
+			t.Fatal(err)
+		} else {
+			n, _ := p.Held()
+			pieces += n
+			p.Close()
+		}
+		resume(t, s, h)
+		verify(t, s, h)
+	}
+	if resumed == 0 || pieces == 0 {
+		t.Fatalf("no case in which anything was kept (%d sessions, %d pieces)", resumed, pieces)
 	}
 }
 

@@ -186,10 +186,8 @@ func (f *FS) Restart(loss Loss, seed uint64) {
 
 // tear mixes what was synced, what was written since, and zeros.
 func tear(rng *rand.Rand, n *node) []byte {
-	size := len(n.synced)
-	if len(n.data) != size {
-		size = min(size, len(n.data)) + rng.IntN(max(size, len(n.data))-min(size, len(n.data))+1)
-	}
+	least, most := min(len(n.synced), len(n.data)), max(len(n.synced), len(n.data))
+	size := []int{least, most, least + rng.IntN(most-least+1)}[rng.IntN(3)]
 	out := make([]byte, size)
 	const block = 512
 	for at := 0; at < size; at += block {
