@@ -1,6 +1,7 @@
 package airgap
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -119,6 +120,9 @@ func (i *importer) trust(site string) (Trust, bool) {
 
 // admit decides for every log whether and under which name it comes in.
 func (i *importer) admit(ctx context.Context) error {
+	if err := i.checkNames(); err != nil {
+		return err
+	}
 	for n, goal := range i.b.Claims().Target {
 		log := &incoming{Goal: goal, report: &i.report.Projects[n]}
 		i.logs = append(i.logs, log)
@@ -156,24 +160,30 @@ func (i *importer) admit(ctx context.Context) error {
 	return i.admitted()
 }
 
-// admitted refuses what no log is left of, and names that nothing has.
-func (i *importer) admitted() error {
+// checkNames refuses --as for a project that the bundle does not have.
+func (i *importer) checkNames() error {
 	var names []string
-	some := false
-	for _, log := range i.logs {
-		some = some || log.report.Outcome != OutcomeNotAccepted
-		names = append(names, log.Project)
-	}
-	if !some {
-		site := i.logs[0].Site
-		return refuse(ErrNotAccepted, "site %s is trusted, but may not write here what the bundle brings (%s): allow it with `atoll site trust FILE --accept %s`", site, strings.Join(names, ", "), names[0])
+	for _, goal := range i.b.Claims().Target {
+		names = append(names, goal.Project)
 	}
 	for theirs := range i.options.As {
-		if !slices.ContainsFunc(i.logs, func(log *incoming) bool { return theirs == log.Project || theirs == log.Site+"/"+log.Project }) {
+		if !slices.ContainsFunc(i.b.Claims().Target, func(goal bundle.Goal) bool { return theirs == goal.Project || theirs == goal.Site+"/"+goal.Project }) {
 			return refuse(ErrNoProject, "--as names project %q, which is not in the bundle; it has %s", theirs, strings.Join(names, ", "))
 		}
 	}
 	return nil
+}
+
+// admitted refuses a bundle of which no log is left.
+func (i *importer) admitted() error {
+	var names []string
+	for _, log := range i.logs {
+		if log.report.Outcome != OutcomeNotAccepted {
+			return nil
+		}
+		names = append(names, log.Project)
+	}
+	return refuse(ErrNotAccepted, "site %s is trusted, but may not write here what the bundle brings (%s): allow it with `atoll site trust FILE --accept %s`", i.logs[0].Site, strings.Join(names, ", "), names[0])
 }
 
 // name decides what a log's project is called here. A project that is here
@@ -233,10 +243,11 @@ func (i *importer) stageNotes(ctx context.Context) error {
 			return err
 		}
 	}
-	if _, err := i.b.NextLog(); !errors.Is(err, io.EOF) {
-		return err
+	_, err := i.b.NextLog()
+	if err == io.EOF {
+		return nil
 	}
-	return nil
+	return cmp.Or(err, errors.New("read bundle: more logs than its statement names"))
 }
 
 func (i *importer) openStaging(ctx context.Context, need int64) error {
@@ -324,7 +335,7 @@ func (i *importer) stageBlobs(ctx context.Context) error {
 	var wanted map[digest.Digest]bool
 	for {
 		blob, err := i.b.NextBlob()
-		if err != nil && !errors.Is(err, io.EOF) {
+		if err != nil && err != io.EOF {
 			return err
 		}
 		if wanted == nil && (err != nil || blob.Role != bundle.RoleManifest) {

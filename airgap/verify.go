@@ -2,7 +2,6 @@ package airgap
 
 import (
 	"context"
-	"errors"
 	"io"
 
 	"github.com/atoll-registry/atoll/bundle"
@@ -29,7 +28,7 @@ func Verify(ctx context.Context, r io.Reader, sites ...Site) (Report, error) {
 	for {
 		// NextBlob reads what is left of the blob before.
 		_, err := b.NextBlob()
-		if errors.Is(err, io.EOF) {
+		if err == io.EOF {
 			break
 		}
 		if err != nil {
@@ -64,7 +63,7 @@ func Inspect(ctx context.Context, r io.Reader) (Report, error) {
 	}
 	for {
 		blob, err := b.NextBlob()
-		if err != nil && !errors.Is(err, io.EOF) {
+		if err != nil && err != io.EOF {
 			return report, err
 		}
 		if err != nil || blob.Role != bundle.RoleManifest {
@@ -78,7 +77,7 @@ func Inspect(ctx context.Context, r io.Reader) (Report, error) {
 func checkLogs(b *bundle.Reader) error {
 	for {
 		scope, err := b.NextLog()
-		if errors.Is(err, io.EOF) {
+		if err == io.EOF {
 			return nil
 		}
 		if err != nil {

@@ -148,7 +148,7 @@ func (b *Reader) readEnd() error {
 	switch _, err := io.ReadFull(b.r, more[:]); {
 	case err == nil:
 		return altered("bytes follow after its end, from byte %d on", b.offset)
-	case errors.Is(err, io.EOF):
+	case err == io.EOF:
 		return nil
 	default:
 		return fmt.Errorf("read bundle at byte %d: %w", b.offset, err)

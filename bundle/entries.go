@@ -97,7 +97,7 @@ func readEntries(r io.Reader, begin func(edge []byte) (uint64, error), visit fun
 	}
 	for ; ; seq++ {
 		value, err := readItem(buffered, entry.MaxValue)
-		if errors.Is(err, io.EOF) {
+		if err == io.EOF {
 			return nil
 		}
 		if err != nil {

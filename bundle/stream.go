@@ -31,7 +31,8 @@ func (b *Reader) take(n int, path string) ([]byte, error) {
 
 func (b *Reader) short(err error, path string) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return Refuse(ErrTruncated, "the bundle ends after %d bytes, within %s: it is incomplete. Copy it again from its source; what was verified so far is not copied again", b.offset, path).Because(err)
+		// io.EOF is not wrapped: to a caller it would be the good end.
+		return Refuse(ErrTruncated, "the bundle ends after %d bytes, within %s: it is incomplete. Copy it again from its source; what was verified so far is not copied again", b.offset, path)
 	}
 	return fmt.Errorf("read bundle at byte %d, in %s: %w", b.offset, path, err)
 }
