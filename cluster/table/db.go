@@ -48,7 +48,7 @@ type DB struct {
 	rounds   rounds
 	// lane lets Updates that lost several times go one at a time.
 	lane    chan struct{}
-	contact atomic.Int64 // when a leader last confirmed something, Unix nanoseconds
+	contact atomic.Pointer[time.Time] // when a leader last confirmed something
 }
 
 // New gives a DB over an engine. Tables are defined on it, then it is built.
@@ -61,7 +61,7 @@ func New(engine kv.Engine, log *slog.Logger) *DB {
 		lane:   make(chan struct{}, 1),
 	}
 	db.progress.init()
-	db.contact.Store(time.Now().UnixNano())
+	db.heard(time.Now())
 	return db
 }
 
@@ -128,6 +128,10 @@ func (db *DB) WaitApplied(ctx context.Context, rev uint64) error {
 		}
 	}
 }
+
+// heard notes that a leader confirmed something that was asked at a time,
+// which has a monotonic reading: ages survive a clock that is set.
+func (db *DB) heard(at time.Time) { db.contact.Store(&at) }
 
 // NewID gives 16 random bytes in hex.
 func NewID() string {

@@ -40,7 +40,7 @@ func (t *Table[T]) Lookup(v *View, index string, rg Range) iter.Seq2[Row[T], err
 		prefix := indexPrefix(t.name, index)
 		n := 0
 		for entry, key := range v.state.Ascend(kv.Local, from, to) {
-			row, ok := t.follow(v, entry, key)
+			row, ok := t.follow(v, t.indexes[index], entry, key)
 			if !ok {
 				continue
 			}
@@ -57,7 +57,7 @@ func (t *Table[T]) Lookup(v *View, index string, rg Range) iter.Seq2[Row[T], err
 
 // follow reads the row that an entry points at. An entry that the row would
 // not get now is left from another version's Keys and ignored.
-func (t *Table[T]) follow(v *View, entry, key []byte) (Row[T], bool) {
+func (t *Table[T]) follow(v *View, x Index[T], entry, key []byte) (Row[T], bool) {
 	stored, ok := kv.ReadRow(v.state, key)
 	if !ok {
 		return Row[T]{}, false
@@ -67,7 +67,7 @@ func (t *Table[T]) follow(v *View, entry, key []byte) (Row[T], bool) {
 		return Row[T]{}, false
 	}
 	_, parts := splitKey(key)
-	for _, own := range t.entriesOf(parts, key, value) {
+	for _, own := range t.entriesIn(x, parts, key, value) {
 		if bytes.Equal(own, entry) {
 			return Row[T]{Key: parts, Value: value, Meta: Meta{stored.Created, stored.Revision}}, true
 		}
@@ -123,23 +123,24 @@ func (t *Table[T]) derive(key, value []byte) [][]byte {
 	return t.entriesOf(parts, key, v)
 }
 
-// entriesOf gives the entries of a row in all indexes. It runs while entries
-// of the log are applied, so a Keys that panics must not take the node down,
-// and again at every start: it leaves the row out.
+// entriesOf gives the entries of a row in all indexes.
 func (t *Table[T]) entriesOf(parts []string, key []byte, v T) (out [][]byte) {
-	for name, x := range t.indexes {
-		out = append(out, t.entriesIn(name, x, parts, key, v)...)
+	for _, x := range t.indexes {
+		out = append(out, t.entriesIn(x, parts, key, v)...)
 	}
 	return out
 }
 
-func (t *Table[T]) entriesIn(name string, x Index[T], parts []string, key []byte, v T) (out [][]byte) {
+// entriesIn gives the entries of a row in one index. It runs while entries of
+// the log are applied: a Keys that panics would take the node down, and again
+// at every start, so it leaves the row out instead.
+func (t *Table[T]) entriesIn(x Index[T], parts []string, key []byte, v T) (out [][]byte) {
 	defer func() {
 		if recover() != nil {
 			out = nil
 		}
 	}()
-	prefix := indexPrefix(t.name, name)
+	prefix := indexPrefix(t.name, x.Name)
 	for _, k := range x.Keys(parts, v) {
 		if len(k) == 0 {
 			continue

@@ -80,7 +80,7 @@ func (db *DB) ReadIndex(ctx context.Context) error {
 }
 
 func (db *DB) lastContact() time.Time {
-	last := time.Unix(0, db.contact.Load())
+	last := *db.contact.Load()
 	if b := db.backend.Load(); b != nil {
 		if c, ok := (*b).(contact); ok {
 			if t := c.LastContact(); t.After(last) {
@@ -133,7 +133,7 @@ func (db *DB) runRounds(ctx context.Context) {
 		start := time.Now()
 		r.index, r.err = db.askIndex(ctx)
 		if r.err == nil {
-			db.contact.Store(start.UnixNano())
+			db.heard(start)
 		}
 		close(r.done)
 	}

@@ -160,7 +160,7 @@ func (db *DB) propose(ctx context.Context, b Backend, data []byte) (r kv.Result,
 		r, err := b.Propose(ctx, data)
 		switch {
 		case err == nil:
-			db.contact.Store(start.UnixNano())
+			db.heard(start)
 			return r, resent, nil
 		case errors.Is(err, ErrUnknownOutcome):
 			resent = true
