@@ -115,12 +115,6 @@ func (s *Sites) Distrust(ctx context.Context, id string) error {
 	return err
 }
 
-// Trusted looks a site up.
-func (s *Sites) Trusted(r table.Reader, id string) (airgap.Trust, bool, error) {
-	row, _, ok, err := s.trusts.Get(r, id)
-	return row.trust(id), ok, err
-}
-
 // Saw remembers the newest key document of a site and the chain that ends in it.
 // A site that is trusted no longer is left alone.
 func (s *Sites) Saw(tx *table.Tx, id string, serial uint64, chain entry.KeyChain) error {
@@ -157,7 +151,7 @@ func (s *Sites) All(ctx context.Context) ([]airgap.Trust, error) {
 	return trusts, err
 }
 
-// Operations registers the room's part of the API.
+// Operations adds the room's operations to the API.
 func (s *Sites) Operations(k *rest.Kernel) {
 	rest.Register(k, rest.Operation[struct{}, airgap.Site]{
 		ID: "getSite", Method: http.MethodGet, Path: "/api/atoll/v1/site", Tag: "sites",

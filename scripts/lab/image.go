@@ -6,6 +6,7 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/rand"
+	_ "crypto/sha256" // the algorithm of every digest here
 	"encoding/json"
 	"fmt"
 	"io"

@@ -115,8 +115,14 @@ func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.C
 // Run runs a command on the host and gives what it printed on standard output;
 // the error holds what it printed on standard error.
 func (h *Host) Run(ctx context.Context, name string, args ...string) (string, error) {
+	return h.RunEnv(ctx, nil, name, args...)
+}
+
+// RunEnv is Run with further environment variables.
+func (h *Host) RunEnv(ctx context.Context, env []string, name string, args ...string) (string, error) {
 	var out, errs bytes.Buffer
 	cmd := h.Command(ctx, name, args...)
+	cmd.Env = append(os.Environ(), env...)
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
 		return out.String(), fmt.Errorf("on %s: %s %s: %w\n%s", h.Name, name, strings.Join(args, " "), err, strings.TrimSpace(errs.String()))

@@ -1,0 +1,30 @@
+package main
+
+import (
+	"io"
+
+	"github.com/spf13/cobra"
+)
+
+func newCA() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "ca",
+		Short: "Print the site's CA certificate (PEM), which clients need to trust its nodes",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			answer, err := c.stream(cmd.Context(), "GET", "/api/atoll/v1/ca", nil, "", -1)
+			if err != nil {
+				return err
+			}
+			defer answer.Body.Close()
+			_, err = io.Copy(cmd.OutOrStdout(), io.LimitReader(answer.Body, 1<<20))
+			return err
+		},
+	}
+	clientFlags(cmd)
+	return cmd
+}

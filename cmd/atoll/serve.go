@@ -1,0 +1,104 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/atoll-registry/atoll/node"
+	"github.com/atoll-registry/atoll/node/telemetry"
+)
+
+func newServe() *cobra.Command {
+	c := node.Config{Version: version}
+	var tokenFile, logLevel string
+	cmd := &cobra.Command{
+		Use:   "serve [--init | --join ADDR --token TOKEN]",
+		Short: "Run a node",
+		Long: `Run a node of a site: a registry for its clients, a peer for its other nodes.
+
+An empty data directory needs to be told what to become: --init founds a site,
+--join with a token of atoll token create joins one. Later starts need neither.
+Every flag has a variable: --peer-listen is ATOLL_PEER_LISTEN. The first password
+of admin comes from ATOLL_ADMIN_PASSWORD or the file ATOLL_ADMIN_PASSWORD_FILE,
+else one is made and kept in DATA/admin-password.`,
+		Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var err error
+			if c.Log, err = newLogger(cmd, logLevel); err != nil {
+				return err
+			}
+			if tokenFile != "" {
+				if c.Token, err = secretFile(tokenFile); err != nil {
+					return err
+				}
+			}
+			c.AdminPassword = os.Getenv("ATOLL_ADMIN_PASSWORD")
+			if file := os.Getenv("ATOLL_ADMIN_PASSWORD_FILE"); c.AdminPassword == "" && file != "" {
+				if c.AdminPassword, err = secretFile(file); err != nil {
+					return err
+				}
+			}
+			c.Started = func(s node.Started) { welcome(cmd.OutOrStdout(), s) }
+			n, err := node.New(cmd.Context(), c)
+			if err != nil {
+				return err
+			}
+			return n.Run(cmd.Context())
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&c.Init, "init", false, "found a site when the data directory is empty")
+	f.StringSliceVar(&c.Join, "join", nil, "peer addresses of nodes of the site to join when the data directory is empty")
+	f.StringVar(&c.Token, "token", "", "token of atoll token create, for --join")
+	f.StringVar(&tokenFile, "token-file", "", "file with the token")
+	f.StringVar(&c.Data, "data", "", "data directory (default "+node.DefaultDataDir()+")")
+	f.StringVar(&c.Listen, "listen", "127.0.0.1:5000", "address of the registry and the API")
+	f.StringVar(&c.PeerListen, "peer-listen", "", "address for the other nodes (default: the host of --listen, port "+node.PeerPort+")")
+	f.StringVar(&c.Advertise, "advertise", "", "address at which the other nodes reach --peer-listen")
+	f.StringVar(&c.Name, "name", "", "name of the node for people (default: the machine's)")
+	f.StringVar(&c.ExternalURL, "external-url", "", "URL at which clients find the site, when a proxy stands before it")
+	f.StringVar(&c.TLS, "tls", "", "off: plain HTTP; auto: a certificate of the site's CA (default: off on a loopback address, else auto)")
+	f.StringVar(&c.CertFile, "tls-cert", "", "file with a certificate (PEM) to use instead")
+	f.StringVar(&c.KeyFile, "tls-key", "", "file with its key (PEM)")
+	f.StringSliceVar(&c.SANs, "tls-san", nil, "further names and addresses for the certificate of --tls auto")
+	f.StringVar(&logLevel, "log-level", "info", "what to log: debug, info, warn or error")
+	return cmd
+}
+
+func newLogger(cmd *cobra.Command, level string) (*slog.Logger, error) {
+	l, err := telemetry.ParseLevel(level)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return telemetry.NewLogger(cmd.ErrOrStderr(), telemetry.LogOptions{Level: l})
+}
+
+func secretFile(name string) (string, error) {
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return "", usageError{err}
+	}
+	return strings.TrimSpace(string(data)), nil
+}
+
+// welcome tells a person where the node is and what to try.
+func welcome(w io.Writer, s node.Started) {
+	host := s.URL[strings.Index(s.URL, "://")+3:]
+	fmt.Fprintf(w, "Atoll serves at %s (peers at %s, data in %s)\n", s.URL, s.PeerAddr, s.Data)
+	if s.PasswordFile == "" {
+		return
+	}
+	fmt.Fprintf(w, "user admin, password in %s\n\ntry next:\n", s.PasswordFile)
+	plain := ""
+	if strings.HasPrefix(s.URL, "http://") {
+		plain = " --dest-tls-verify=false"
+	}
+	fmt.Fprintf(w, "  docker login -u admin -p $(cat %s) %s\n", s.PasswordFile, host)
+	fmt.Fprintf(w, "  skopeo copy --dest-creds admin:$(cat %s)%s docker://docker.io/library/busybox docker://%s/busybox\n", s.PasswordFile, plain, host)
+	fmt.Fprintf(w, "  atoll cluster status --data %s\n", s.Data)
+}

@@ -1,0 +1,81 @@
+package node
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+)
+
+// SocketName is the name of the node's Unix socket in its data directory. Who may
+// open it has the rights of the system.
+const SocketName = "atoll.sock"
+
+// PasswordName is the name of the file in the data directory that holds the
+// generated password of the admin.
+const PasswordName = "admin-password"
+
+// TLS modes of the registry's address.
+const (
+	TLSDefault = ""     // off on a loopback address, else auto
+	TLSOff     = "off"  // plain HTTP
+	TLSAuto    = "auto" // a certificate of the site's CA
+)
+
+// Config of a node.
+type Config struct {
+	// Data is the directory of all that the node keeps.
+	Data string
+	// Listen is the address of the registry and the API, host:port.
+	Listen string
+	// PeerListen is the address of the port between nodes; "" is Listen's host
+	// with the port 5001.
+	PeerListen string
+	// Advertise is the address at which other nodes reach PeerListen; "" is
+	// PeerListen, or this machine's address when that names no host.
+	Advertise string
+	// Name is the node's name for people; "" is the machine's.
+	Name string
+	// ExternalURL is where clients find the site, if not where they asked.
+	ExternalURL string
+
+	TLS               string
+	CertFile, KeyFile string   // a certificate of one's own; wins over TLSAuto
+	SANs              []string // further names and addresses in TLSAuto's certificate
+
+	// An empty data directory needs one of these.
+	Init  bool     // found a site
+	Join  []string // peer addresses of nodes of a site
+	Token string   // of atoll token create, for Join
+
+	// AdminPassword of a new site; "" generates one into PasswordName.
+	AdminPassword string
+
+	Version string
+	Log     *slog.Logger
+	// Started is called once, when the node serves.
+	Started func(Started)
+}
+
+// Started says where a node that has started can be found.
+type Started struct {
+	URL          string // of the registry and the API
+	PeerAddr     string
+	Data         string
+	PasswordFile string // "" when the password was given
+	Founded      bool   // a new site began with this start
+}
+
+// DefaultDataDir is /var/lib/atoll for root, else atoll in the XDG data directory.
+func DefaultDataDir() string {
+	if os.Geteuid() == 0 {
+		return "/var/lib/atoll"
+	}
+	if dir := os.Getenv("XDG_DATA_HOME"); dir != "" {
+		return filepath.Join(dir, "atoll")
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "atoll-data"
+	}
+	return filepath.Join(home, ".local", "share", "atoll")
+}

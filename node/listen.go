@@ -1,0 +1,229 @@
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/atoll-registry/atoll/node/access"
+	"github.com/atoll-registry/atoll/node/fault"
+)
+
+// listen takes a TCP address, with errors that say what to do.
+func listen(flag, addr string) (net.Listener, error) {
+	l, err := net.Listen("tcp", addr)
+	switch {
+	case err == nil:
+		return l, nil
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fault.Wrap(err, fault.Conflict, "another program uses %s; stop it, or choose another address with %s", addr, flag)
+	case errors.Is(err, syscall.EACCES):
+		return nil, fault.Wrap(err, fault.Denied, "this user may not listen on %s; choose a port above 1023 with %s", addr, flag)
+	}
+	return nil, fault.Wrap(err, fault.Invalid, "cannot listen on %s (%s): %v", addr, flag, err)
+}
+
+// listenSocket makes the Unix socket of the data directory, which this process
+// has locked, so one that lies there is a dead node's.
+func listenSocket(dir string) (net.Listener, error) {
+	name := filepath.Join(dir, SocketName)
+	if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.Listen("unix", name)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Invalid, "cannot make the socket %s: %v (its path may have at most 107 characters)", name, err)
+	}
+	return l, os.Chmod(name, 0o600)
+}
+
+// loopback reports whether an address is reached from this machine only.
+func loopback(addr string) bool {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return false
+	}
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
+}
+
+// tlsConfig says how the registry's address is served; nil is plain HTTP.
+func (n *Node) tlsConfig() (*tls.Config, error) {
+	c := n.config
+	if (c.CertFile == "") != (c.KeyFile == "") {
+		return nil, fault.New(fault.Invalid, "--tls-cert and --tls-key go together")
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}}
+	switch {
+	case c.CertFile != "":
+		files := &fileCertificate{cert: c.CertFile, key: c.KeyFile}
+		if _, err := files.get(nil); err != nil {
+			return nil, fault.Wrap(err, fault.Invalid, "the certificate %s with the key %s cannot be used: %v", c.CertFile, c.KeyFile, err)
+		}
+		config.GetCertificate = files.get
+	case c.TLS == TLSOff, c.TLS == TLSDefault && loopback(c.Listen):
+		return nil, nil
+	case c.TLS == TLSAuto || c.TLS == TLSDefault:
+		own := &siteCertificate{node: n, names: serverNames(c)}
+		config.GetCertificate = own.get
+	default:
+		return nil, fault.New(fault.Invalid, "--tls is off or auto, not %q", c.TLS)
+	}
+	return config, nil
+}
+
+// serverNames are what clients may call this node.
+func serverNames(c Config) []string {
+	names := append([]string{}, c.SANs...)
+	for _, addr := range []string{c.Listen, c.Advertise} {
+		if host, _, err := net.SplitHostPort(addr); err == nil && host != "" {
+			if ip, err := netip.ParseAddr(host); err != nil || !ip.IsUnspecified() {
+				names = append(names, host)
+			}
+		}
+	}
+	if host, err := os.Hostname(); err == nil {
+		names = append(names, host)
+	}
+	if _, host, ok := strings.Cut(c.ExternalURL, "://"); ok {
+		host, _, _ = strings.Cut(host, "/")
+		if h, _, err := net.SplitHostPort(host); err == nil {
+			host = h
+		}
+		names = append(names, host)
+	}
+	addrs, err := net.InterfaceAddrs()
+	if err == nil {
+		for _, a := range addrs {
+			if prefix, err := netip.ParsePrefix(a.String()); err == nil && !prefix.Addr().IsLinkLocalUnicast() {
+				names = append(names, prefix.Addr().String())
+			}
+		}
+	}
+	return append(names, "localhost", "127.0.0.1", "::1")
+}
+
+// siteCertificate is a server certificate of the site's CA, made anew when two
+// thirds of its life are over.
+type siteCertificate struct {
+	node  *Node
+	names []string
+
+	mu      sync.Mutex
+	current *tls.Certificate
+	renew   time.Time
+}
+
+func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current != nil && time.Now().Before(s.renew) {
+		return s.current, nil
+	}
+	cert, err := s.node.member.ServerCertificate(hello.Context(), s.names)
+	if err != nil {
+		if s.current != nil { // better an old one than none
+			return s.current, nil
+		}
+		return nil, fmt.Errorf("certificate of the registry's address: %w", err)
+	}
+	s.current = &cert
+	life := cert.Leaf.NotAfter.Sub(cert.Leaf.NotBefore)
+	s.renew = cert.Leaf.NotBefore.Add(life * 2 / 3)
+	return s.current, nil
+}
+
+// fileCertificate is a certificate in files, read again when they change.
+type fileCertificate struct {
+	cert, key string
+
+	mu      sync.Mutex
+	current *tls.Certificate
+	changed time.Time
+}
+
+func (f *fileCertificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	info, err := os.Stat(f.cert)
+	if err == nil && f.current != nil && info.ModTime().Equal(f.changed) {
+		return f.current, nil
+	}
+	pair, loadErr := tls.LoadX509KeyPair(f.cert, f.key)
+	if err = errors.Join(err, loadErr); err != nil {
+		if f.current != nil { // the files are being replaced
+			return f.current, nil
+		}
+		return nil, err
+	}
+	f.current, f.changed = &pair, info.ModTime()
+	return f.current, nil
+}
+
+// drain bounds how long requests under way may take once the node stops.
+const drain = 20 * time.Second
+
+// serve serves the registry and the API on the address and the socket until ctx
+// ends, then lets requests under way finish.
+func (n *Node) serve(ctx context.Context) error {
+	asSystem := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r = r.WithContext(access.WithPrincipal(r.Context(), access.Principal{Kind: access.System, Name: "system", Admin: true}))
+		n.rooms.http.ServeHTTP(w, r)
+	})
+	servers := []*http.Server{n.newServer(n.rooms.http), n.newServer(asSystem)}
+	ended := make(chan error, len(servers))
+	go func() { ended <- serveOn(servers[0], n.public, n.publicTLS) }()
+	go func() { ended <- serveOn(servers[1], n.socket, nil) }()
+	var err error
+	running := len(servers)
+	select {
+	case <-ctx.Done():
+	case err = <-ended:
+		running--
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), drain)
+	defer cancel()
+	for _, s := range servers {
+		if s.Shutdown(stop) != nil {
+			s.Close()
+		}
+	}
+	for range running {
+		<-ended
+	}
+	if err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve the registry: %w", err)
+	}
+	return nil
+}
+
+func serveOn(s *http.Server, l net.Listener, config *tls.Config) error {
+	if config == nil {
+		return s.Serve(l)
+	}
+	s.TLSConfig = config
+	return s.ServeTLS(l, "", "")
+}
+
+// newServer makes a server whose requests may take long: uploads and downloads
+// are bounded by their progress, in the registry.
+func (n *Node) newServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(n.log.Handler(), slog.LevelDebug),
+	}
+}

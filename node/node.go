@@ -1,0 +1,346 @@
+// Package node is the appliance: it puts the cluster, the peer port and the
+// rooms together into one process, starts them in order and stops them in order.
+//
+// Order of starting, and the reverse of stopping: data directory locked, peer
+// port, cluster, rooms, registry address. Each stands on the one before: what is
+// served last is stopped first, so that no request meets a part that is gone, and
+// the cluster hands over its leadership while the peer port is still there.
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/atoll-registry/atoll/cluster/kv"
+	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/telemetry"
+	"github.com/atoll-registry/atoll/transfer/peernet"
+)
+
+// PeerPort is the default port between nodes.
+const PeerPort = "5001"
+
+// Node is one node of a site.
+type Node struct {
+	config  Config
+	log     *slog.Logger
+	lock    *os.File
+	founded bool
+
+	peerListener net.Listener
+	network      *peernet.Net
+	engine       kv.Engine
+	db           *table.DB
+	member       *member.Node
+	rooms        *rooms
+	public       net.Listener
+	publicTLS    *tls.Config
+	socket       net.Listener
+}
+
+// New opens a node's data directory, founds or joins a site when it is empty, and
+// takes its addresses. It serves nothing before Run. When it fails, it has let go
+// of all that it took.
+func New(ctx context.Context, c Config) (n *Node, err error) {
+	if err := c.complete(); err != nil {
+		return nil, err
+	}
+	n = &Node{config: c, log: c.Log}
+	defer func() {
+		if err != nil {
+			n.Close()
+		}
+	}()
+	if n.lock, err = lockData(c.Data); err != nil {
+		return nil, err
+	}
+	// The addresses first: a node that cannot have them must not found a site.
+	if n.public, err = listen("--listen", c.Listen); err != nil {
+		return nil, err
+	}
+	if n.peerListener, err = listen("--peer-listen", c.PeerListen); err != nil {
+		return nil, err
+	}
+	who, err := n.identify(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := n.build(who); err != nil {
+		return nil, err
+	}
+	if n.publicTLS, err = n.tlsConfig(); err != nil {
+		return nil, err
+	}
+	n.socket, err = listenSocket(c.Data)
+	return n, err
+}
+
+// complete fills in what the configuration leaves open.
+func (c *Config) complete() error {
+	if c.Data == "" {
+		c.Data = DefaultDataDir()
+	}
+	host, _, err := net.SplitHostPort(c.Listen)
+	if err != nil {
+		return fault.New(fault.Invalid, "--listen %s is no HOST:PORT", c.Listen)
+	}
+	if c.PeerListen == "" {
+		c.PeerListen = net.JoinHostPort(host, PeerPort)
+	}
+	peerHost, peerPort, err := net.SplitHostPort(c.PeerListen)
+	if err != nil {
+		return fault.New(fault.Invalid, "--peer-listen %s is no HOST:PORT", c.PeerListen)
+	}
+	if c.Advertise == "" {
+		if ip, err := netip.ParseAddr(peerHost); peerHost == "" || err == nil && ip.IsUnspecified() {
+			if peerHost, err = ownAddress(); err != nil {
+				return err
+			}
+		}
+		c.Advertise = net.JoinHostPort(peerHost, peerPort)
+	}
+	if _, _, err := net.SplitHostPort(c.Advertise); err != nil {
+		return fault.New(fault.Invalid, "--advertise %s is no HOST:PORT", c.Advertise)
+	}
+	if c.Name == "" {
+		if c.Name, err = os.Hostname(); err != nil {
+			return fault.Wrap(err, fault.Invalid, "this machine has no name; give the node one with --name")
+		}
+	}
+	return nil
+}
+
+// ownAddress is the first address of this machine that others can reach.
+func ownAddress() (string, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return "", err
+	}
+	for _, a := range addrs {
+		prefix, err := netip.ParsePrefix(a.String())
+		if err == nil && prefix.Addr().IsGlobalUnicast() {
+			return prefix.Addr().String(), nil
+		}
+	}
+	return "", fault.New(fault.Invalid, "this machine has no address that other nodes can reach; name one with --advertise HOST:PORT")
+}
+
+// identify reads who this node is, or makes it somebody.
+func (n *Node) identify(ctx context.Context) (member.Identity, error) {
+	c := n.config
+	who, err := member.LoadIdentity(c.Data)
+	if !errors.Is(err, member.ErrEmpty) {
+		return who, err
+	}
+	switch {
+	case c.Init && len(c.Join) > 0:
+		return who, fault.New(fault.Invalid, "--init founds a new site and --join joins another: choose one")
+	case c.Init:
+		n.founded = true
+		return member.Found(c.Data, c.Name, c.Advertise)
+	case len(c.Join) > 0:
+		return n.join(ctx)
+	}
+	return who, fault.New(fault.Invalid, "%s holds no node. If its disk is not mounted, mount it. Else choose: --init founds a new site, --join ADDR --token TOKEN joins one, or restore this node's data directory from a backup", c.Data)
+}
+
+func (n *Node) join(ctx context.Context) (member.Identity, error) {
+	if n.config.Token == "" {
+		return member.Identity{}, fault.New(fault.Invalid, "--join needs --token TOKEN or --token-file FILE; make one on a node of the site with: atoll token create")
+	}
+	dialer, err := peernet.New(peernet.Config{Log: n.log})
+	if err != nil {
+		return member.Identity{}, err
+	}
+	return member.Join(ctx, member.JoinConfig{
+		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
+		Addrs: n.config.Join, Token: n.config.Token, Dial: dialer.DialJoin, Log: n.log,
+	})
+}
+
+// build puts the parts together.
+func (n *Node) build(who member.Identity) (err error) {
+	metrics := telemetry.NewRegistry()
+	pool, err := who.Pool()
+	if err != nil {
+		return err
+	}
+	if n.network, err = peernet.New(peernet.Config{
+		SiteID: who.SiteID, Log: n.log,
+		Cert:      func() tls.Certificate { return n.member.Certificate() },
+		CA:        func() *x509.CertPool { return pool },
+		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },
+	}); err != nil {
+		return err
+	}
+	if n.engine, err = kv.OpenBolt(filepath.Join(n.config.Data, "meta.db")); err != nil {
+		return err
+	}
+	n.db = table.New(n.engine, n.log)
+	if n.member, err = member.New(member.Config{
+		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
+		Network: n.network, DB: n.db, Log: n.log, Registry: metrics,
+	}, who); err != nil {
+		return err
+	}
+	n.rooms, err = newRooms(ground{n.config, n.log, metrics, n.db, n.member, n.network})
+	return err
+}
+
+// Run serves until ctx ends, then stops in order. It may be called once.
+func (n *Node) Run(ctx context.Context) error {
+	defer n.Close()
+	if err := n.db.Build(ctx); err != nil {
+		return err
+	}
+	n.db.Attach(n.member)
+	n.rooms.peers.ServeForwarded(n.rooms.http)
+
+	// Three floors, each stopped when all above it have: the first error of any
+	// stops them all.
+	run, fail := context.WithCancelCause(ctx)
+	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
+	cluster := startFloor(run, fail, n.member.Run)
+	rooms := startFloor(run, fail, n.rooms.peers.Run, n.rooms.registry.Run)
+
+	err := n.settle(run)
+	if err == nil {
+		n.announce()
+		err = n.serve(run)
+	}
+	rooms()
+	cluster()
+	port()
+	if cause := context.Cause(run); err == nil && cause != nil && ctx.Err() == nil {
+		err = cause
+	}
+	fail(nil)
+	return err
+}
+
+// startFloor runs functions in a context that outlives ctx, and gives the way to
+// stop them and wait. The first error among them is reported to fail.
+func startFloor(ctx context.Context, fail context.CancelCauseFunc, parts ...func(context.Context) error) (stop func()) {
+	inner, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var group errgroup.Group
+	for _, part := range parts {
+		group.Go(func() error {
+			err := part(inner)
+			if err == nil && inner.Err() == nil {
+				err = errors.New("a part of the node ended by itself")
+			}
+			if err != nil && inner.Err() == nil {
+				fail(err)
+			}
+			return err
+		})
+	}
+	return func() {
+		cancel()
+		_ = group.Wait() // the error that mattered went to fail
+	}
+}
+
+// settlePatience bounds how long a node waits at its first start for what every
+// site has: identity, library project, admin.
+const settlePatience = time.Minute
+
+// settle waits until the node's own state can be served. At a site's first start
+// it creates what every site has; the admin comes last and tells that it is done,
+// so that a start that was cut short is completed by the next one.
+func (n *Node) settle(ctx context.Context) error {
+	select {
+	case <-n.member.Ready():
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if done, err := n.rooms.identity.HasAdmin(); err != nil || done {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, settlePatience,
+		fault.New(fault.Unavailable, "the site has no leader; start more of its nodes, then this one again"))
+	defer cancel()
+	who, err := member.LoadIdentity(n.config.Data)
+	if err != nil {
+		return err
+	}
+	for {
+		_, err := n.rooms.journal.EnsureSite(ctx, who.SiteID, who.Name)
+		if err == nil {
+			err = n.rooms.projects.EnsureLibrary(ctx, "system")
+		}
+		if err == nil {
+			err = n.rooms.identity.EnsureAdmin(ctx, n.adminPassword)
+		}
+		if err == nil || ctx.Err() != nil || !fault.Is(err, fault.Unavailable) {
+			return errors.Join(err, context.Cause(ctx))
+		}
+		n.log.Info("waiting for the site's leader", "err", err)
+	}
+}
+
+// adminPassword is the given password, or a random one that is first put into its
+// file, so that no site has a password that nobody knows.
+func (n *Node) adminPassword() (string, error) {
+	if n.config.AdminPassword != "" {
+		return n.config.AdminPassword, nil
+	}
+	password := rand.Text()
+	name := filepath.Join(n.config.Data, PasswordName)
+	file, err := os.OpenFile(name, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return "", err
+	}
+	_, err = fmt.Fprintln(file, password)
+	return password, errors.Join(err, file.Sync(), file.Close(), syncDir(n.config.Data))
+}
+
+func (n *Node) announce() {
+	scheme := "https"
+	if n.publicTLS == nil {
+		scheme = "http"
+	}
+	started := Started{
+		URL: scheme + "://" + n.public.Addr().String(), PeerAddr: n.config.Advertise, Data: n.config.Data, Founded: n.founded,
+	}
+	file := filepath.Join(n.config.Data, PasswordName)
+	if _, err := os.Stat(file); err == nil {
+		started.PasswordFile = file
+	}
+	n.log.Info("node serves", "url", started.URL, "peer_addr", started.PeerAddr, "data", started.Data)
+	if n.config.Started != nil {
+		n.config.Started(started)
+	}
+}
+
+// Close lets go of what New took; for a node that is not Run.
+func (n *Node) Close() {
+	for _, l := range []net.Listener{n.public, n.peerListener, n.socket} {
+		if l != nil {
+			l.Close()
+		}
+	}
+	if n.rooms != nil && n.rooms.store != nil {
+		n.rooms.store.Close()
+	}
+	if n.engine != nil {
+		n.engine.Close()
+	}
+	if n.lock != nil {
+		n.lock.Close()
+	}
+}

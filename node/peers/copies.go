@@ -1,0 +1,201 @@
+package peers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/transfer"
+)
+
+// copiesAtOnce bounds the blobs that one request makes this node fetch at once.
+const copiesAtOnce = 4
+
+// heldRequest asks a node to hold blobs on its stable storage; the answer comes
+// when it does.
+type heldRequest struct {
+	Blobs []heldBlob `json:"blobs"`
+}
+
+type heldBlob struct {
+	Digest digest.Digest `json:"digest"`
+	Size   int64         `json:"size"`
+}
+
+// Ensure implements blobs.Copies: it has every blob copied until Durability live
+// nodes hold all of them, and says how many do. Fewer is no error: it is as many
+// as there are. fault.Unavailable when not even one holds a blob.
+func (p *Peers) Ensure(ctx context.Context, ds []digest.Digest) (int, error) {
+	pending, err := p.plan(ds)
+	if err != nil {
+		return 0, err
+	}
+	for {
+		batches := map[string][]*copyPlan{}
+		for _, c := range pending {
+			if c.holders < Durability && len(c.candidates) > 0 {
+				batches[c.candidates[0]] = append(batches[c.candidates[0]], c)
+				c.candidates = c.candidates[1:]
+			}
+		}
+		if len(batches) == 0 {
+			break
+		}
+		p.askToHold(ctx, batches)
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+	}
+	copies := Durability
+	for _, c := range pending {
+		if c.holders == 0 {
+			return 0, fault.New(fault.Unavailable, "no node that is up holds %s; push it again", c.blob.Digest)
+		}
+		copies = min(copies, c.holders)
+	}
+	if len(pending) == 0 { // nothing but metadata, which raft copies
+		copies = min(Durability, 1+len(p.others()))
+	}
+	return copies, nil
+}
+
+// copyPlan is one blob on its way to enough nodes.
+type copyPlan struct {
+	blob       heldBlob
+	holders    int      // nodes that are known to hold it durably
+	candidates []string // nodes to ask next, best first
+}
+
+// plan counts this node's own copy of each blob and lists whom to ask for more.
+func (p *Peers) plan(ds []digest.Digest) ([]*copyPlan, error) {
+	var ids []string
+	for _, m := range p.others() {
+		ids = append(ids, m.ID)
+	}
+	seen := map[digest.Digest]bool{}
+	var plans []*copyPlan
+	for _, d := range ds {
+		if seen[d] {
+			continue
+		}
+		seen[d] = true
+		c := &copyPlan{blob: heldBlob{Digest: d}, candidates: placement(d, ids)}
+		info, err := p.Store.Stat(d)
+		switch {
+		case err == nil:
+			c.holders, c.blob.Size = 1, info.Size
+		case fault.Is(err, fault.NotFound):
+			if c.blob.Size, err = p.sizeOf(d); err != nil {
+				return nil, err
+			}
+		default:
+			return nil, err
+		}
+		plans = append(plans, c)
+	}
+	return plans, nil
+}
+
+func (p *Peers) sizeOf(d digest.Digest) (size int64, err error) {
+	err = p.DB.View(func(v *table.View) error {
+		row, ok, err := p.Records.Get(v, d)
+		if err == nil && !ok {
+			err = fault.New(fault.NotFound, "there is no blob %s in this site", d).WithCode("BLOB_UNKNOWN")
+		}
+		size = row.Size
+		return err
+	})
+	return size, err
+}
+
+// askToHold asks each node in parallel for its batch. A node that fails is
+// logged, and its blobs go to their next candidate.
+func (p *Peers) askToHold(ctx context.Context, batches map[string][]*copyPlan) {
+	var mu sync.Mutex
+	var wait sync.WaitGroup
+	for id, batch := range batches {
+		request := heldRequest{}
+		for _, c := range batch {
+			request.Blobs = append(request.Blobs, c.blob)
+		}
+		wait.Go(func() {
+			err := p.whileLive(ctx, id, func(ctx context.Context) error {
+				return p.call(ctx, id, "held", request, nil)
+			})
+			if err != nil {
+				p.Log.Warn("a node could not take its copy", "node", id, "blobs", len(batch), "err", err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for _, c := range batch {
+				c.holders++
+			}
+		})
+	}
+	wait.Wait()
+}
+
+// whileLive runs a call to a node and gives it up when the node stops being
+// live: large blobs take as long as they take, a dead node does not.
+func (p *Peers) whileLive(ctx context.Context, id string, call func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	done := make(chan error, 1)
+	go func() { done <- call(ctx) }()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-done:
+			return errors.Join(err, context.Cause(ctx))
+		case <-tick.C:
+			if _, live := p.find(id); !live {
+				cancel(fmt.Errorf("node %s went away", id))
+			}
+		}
+	}
+}
+
+// hold answers a peer's heldRequest: it fetches what this node lacks and returns
+// once all is on stable storage.
+func (p *Peers) hold(ctx context.Context, request heldRequest) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(copiesAtOnce)
+	for _, b := range request.Blobs {
+		group.Go(func() error {
+			return p.obtain(ctx, b)
+		})
+	}
+	return group.Wait()
+}
+
+// obtain makes this node hold a blob durably.
+func (p *Peers) obtain(ctx context.Context, b heldBlob) error {
+	if _, err := p.Store.Stat(b.Digest); err == nil || !fault.Is(err, fault.NotFound) {
+		return err
+	}
+	root, err := p.root(b.Digest)
+	if err != nil {
+		return err
+	}
+	// A copy is read by nobody while it arrives, so it needs no root; a blob
+	// without one is fetched whole.
+	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root})
+	if err == nil {
+		err = fetch.Wait(ctx)
+	}
+	if err != nil {
+		p.metrics.copyFailures.Inc()
+		return fmt.Errorf("copy %s to this node: %w", b.Digest, err)
+	}
+	p.metrics.copiesMade.Inc()
+	return nil
+}

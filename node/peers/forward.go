@@ -1,0 +1,181 @@
+package peers
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/access"
+	"github.com/atoll-registry/atoll/node/fault"
+)
+
+// principalHeader carries, between nodes only, the user for whom a request was
+// passed on. Nothing but the API service of the peer port reads it, and a node
+// sets it anew on everything that it passes on.
+const principalHeader = "Atoll-Principal"
+
+// maxPeerMessage bounds a message of one node to another.
+const maxPeerMessage = 4 << 20
+
+// Owns reports whether a node id is this node's.
+func (p *Peers) Owns(node string) bool { return node == p.Member.Self() }
+
+// Forward passes a request on to the node that owns what it is about, with the
+// user for whom it was made, and sends that node's answer. fault.Unavailable when
+// the node is not live; then nothing has been sent.
+func (p *Peers) Forward(node string, w http.ResponseWriter, r *http.Request) error {
+	if _, ok := p.find(node); !ok {
+		return fault.New(fault.Unavailable, "node %s, which this belongs to, is not up", node)
+	}
+	principal, err := json.Marshal(access.From(r.Context()))
+	if err != nil {
+		return err
+	}
+	proxy := httputil.ReverseProxy{
+		Transport: p.client.Transport,
+		Rewrite: func(out *httputil.ProxyRequest) {
+			out.SetURL(&url.URL{Scheme: "http", Host: node})
+			out.Out.Host = out.In.Host
+			out.Out.Header.Del("Authorization")
+			out.Out.Header.Set(principalHeader, string(principal))
+		},
+		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, e error) { err = e },
+	}
+	proxy.ServeHTTP(w, r)
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, "node %s, which this belongs to, went away", node)
+	}
+	return nil
+}
+
+// peerHandler serves what other nodes ask of this one.
+func (p *Peers) peerHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /peer/v1/held", func(w http.ResponseWriter, r *http.Request) {
+		serveMessage(p, w, r, func(ctx context.Context, q heldRequest) (any, error) { return nil, p.hold(ctx, q) })
+	})
+	mux.HandleFunc("POST /peer/v1/root", func(w http.ResponseWriter, r *http.Request) {
+		serveMessage(p, w, r, p.answerRoot)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		var principal access.Principal
+		if err := json.Unmarshal([]byte(r.Header.Get(principalHeader)), &principal); err != nil {
+			http.Error(w, "a forwarded request names its user", http.StatusBadRequest)
+			return
+		}
+		r.Header.Del(principalHeader)
+		p.api.ServeHTTP(w, r.WithContext(access.WithPrincipal(r.Context(), principal)))
+	})
+	return mux
+}
+
+// rootRequest asks a holder to compute and commit the piece root of a blob.
+type rootRequest struct {
+	Digest digest.Digest `json:"digest"`
+}
+
+// rootAnswer names a revision at which the blob's row has its root.
+type rootAnswer struct {
+	Revision uint64 `json:"revision"`
+}
+
+func (p *Peers) answerRoot(ctx context.Context, q rootRequest) (any, error) {
+	if err := p.commitRoot(ctx, q.Digest); err != nil {
+		return nil, err
+	}
+	var answer rootAnswer
+	err := p.DB.View(func(v *table.View) error { answer.Revision = v.Revision(); return nil })
+	return answer, err
+}
+
+// serveMessage decodes a bounded message, answers it, and logs a failure.
+func serveMessage[Q any](p *Peers, w http.ResponseWriter, r *http.Request, answer func(context.Context, Q) (any, error)) {
+	q, err := decodeMessage[Q](r.Body)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	value, err := answer(r.Context(), q)
+	if err != nil {
+		p.Log.Warn("could not do what another node asked", "path", r.URL.Path, "err", err)
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	if value == nil {
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(value) // a failed write means that the node is gone
+}
+
+// message is a request of one node to another.
+type message interface{ check() error }
+
+func (q heldRequest) check() error {
+	for _, b := range q.Blobs {
+		if err := b.Digest.Validate(); err != nil {
+			return fmt.Errorf("blob %q: %w", b.Digest, err)
+		}
+		if b.Size < 0 {
+			return fmt.Errorf("blob %s: size %d is negative", b.Digest, b.Size)
+		}
+	}
+	return nil
+}
+
+func (q rootRequest) check() error { return q.Digest.Validate() }
+
+func decodeMessage[Q any](body io.Reader) (q Q, err error) {
+	data, err := io.ReadAll(io.LimitReader(body, maxPeerMessage+1))
+	if err != nil {
+		return q, err
+	}
+	if len(data) > maxPeerMessage {
+		return q, fmt.Errorf("message is longer than %d bytes", maxPeerMessage)
+	}
+	if err := json.Unmarshal(data, &q); err != nil {
+		return q, fmt.Errorf("message is no JSON of its kind: %w", err)
+	}
+	if m, ok := any(q).(message); ok {
+		err = m.check()
+	}
+	return q, err
+}
+
+// call sends a message to a node and decodes its answer into answer, when not
+// nil.
+func (p *Peers) call(ctx context.Context, node, name string, question, answer any) error {
+	data, err := json.Marshal(question)
+	if err != nil {
+		return err
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+node+"/peer/v1/"+name, bytes.NewReader(data))
+	if err != nil {
+		return err
+	}
+	resp, err := p.client.Do(r)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxPeerMessage))
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode >= 300 {
+		return fmt.Errorf("node %s: %s: %s", node, resp.Status, bytes.TrimSpace(body))
+	}
+	if answer == nil {
+		return nil
+	}
+	return json.Unmarshal(body, answer)
+}

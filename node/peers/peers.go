@@ -1,0 +1,195 @@
+// Package peers is a node's life among the other nodes of its site: it serves
+// blobs to them and fetches from them, makes the second copy that a push waits
+// for, repairs what lacks copies, carries requests that belong to another node,
+// and answers for the state of the cluster.
+//
+// Invariants:
+//   - Ensure counts a node only after that node has said that the blob is on its
+//     stable storage.
+//   - Which nodes should hold a blob follows from the member rows alone, so every
+//     node comes to the same answer (placement.go); reachability decides only
+//     whom to ask first.
+//   - A piece root is committed only by a node that has verified the blob's
+//     digest itself (pieces.go).
+//   - Requests from a peer arrive on connections that prove the peer's node id;
+//     only there may a request name the user for whom it was made (forward.go).
+package peers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/transfer/peernet"
+	"github.com/atoll-registry/atoll/transfer/stream"
+)
+
+// Durability is on how many nodes a push must be before it is acknowledged, as
+// soon as that many are live; replicas is how many hold it in the long run.
+const (
+	Durability = 2
+	replicas   = 3
+)
+
+// Network is the peer port.
+type Network interface {
+	Listen(service byte) net.Listener
+	Dial(ctx context.Context, addr string, service byte) (net.Conn, error)
+}
+
+// Config of Peers. All fields are needed.
+type Config struct {
+	DB         *table.DB
+	Member     *member.Node
+	Network    Network
+	Store      *blobs.Store
+	Records    *blobs.Records
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Peers is the room. It implements blobs.Copies.
+type Peers struct {
+	Config
+	tables  *pieceTables
+	engine  *stream.Engine
+	client  *http.Client // of the API service: the URL's host is a node id
+	api     http.Handler // what forwarded requests are served by
+	metrics metrics
+}
+
+type metrics struct {
+	underReplicated prometheus.Gauge
+	copiesMade      prometheus.Counter
+	copyFailures    prometheus.Counter
+	received        prometheus.Counter
+	served          prometheus.Counter
+	dropped         *prometheus.CounterVec
+}
+
+// New makes the room.
+func New(c Config) (*Peers, error) {
+	p := &Peers{Config: c, tables: newPieceTables(c.Store)}
+	p.metrics = metrics{
+		underReplicated: prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_underreplicated_blobs", Help: "Blobs that lack copies."}),
+		copiesMade:      prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_copies_total", Help: "Blobs copied to this node for durability or repair."}),
+		copyFailures:    prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_copy_failures_total", Help: "Copies to this node that did not succeed."}),
+		received:        prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_received_bytes_total", Help: "Verified bytes of blobs from peers."}),
+		served:          prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_served_bytes_total", Help: "Bytes of blobs sent to peers."}),
+		dropped:         prometheus.NewCounterVec(prometheus.CounterOpts{Name: "atoll_peers_dropped_senders_total", Help: "Peers dropped from the fetch of a blob, by reason."}, []string{"reason"}),
+	}
+	for _, m := range []prometheus.Collector{p.metrics.underReplicated, p.metrics.copiesMade, p.metrics.copyFailures, p.metrics.received, p.metrics.served, p.metrics.dropped} {
+		if err := c.Registerer.Register(m); err != nil {
+			return nil, fmt.Errorf("peers: %w", err)
+		}
+	}
+	p.client = &http.Client{Transport: &http.Transport{
+		DialContext:         p.dialNode,
+		MaxIdleConnsPerHost: 4,
+		IdleConnTimeout:     time.Minute,
+	}}
+	var err error
+	p.engine, err = stream.New(stream.Config{
+		Source: source{p}, Sink: sink{c.Store}, Peers: candidates{p}, Log: c.Log,
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			return c.Network.Dial(ctx, addr, peernet.ServiceBlob)
+		},
+		Hooks: stream.Hooks{
+			Moved:  func(_ string, n int64) { p.metrics.received.Add(float64(n)) },
+			Served: func(_ string, n int64) { p.metrics.served.Add(float64(n)) },
+			Dropped: func(_ string, _ digest.Digest, why stream.Reason) {
+				p.metrics.dropped.WithLabelValues(string(why)).Inc()
+			},
+		},
+	})
+	return p, err
+}
+
+// dialNode connects to the API service of the node whose id is the host of addr
+// and requires that this node is who answers.
+func (p *Peers) dialNode(ctx context.Context, _, addr string) (net.Conn, error) {
+	id, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	target, ok := p.find(id)
+	if !ok {
+		return nil, fmt.Errorf("node %s is not a live member of this site", id)
+	}
+	conn, err := p.Network.Dial(ctx, target.Addr, peernet.ServiceAPI)
+	if err != nil {
+		return nil, err
+	}
+	if proven, ok := conn.(interface{ PeerID() string }); !ok || proven.PeerID() != id {
+		conn.Close()
+		return nil, fmt.Errorf("%s is not node %s but another one", target.Addr, id)
+	}
+	return conn, nil
+}
+
+// find looks a live member up by its id.
+func (p *Peers) find(id string) (member.Member, bool) {
+	for _, m := range p.Member.Live() {
+		if m.ID == id {
+			return m, true
+		}
+	}
+	return member.Member{}, false
+}
+
+// others are the live members without this node.
+func (p *Peers) others() []member.Member {
+	live := p.Member.Live()
+	out := make([]member.Member, 0, len(live))
+	for _, m := range live {
+		if m.ID != p.Member.Self() {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// ServeForwarded sets what serves requests that another node passed on. It must
+// be called before Run.
+func (p *Peers) ServeForwarded(api http.Handler) { p.api = api }
+
+// Run serves the peers, repairs copies and fills in piece roots until ctx ends.
+func (p *Peers) Run(ctx context.Context) error {
+	if p.api == nil {
+		return errors.New("peers: ServeForwarded was not called")
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return p.engine.Run(ctx) })
+	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceBlob, p.engine) })
+	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceAPI, p.peerHandler()) })
+	group.Go(func() error { return p.repair(ctx) })
+	return group.Wait()
+}
+
+func (p *Peers) serveHTTP(ctx context.Context, service byte, handler http.Handler) error {
+	server := &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 30 * time.Second,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(p.Log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+	}
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	err := server.Serve(p.Network.Listen(service))
+	if ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("serve peers: %w", err)
+}

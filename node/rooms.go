@@ -1,0 +1,217 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"path/filepath"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/access"
+	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/catalog"
+	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/identity"
+	"github.com/atoll-registry/atoll/node/journal"
+	"github.com/atoll-registry/atoll/node/offline"
+	"github.com/atoll-registry/atoll/node/peers"
+	"github.com/atoll-registry/atoll/node/project"
+	"github.com/atoll-registry/atoll/node/registry"
+	"github.com/atoll-registry/atoll/node/rest"
+	"github.com/atoll-registry/atoll/node/sites"
+	"github.com/atoll-registry/atoll/node/telemetry"
+)
+
+// minFree is the free space below which pushes are refused, so that the
+// metadata can always be written: 256 MiB.
+const minFree = 256 << 20
+
+// rooms are the parts of a node, in the order in which they are built.
+type rooms struct {
+	store    *blobs.Store
+	records  *blobs.Records
+	journal  *journal.Journal
+	projects *project.Projects
+	identity *identity.Identity
+	peers    *peers.Peers
+	catalog  *catalog.Catalog
+	registry *registry.Registry
+	sites    *sites.Sites
+	offline  *offline.Offline
+	kernel   *rest.Kernel
+	http     http.Handler
+}
+
+// ground is what the rooms stand on.
+type ground struct {
+	config  Config
+	log     *slog.Logger
+	metrics *prometheus.Registry
+	db      *table.DB
+	member  *member.Node
+	network peers.Network
+}
+
+// newRooms builds the rooms and starts nothing. Adding a room is one line here
+// and, when it has operations, one in register.
+func newRooms(g ground) (*rooms, error) {
+	r := &rooms{}
+	var err error
+	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{MinFree: minFree, Log: g.log}); err != nil {
+		return nil, err
+	}
+	r.records = blobs.NewRecords(g.db)
+	r.journal = journal.New(g.db, g.member)
+	r.projects = project.New(g.db, r.journal)
+	r.sites = sites.New(g.db, r.journal)
+	if r.identity, err = identity.New(identity.Config{
+		DB: g.db, Sealer: g.member, Projects: r.projects, Log: g.log, Registerer: g.metrics, ExternalURL: g.config.ExternalURL,
+	}); err != nil {
+		return nil, err
+	}
+	if r.peers, err = peers.New(peers.Config{
+		DB: g.db, Member: g.member, Network: g.network, Store: r.store, Records: r.records, Log: g.log, Registerer: g.metrics,
+	}); err != nil {
+		return nil, err
+	}
+	if r.catalog, err = catalog.New(catalog.Config{
+		DB: g.db, Records: r.records, Journal: r.journal, Projects: r.projects, Big: bigManifests{r, g.db},
+	}); err != nil {
+		return nil, err
+	}
+	r.projects.Attach(r.catalog)
+	r.offline = offline.New(offline.Config{
+		DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records,
+		Copies: r.peers, Fetcher: r.peers, Trusts: r.sites, Log: g.log,
+	})
+	if r.registry, err = registry.New(registry.Config{
+		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
+		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Log: g.log, Registerer: g.metrics,
+	}); err != nil {
+		return nil, err
+	}
+	if r.kernel, err = rest.New(rest.Config{
+		Log: g.log, Registerer: g.metrics, Authenticator: r.identity, Guard: r.projects, Version: g.config.Version,
+	}); err != nil {
+		return nil, err
+	}
+	r.register(g)
+	r.http, err = r.handler(g)
+	return r, err
+}
+
+// register puts the rooms' operations into the table of the API.
+func (r *rooms) register(g ground) {
+	rest.RegisterSystem(r.kernel, rest.System{
+		ExternalURL: g.config.ExternalURL, Version: g.config.Version, Storage: "filesystem", HasCA: true,
+		Checks: []rest.Check{
+			{Name: "core", Run: func(context.Context) error { return nil }},
+			{Name: "database", Run: func(ctx context.Context) error { return g.db.ReadIndex(ctx) }},
+			{Name: "registry", Run: func(ctx context.Context) error { _, err := r.store.Usage(ctx); return err }},
+		},
+	})
+	r.projects.Operations(r.kernel)
+	r.catalog.Operations(r.kernel)
+	r.peers.Operations(r.kernel)
+	r.sites.Operations(r.kernel)
+	r.offline.Operations(r.kernel)
+}
+
+// handler puts the registry, the token service, the metrics and the API on one
+// address.
+func (r *rooms) handler(g ground) (http.Handler, error) {
+	middleware, err := telemetry.NewMiddleware(g.log, g.metrics)
+	if err != nil {
+		return nil, err
+	}
+	metrics := telemetry.MetricsHandler(g.metrics)
+	mux := http.NewServeMux()
+	mux.Handle("/service/token", r.identity.TokenService())
+	mux.HandleFunc("/metrics", func(w http.ResponseWriter, q *http.Request) {
+		if !loopback(g.config.Listen) {
+			p, err := r.identity.Authenticate(q)
+			if err == nil && !access.InSystem(p, access.MetricsRead) {
+				err = fault.New(fault.Unauthenticated, "metrics want the credentials of an admin")
+			}
+			if err != nil {
+				w.Header().Set("WWW-Authenticate", `Basic realm="atoll"`)
+				rest.WriteError(w, err)
+				return
+			}
+		}
+		metrics.ServeHTTP(w, q)
+	})
+	api := r.kernel.Handler()
+	v2 := r.registry.Handler()
+	return middleware.Wrap(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		// Not through the mux: it would redirect paths that are not clean, and
+		// the registry and the kernel have parsers of their own.
+		switch {
+		case q.URL.Path == "/v2" || len(q.URL.Path) >= 4 && q.URL.Path[:4] == "/v2/":
+			v2.ServeHTTP(w, q)
+		case q.URL.Path == "/metrics" || q.URL.Path == "/service/token":
+			mux.ServeHTTP(w, q)
+		default:
+			api.ServeHTTP(w, q)
+		}
+	})), nil
+}
+
+// bigManifests keeps manifests that are too large for a row as blobs.
+type bigManifests struct {
+	*rooms
+	db *table.DB
+}
+
+// Put implements catalog.Big.
+func (b bigManifests) Put(ctx context.Context, d digest.Digest, body []byte) error {
+	if _, err := b.store.Put(ctx, d, bytes.NewReader(body)); err != nil {
+		return err
+	}
+	copies, err := b.peers.Ensure(ctx, []digest.Digest{d})
+	if err != nil {
+		return err
+	}
+	_, err = b.db.Update(ctx, func(tx *table.Tx) error {
+		if err := b.records.Live(tx, d, int64(len(body))); err != nil {
+			return err
+		}
+		return b.records.SetCopies(tx, d, copies)
+	})
+	return err
+}
+
+// Read implements catalog.Big.
+func (b bigManifests) Read(ctx context.Context, d digest.Digest) (body []byte, err error) {
+	var from io.ReadCloser
+	from, size, err := b.store.OpenBlob(d)
+	if fault.Is(err, fault.NotFound) {
+		err = b.db.View(func(v *table.View) error {
+			row, ok, err := b.records.Get(v, d)
+			size = row.Size
+			return errors.Join(err, missing(ok, d))
+		})
+		if err == nil {
+			from, err = b.peers.Open(ctx, d, size)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer from.Close()
+	return io.ReadAll(io.LimitReader(from, size))
+}
+
+func missing(ok bool, d digest.Digest) error {
+	if ok {
+		return nil
+	}
+	return fault.New(fault.NotFound, "there is no manifest %s in this site", d).WithCode("MANIFEST_UNKNOWN")
+}
