@@ -61,7 +61,7 @@ func parseScope(text string) (scope, bool) {
 	kind, name := text[:first], text[first+1:last]
 	// An older form names a class of repositories: repository(plugin).
 	kind, _, _ = strings.Cut(kind, "(")
-	if strings.Trim(kind, "abcdefghijklmnopqrstuvwxyz") != "" || !plainScopeName(name) {
+	if kind == "" || strings.Trim(kind, "abcdefghijklmnopqrstuvwxyz") != "" || !plainScopeName(name) {
 		return scope{}, false
 	}
 	s := scope{Type: kind, Name: name, Actions: []string{}}

@@ -339,7 +339,7 @@ func FuzzVerify(f *testing.F) {
 }
 
 func FuzzParseScopes(f *testing.F) {
-	for _, s := range []string{"repository:a/b:pull,push", "repository(plugin):host:5000/a/b:*", "registry:catalog:*", "a:b:c d:e:f", ":::"} {
+	for _, s := range []string{"repository:a/b:pull,push", "repository(plugin):host:5000/a/b:*", "registry:catalog:*", "a:b:c d:e:f", ":::", "(:0:"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, param string) {

@@ -207,14 +207,24 @@ func (p *plan) decodeBody(target reflect.Value, r *http.Request) error {
 	return b.checks.check("", field)
 }
 
+// tooLarge says in the client's terms that a body went over its bound; nil when
+// that is not what the error tells.
+func tooLarge(err error) error {
+	var large *http.MaxBytesError
+	if !errors.As(err, &large) {
+		return nil
+	}
+	return fault.Wrap(err, fault.Limit, "the body is larger than the %d bytes that this operation takes", large.Limit)
+}
+
 // bodyFault says in the client's terms what is wrong with a body.
 func bodyFault(err error) error {
-	var large *http.MaxBytesError
+	if large := tooLarge(err); large != nil {
+		return large
+	}
 	var typed *json.UnmarshalTypeError
 	var syntax *json.SyntaxError
 	switch {
-	case errors.As(err, &large):
-		return fault.Wrap(err, fault.Limit, "the body is larger than the %d bytes that this operation takes", large.Limit)
 	case errors.As(err, &typed):
 		return fault.Wrap(err, fault.Invalid, "%s in the body is a JSON %s: a %s is wanted", orBody(typed.Field), typed.Value, jsonName(typed.Type))
 	case errors.As(err, &syntax):

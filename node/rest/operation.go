@@ -144,6 +144,9 @@ func RegisterStream[In any](k *Kernel, op StreamOperation[In]) {
 		if err = op.Do(ctx, input, stream, r); err == nil {
 			return
 		}
+		if large := tooLarge(err); large != nil {
+			err = large
+		}
 		if !stream.begun {
 			k.fail(w, r, op.ID, err)
 			return

@@ -322,8 +322,12 @@ func TestStreams(t *testing.T) {
 		ID: "stream", Method: "POST", Path: "/stream", Tag: "t", Summary: "Stream", Permission: access.BundleExport,
 		MaxBody: 4, Consumes: "application/octet-stream", Produces: "application/octet-stream",
 		Do: func(_ context.Context, in *input, w http.ResponseWriter, r *http.Request) error {
-			if in.How == "early" {
+			switch in.How {
+			case "early":
 				return fault.New(fault.Precondition, "not now")
+			case "read":
+				_, err := io.ReadAll(r.Body)
+				return err
 			}
 			if _, err := io.Copy(w, r.Body); err != nil {
 				return err
@@ -341,7 +345,6 @@ func TestStreams(t *testing.T) {
 		t.Errorf("early: %s", a.Body)
 	}
 	real := httptest.NewServer(s.Kernel.Handler())
-	defer real.Close()
 	for _, test := range []struct{ how, body string }{{"late", "abc"}, {"", "too long"}} {
 		resp, err := http.Post(real.URL+"/stream?how="+test.how, "application/octet-stream", strings.NewReader(test.body))
 		if err == nil {
@@ -351,6 +354,10 @@ func TestStreams(t *testing.T) {
 		if err == nil {
 			t.Errorf("%q: the client took a part for the whole", test.how)
 		}
+	}
+	real.Close() // and with it whoever still asks who asks
+	if a := s.Do("POST", "/stream?how=read", "too long").Want(413); a.Code() != "REQUEST_ENTITY_TOO_LARGE" {
+		t.Errorf("too long: %s", a.Body)
 	}
 	s.As = access.Principal{}
 	s.Do("POST", "/stream", "abc").Want(401)

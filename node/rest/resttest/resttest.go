@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -30,6 +31,7 @@ type Server struct {
 	// Asked is what the guard was asked last.
 	Asked Asked
 
+	mu      sync.Mutex // over Asked: requests may run side by side
 	handler http.Handler
 	t       testing.TB
 }
@@ -66,7 +68,9 @@ func (s *Server) Authenticate(*http.Request) (access.Principal, error) { return 
 
 // Allow is rest.Guard.
 func (s *Server) Allow(_ context.Context, p access.Principal, want access.Permission, project string) error {
+	s.mu.Lock()
 	s.Asked = Asked{want, project}
+	s.mu.Unlock()
 	allowed := access.InSystem(p, want)
 	if project != "" {
 		allowed = access.InProject(p, want, s.Projects[project])
