@@ -52,7 +52,7 @@ func readItem(r *bufio.Reader, limit int) ([]byte, error) {
 			return nil, within(err)
 		}
 		length = int(binary.BigEndian.Uint32(raw[:]))
-	} else if first < 0x40 || length >= 24 {
+	} else if first>>5 != 2 || length >= 24 {
 		return nil, fmt.Errorf("not a byte string: %w", entry.ErrMalformed)
 	}
 	if len(itemHead(length)) != 1+wide {
