@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 
@@ -170,6 +171,9 @@ func (c *Catalog) skip(ctx context.Context, project string, log entry.LogID, ste
 		return nil, err
 	}
 	for _, s := range complete {
+		if err := c.linkAhead(ctx, project, log, s); err != nil {
+			return nil, err
+		}
 		_, err := c.db.Update(ctx, func(tx *table.Tx) error {
 			if err := c.projects.Mirror(tx, project, log); err != nil {
 				return err
@@ -190,17 +194,57 @@ func (c *Catalog) skip(ctx context.Context, project string, log entry.LogID, ste
 func (c *Catalog) applyAll(ctx context.Context, project string, log entry.LogID, steps []step) error {
 	for len(steps) > 0 {
 		n := batch(steps)
-		for {
-			err := c.applyBatch(ctx, project, log, steps[:n])
-			if err == nil {
-				break
+		if n == 1 {
+			if err := c.linkAhead(ctx, project, log, steps[0]); err != nil {
+				return err
 			}
-			if n == 1 || !errors.Is(err, table.ErrTooLarge) {
-				return fmt.Errorf("apply entries %d to %d of log %s: %w", steps[0].Seq, steps[n-1].Seq, log, err)
-			}
+		}
+		err := c.applyBatch(ctx, project, log, steps[:n])
+		for n > 1 && errors.Is(err, table.ErrTooLarge) {
 			n /= 2
+			err = c.applyBatch(ctx, project, log, steps[:n])
+		}
+		if errors.Is(err, table.ErrTooLarge) && steps[0].doc != nil {
+			// Admitted at its origin, where names are shorter. The state must
+			// follow the log, so it is known here and not held.
+			steps[0].doc = nil
+			err = c.applyBatch(ctx, project, log, steps[:1])
+		}
+		if err != nil {
+			return fmt.Errorf("apply entries %d to %d of log %s: %w", steps[0].Seq, steps[n-1].Seq, log, err)
 		}
 		steps = steps[n:]
+	}
+	return nil
+}
+
+// linkAhead lets the repository see the blobs of a manifest that names very many,
+// since links and references together are more than one Txn takes. A link alone
+// keeps nothing and shows nothing that the entry does not name.
+func (c *Catalog) linkAhead(ctx context.Context, project string, log entry.LogID, s step) error {
+	if s.doc == nil || s.entry.Kind != entry.ArtifactPut {
+		return nil
+	}
+	all := s.doc.Blobs()
+	if len(all) <= descriptorsPerTxn {
+		return nil
+	}
+	for some := range slices.Chunk(all, descriptorsPerTxn) {
+		_, err := c.db.Update(ctx, func(tx *table.Tx) error {
+			if err := c.projects.Mirror(tx, project, log); err != nil {
+				return err
+			}
+			for _, b := range some {
+				err := c.records.Link(tx, project, s.entry.Repository, b.Digest)
+				if err != nil && !fault.Is(err, fault.NotFound) {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("link the blobs of manifest %s: %w", s.entry.Digest, err)
+		}
 	}
 	return nil
 }

@@ -225,3 +225,30 @@ func TestManyEntriesInOneImport(t *testing.T) {
 		t.Fatalf("%d ids for %d tags", len(ids), len(tags))
 	}
 }
+
+// The largest manifest that the catalog takes fits into one Txn, pushed or
+// imported, and goes away again.
+func TestLargestManifest(t *testing.T) {
+	a, b := newSite(t, "site-a"), newSite(t, "site-b")
+	body := a.image("app", "many", func(m *v1.Manifest) {
+		for i := len(m.Layers); i < catalog.MaxDescriptors-1; i++ {
+			m.Layers = append(m.Layers, a.blob("app", fmt.Sprint("part ", i)))
+		}
+	})
+	pushed := a.mustPush("app", "v1", body)
+	id, entries := a.log()
+	b.stage(entries)
+	b.mirror("theirs", id)
+	must(t, b.catalog.ApplyEntries(t.Context(), "theirs", id, entries))
+	_, _, err := b.catalog.Resolve(t.Context(), "theirs", "app", "v1")
+	must(t, err)
+	must(t, a.catalog.DeleteManifest(t.Context(), "library", "app", pushed.Digest, "admin"))
+
+	more := a.image("app", "more", func(m *v1.Manifest) {
+		for i := range catalog.MaxDescriptors {
+			m.Layers = append(m.Layers, v1.Descriptor{MediaType: "a/b", Digest: digest.FromString(fmt.Sprint(i)), Size: 1})
+		}
+	})
+	_, err = a.push("app", "v1", more)
+	wantKind(t, err, fault.Limit, "")
+}

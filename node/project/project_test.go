@@ -94,8 +94,9 @@ func (f *fixture) wantKind(err error, kind fault.Kind) {
 	}
 }
 
-func (f *fixture) do(status int, as, method, path, body string, headers ...string) *httptest.ResponseRecorder {
+func (f *fixture) do(status int, as, request, body string, headers ...string) *httptest.ResponseRecorder {
 	f.t.Helper()
+	method, path, _ := strings.Cut(request, " ")
 	r := httptest.NewRequest(method, path, strings.NewReader(body))
 	r.Header.Set("As", as)
 	for i := 0; i < len(headers); i += 2 {
@@ -104,7 +105,7 @@ func (f *fixture) do(status int, as, method, path, body string, headers ...strin
 	w := httptest.NewRecorder()
 	f.handler.ServeHTTP(w, r)
 	if w.Code != status {
-		f.t.Fatalf("%s %s as %q: status %d, want %d: %s", method, path, as, w.Code, status, w.Body)
+		f.t.Fatalf("%s as %q: status %d, want %d: %s", request, as, w.Code, status, w.Body)
 	}
 	return w
 }
@@ -222,7 +223,7 @@ func TestMirror(t *testing.T) {
 
 func TestOperations(t *testing.T) {
 	f := open(t)
-	w := f.do(201, "admin", "POST", "/api/v2.0/projects", `{"project_name":"web","metadata":{"public":"false"},"storage_limit":-1}`)
+	w := f.do(201, "admin", "POST /api/v2.0/projects", `{"project_name":"web","metadata":{"public":"false"},"storage_limit":-1}`)
 	location := w.Header().Get("Location")
 	if !strings.HasPrefix(location, "/api/v2.0/projects/") || w.Body.Len() != 0 {
 		t.Fatalf("location %q, body %q", location, w.Body)
@@ -233,34 +234,34 @@ func TestOperations(t *testing.T) {
 		Metadata  map[string]string `json:"metadata"`
 		OwnerSite string            `json:"owner_site"`
 	}
-	f.must(json.Unmarshal(f.do(200, "admin", "GET", location, "").Body.Bytes(), &byID))
-	f.must(json.Unmarshal(f.do(200, "admin", "GET", "/api/v2.0/projects/web", "").Body.Bytes(), &byName))
+	f.must(json.Unmarshal(f.do(200, "admin", "GET "+location, "").Body.Bytes(), &byID))
+	f.must(json.Unmarshal(f.do(200, "admin", "GET /api/v2.0/projects/web", "").Body.Bytes(), &byName))
 	if diff := cmp.Diff(byID, byName); diff != "" || byID.Name != "web" || location != fmt.Sprint("/api/v2.0/projects/", byID.ID) || byID.OwnerSite != "site-a" {
 		t.Fatalf("project is %+v, %s", byID, diff)
 	}
-	w = f.do(201, "admin", "POST", "/api/v2.0/projects", `{"project_name":"77"}`, "X-Resource-Name-In-Location", "true")
+	w = f.do(201, "admin", "POST /api/v2.0/projects", `{"project_name":"77"}`, "X-Resource-Name-In-Location", "true")
 	if got := w.Header().Get("Location"); got != "/api/v2.0/projects/77" {
 		t.Fatalf("location is %q", got)
 	}
-	f.do(404, "admin", "GET", "/api/v2.0/projects/77", "")
-	f.do(200, "admin", "GET", "/api/v2.0/projects/77", "", "X-Is-Resource-Name", "true")
-	f.do(409, "admin", "POST", "/api/v2.0/projects", `{"project_name":"web"}`)
-	f.do(400, "admin", "POST", "/api/v2.0/projects", `{"project_name":"Web"}`)
-	f.do(400, "admin", "POST", "/api/v2.0/projects", `{"project_name":"w2","metadata":{"colour":"blue"}}`)
-	f.do(403, "eve", "POST", "/api/v2.0/projects", `{"project_name":"w2"}`)
-	f.do(200, "admin", "HEAD", "/api/v2.0/projects?project_name=web", "")
-	f.do(404, "eve", "HEAD", "/api/v2.0/projects?project_name=web", "")
-	f.do(404, "admin", "HEAD", "/api/v2.0/projects?project_name=none", "")
-	f.do(200, "admin", "PUT", "/api/v2.0/projects/web", `{"metadata":{"public":"true"}}`)
-	f.do(200, "eve", "GET", "/api/v2.0/projects/web", "")
+	f.do(404, "admin", "GET /api/v2.0/projects/77", "")
+	f.do(200, "admin", "GET /api/v2.0/projects/77", "", "X-Is-Resource-Name", "true")
+	f.do(409, "admin", "POST /api/v2.0/projects", `{"project_name":"web"}`)
+	f.do(400, "admin", "POST /api/v2.0/projects", `{"project_name":"Web"}`)
+	f.do(400, "admin", "POST /api/v2.0/projects", `{"project_name":"w2","metadata":{"colour":"blue"}}`)
+	f.do(403, "eve", "POST /api/v2.0/projects", `{"project_name":"w2"}`)
+	f.do(200, "admin", "HEAD /api/v2.0/projects?project_name=web", "")
+	f.do(404, "eve", "HEAD /api/v2.0/projects?project_name=web", "")
+	f.do(404, "admin", "HEAD /api/v2.0/projects?project_name=none", "")
+	f.do(200, "admin", "PUT /api/v2.0/projects/web", `{"metadata":{"public":"true"}}`)
+	f.do(200, "eve", "GET /api/v2.0/projects/web", "")
 	f.contents["web"] = true
-	f.do(200, "admin", "GET", "/api/v2.0/projects/web/summary", "")
-	f.do(412, "admin", "DELETE", "/api/v2.0/projects/web", "")
-	f.do(200, "admin", "GET", "/api/v2.0/projects/web/_deletable", "")
+	f.do(200, "admin", "GET /api/v2.0/projects/web/summary", "")
+	f.do(412, "admin", "DELETE /api/v2.0/projects/web", "")
+	f.do(200, "admin", "GET /api/v2.0/projects/web/_deletable", "")
 	delete(f.contents, "web")
-	f.do(200, "admin", "DELETE", "/api/v2.0/projects/web", "")
-	f.do(404, "admin", "DELETE", "/api/v2.0/projects/web", "")
-	f.do(404, "admin", "GET", location, "")
+	f.do(200, "admin", "DELETE /api/v2.0/projects/web", "")
+	f.do(404, "admin", "DELETE /api/v2.0/projects/web", "")
+	f.do(404, "admin", "GET "+location, "")
 }
 
 func TestListShowsWhatOneMaySee(t *testing.T) {
@@ -281,7 +282,7 @@ func TestListShowsWhatOneMaySee(t *testing.T) {
 		{"", "", "library data"},
 	} {
 		var list []struct{ Name string }
-		f.must(json.Unmarshal(f.do(200, c.as, "GET", "/api/v2.0/projects"+c.query, "").Body.Bytes(), &list))
+		f.must(json.Unmarshal(f.do(200, c.as, "GET /api/v2.0/projects"+c.query, "").Body.Bytes(), &list))
 		var names []string
 		for _, p := range list {
 			names = append(names, p.Name)
@@ -290,7 +291,7 @@ func TestListShowsWhatOneMaySee(t *testing.T) {
 			t.Errorf("%s as %q: %q, want %q", c.query, c.as, got, c.want)
 		}
 	}
-	f.do(422, "admin", "GET", "/api/v2.0/projects?page_size=101", "")
+	f.do(422, "admin", "GET /api/v2.0/projects?page_size=101", "")
 }
 
 // Whoever may not see a project cannot tell whether it exists.
