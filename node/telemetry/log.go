@@ -117,6 +117,9 @@ func redact(groups []string, a slog.Attr) slog.Attr {
 		if s := a.Value.String(); mayHoldSecret(s) {
 			a.Value = slog.StringValue(Scrub(s))
 		}
+	case slog.KindDuration:
+		// With its unit: JSON would show a bare number of nanoseconds.
+		a.Value = slog.StringValue(a.Value.Duration().String())
 	case slog.KindAny:
 		switch v := a.Value.Any().(type) {
 		case error:

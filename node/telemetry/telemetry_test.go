@@ -82,9 +82,9 @@ func TestLogger(t *testing.T) {
 		t.Fatal(err)
 	}
 	log.Info("no")
-	log.Warn("yes")
+	log.Warn("yes", "took", 1500*time.Millisecond)
 	var line map[string]any
-	if err := json.Unmarshal(out.Bytes(), &line); err != nil || line["msg"] != "yes" {
+	if err := json.Unmarshal(out.Bytes(), &line); err != nil || line["msg"] != "yes" || line["took"] != "1.5s" {
 		t.Errorf("not a terminal, so JSON was wanted: %q, %v", out.String(), err)
 	}
 	if _, err := telemetry.NewLogger(&out, telemetry.LogOptions{Format: "xml"}); err == nil {
