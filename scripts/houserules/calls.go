@@ -25,6 +25,7 @@ var mayPanic = [...]struct{ folder, function, reason string }{
 // calls finds calls that take a program's tests or its callers the control.
 func (c *checker) calls(p *pkg) {
 	for _, f := range p.files {
+		c.sleeps(p, f)
 		for _, d := range f.ast.Decls {
 			name := ""
 			if fn, ok := d.(*ast.FuncDecl); ok {
@@ -47,12 +48,27 @@ func (c *checker) call(p *pkg, f *file, call *ast.CallExpr, within string) {
 			c.add(f, call.Pos(), "no context out of nowhere", "context.%s cuts the caller off: take a context as the first parameter", name)
 		}
 	}
-	if selects(call.Fun, "time", "Sleep") && testing {
-		c.add(f, call.Pos(), "no sleep in tests", "wait for what is to happen, or use testing/synctest")
-	}
 	if ident, ok := call.Fun.(*ast.Ident); ok && ident.Name == "panic" && ident.Obj == nil && !testing && !panicAllowed(p, call, within) {
 		c.add(f, call.Pos(), "no panic", "return an error; only a mistake in the program that shows at start may panic (list in scripts/houserules/calls.go)")
 	}
+}
+
+// sleeps finds tests that wait for the wall clock. Inside a bubble of
+// testing/synctest a sleep costs nothing and is how time is moved on.
+func (c *checker) sleeps(p *pkg, f *file) {
+	if !f.test && !p.forTests() {
+		return
+	}
+	ast.Inspect(f.ast, func(n ast.Node) bool {
+		call, ok := n.(*ast.CallExpr)
+		if !ok {
+			return true
+		}
+		if selects(call.Fun, "time", "Sleep") {
+			c.add(f, call.Pos(), "no sleep in tests", "wait for what is to happen, or sleep inside synctest.Test")
+		}
+		return !selects(call.Fun, "synctest", "Test")
+	})
 }
 
 func panicAllowed(p *pkg, call *ast.CallExpr, within string) bool {

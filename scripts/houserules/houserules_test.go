@@ -81,6 +81,9 @@ func TestRules(t *testing.T) {
 		{"sleep", map[string]string{
 			faultFile: code("fault", "import \"time\"\nfunc f() { time.Sleep(1) }\n"), "node/fault/a_test.go": "package fault\nimport \"time\"\nfunc g() { time.Sleep(1) }\n",
 		}, "node/fault/a_test.go:3 no sleep in tests"},
+		{"sleep in a bubble", map[string]string{
+			faultFile: code("fault", ""), "node/fault/a_test.go": "package fault\nimport (\"testing/synctest\"; \"time\")\nfunc g() { synctest.Test(nil, func() { time.Sleep(1) }) }\n",
+		}, ""},
 		{"panics", map[string]string{faultFile: code("fault", `import "net/http"
 func f() { panic("x") }
 func RegisterThing() { panic("x") }
