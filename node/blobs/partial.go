@@ -220,7 +220,7 @@ func (p *Partial) flush() error {
 	}
 	err := p.file.Sync()
 	if err == nil {
-		err = p.s.replace(partialName(p.hex)+haveSuffix, list, false)
+		err = p.s.replace(partialName(p.hex)+haveSuffix, list)
 	}
 	if err != nil {
 		// What a failed sync leaves in memory may look right and never reach the

@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -134,7 +135,7 @@ func (s *Store) recover() error {
 		return err
 	}
 	if !sameBoot {
-		if err := s.write(bootName, []byte(s.boot)); err != nil {
+		if err := s.replace(bootName, []byte(s.boot)); err != nil {
 			return err
 		}
 	}
@@ -179,7 +180,7 @@ func (s *Store) checkFormat() error {
 			return err
 		}
 	}
-	return s.write(formatName, []byte(format))
+	return s.replace(formatName, []byte(format))
 }
 
 // Close saves what the upload sessions have taken in. The store must not be in
@@ -416,29 +417,27 @@ func (s *Store) read(name string) ([]byte, error) {
 	return b, errors.Join(err, f.Close())
 }
 
-// write replaces a small file, durably.
-func (s *Store) write(name string, b []byte) error {
-	if err := s.replace(name, b, true); err != nil {
-		return err
-	}
-	return s.fs.SyncDir(".")
-}
-
-// replace replaces a small file atomically; with sync its content is durable
-// before it takes the name.
-func (s *Store) replace(name string, b []byte, sync bool) error {
+// replace replaces a small file atomically and durably, names that are new in
+// its directory included.
+func (s *Store) replace(name string, b []byte) error {
 	f, err := s.fs.OpenFile(name+tempSuffix, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteAt(b, 0)
-	if err == nil && sync {
+	n, err := f.WriteAt(b, 0)
+	if err == nil && n < len(b) {
+		err = io.ErrShortWrite
+	}
+	if err == nil {
 		err = f.Sync()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return errors.Join(err, s.fs.Remove(name+tempSuffix))
 	}
-	return s.fs.Rename(name+tempSuffix, name)
+	if err := s.fs.Rename(name+tempSuffix, name); err != nil {
+		return err
+	}
+	return s.fs.SyncDir(path.Dir(name))
 }
 
 // sweep removes a file that nothing needs any more; the next Open tries again.

@@ -25,8 +25,8 @@ import (
 
 const (
 	// checkpointEvery bounds what a power cut takes from a session whose client
-	// sends in chunks, in bytes.
-	checkpointEvery = 8 << 20
+	// sends in chunks, in bytes. A checkpoint costs three syncs.
+	checkpointEvery = 64 << 20
 	// parkAfter is how long a session may pause before Expire closes its file.
 	parkAfter = time.Minute
 	// turnWait is how long a request waits for an older one on the same session
@@ -471,7 +471,7 @@ func (u *Upload) park() error {
 
 // checkpoint makes the session survive a power cut up to here. The state is
 // written only after the bytes are synced and says nothing of others, so it may
-// itself be lost, or torn (the checksum tells), but is never ahead of them.
+// itself be torn (the checksum tells), but is never ahead of them.
 func (u *Upload) checkpoint() error {
 	if err := u.file.Sync(); err != nil {
 		return err
@@ -481,7 +481,7 @@ func (u *Upload) checkpoint() error {
 		return err
 	}
 	u.saved, u.stated = u.Size(), true
-	return u.s.replace(uploadName(u.id)+stateSuffix, encodeState(uploadState{u.saved, sum}), false)
+	return u.s.replace(uploadName(u.id)+stateSuffix, encodeState(uploadState{u.saved, sum}))
 }
 
 // uploadState is what <id>.state holds: the magic, the size (big endian, 64

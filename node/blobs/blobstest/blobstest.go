@@ -265,18 +265,18 @@ func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 func testRestart[U Upload](t *testing.T, open func() Store[U]) {
 	s := open()
-	content := Content(4, 9<<20)
+	content := Content(4, 1<<20)
 	u, small := begin(t, s), begin(t, s)
-	add(t, u, content[:8<<20+5], 0)
-	add(t, u, content[8<<20+5:8<<20+10], 8<<20+5)
+	add(t, u, content[:600<<10+5], 0)
+	add(t, u, content[600<<10+5:600<<10+10], 600<<10+5)
 	add(t, small, content[:10], 0)
 
 	s = open()
 	u, err := s.Upload(u.ID())
-	if err != nil || u.Size() != 8<<20+10 {
+	if err != nil || u.Size() != 600<<10+10 {
 		t.Fatalf("a session after a restart: %v", err)
 	}
-	add(t, u, content[8<<20+10:], u.Size())
+	add(t, u, content[600<<10+10:], u.Size())
 	s = open()
 	if u, err = s.Upload(u.ID()); err != nil {
 		t.Fatal(err)

@@ -100,6 +100,9 @@ func (h *handle) Truncate(size int64) error {
 	if _, err := h.begin(); err != nil {
 		return err
 	}
+	if grow := size - int64(len(h.node.data)); h.f.capacity > 0 && grow > h.f.capacity-h.f.used() {
+		return &fs.PathError{Op: "truncate", Path: h.name, Err: syscall.ENOSPC}
+	}
 	if size <= int64(len(h.node.data)) {
 		h.node.data = slices.Clip(h.node.data[:size])
 	} else {
