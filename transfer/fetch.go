@@ -130,6 +130,17 @@ func (f *Fetch) More(ctx context.Context, n int) (Bitmap, error) {
 	}
 }
 
+// Ready returns nil once the first verified bytes are here, so that somebody who
+// must promise the blob before reading it knows that there is a holder; else why the
+// fetch failed, or ctx's error. A fetch without a root is ready when it has ended.
+func (f *Fetch) Ready(ctx context.Context) error {
+	held, err := f.More(ctx, 0)
+	if err != nil || held.Count() > 0 {
+		return err
+	}
+	return ctx.Err() // nil: an empty blob has come
+}
+
 // Reader reads the blob while it arrives: a Read blocks until the bytes at the
 // reader's place are verified, the fetch has failed, or ctx is done. What a reader
 // waits for is fetched before the rest. Close it; that never ends the fetch.

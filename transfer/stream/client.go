@@ -8,6 +8,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
 	"strconv"
 	"strings"
 	"time"
@@ -116,10 +118,24 @@ func (e *Engine) head(ctx context.Context, p transfer.Peer, blob transfer.Blob) 
 	return transfer.PiecesBitmap(transfer.Pieces(blob.Size)), nil
 }
 
+// tablePatience bounds how long a peer may take to compute a piece table for the
+// first time: it reads the whole blob, and says every now and then that it is at it.
+const tablePatience = 10 * time.Minute
+
 // table asks a peer for the piece table and verifies it.
 func (e *Engine) table(ctx context.Context, p transfer.Peer, blob transfer.Blob) (transfer.PieceTable, error) {
 	ctx, watch := e.watch(ctx)
 	defer watch.stop()
+	until := time.Now().Add(tablePatience)
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
+			if code != http.StatusProcessing || time.Now().After(until) {
+				return fmt.Errorf("piece table: told to wait by status %d", code)
+			}
+			watch.timer.Reset(watch.timeout)
+			return nil
+		},
+	})
 	req, err := e.request(ctx, http.MethodGet, p, blob.Digest, "/pieces")
 	if err != nil {
 		return transfer.PieceTable{}, err

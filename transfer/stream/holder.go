@@ -36,12 +36,16 @@ func (h *hunt) trade(ctx context.Context, hd *holder) {
 // be; false means that ctx is done.
 func (h *hunt) fetchTable(ctx context.Context, hd *holder) bool {
 	if hd.isComplete() {
-		// One complete holder at a time: the others would send the same again.
+		// One complete holder at a time, since the others would send the same again;
+		// but nobody holds the others up for longer than a stall.
+		impatient := time.NewTimer(h.e.cfg.StallTimeout)
+		defer impatient.Stop()
 		select {
 		case <-h.known:
 			return true
 		case h.turn <- struct{}{}:
 			defer func() { <-h.turn }()
+		case <-impatient.C:
 		case <-ctx.Done():
 			return false
 		}
@@ -74,15 +78,17 @@ func (h *hunt) fetchTable(ctx context.Context, hd *holder) bool {
 func (h *hunt) askTable(ctx context.Context, hd *holder) (transfer.PieceTable, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	done := make(chan struct{})
-	defer close(done)
-	go func() {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	asked := make(chan struct{})
+	defer close(asked)
+	wg.Go(func() {
 		select {
 		case <-h.known:
 			cancel()
-		case <-done:
+		case <-asked:
 		}
-	}()
+	})
 	return h.e.table(ctx, hd.peer, h.blob)
 }
 

@@ -151,7 +151,7 @@ func (p *paced) Read(b []byte) (int, error) {
 // is one.
 func (e *Engine) servePieces(w http.ResponseWriter, r *http.Request, d digest.Digest) error {
 	fl := e.flying(d)
-	t, err := e.cfg.Source.Pieces(r.Context(), d)
+	t, err := e.pieces(w, r, d)
 	held := heldComplete
 	if fl != nil && errors.Is(err, transfer.ErrNotHeld) {
 		held = heldPartial
@@ -172,6 +172,34 @@ func (e *Engine) servePieces(w http.ResponseWriter, r *http.Request, d digest.Di
 	}
 	answer(w, held, raw)
 	return nil
+}
+
+// pieces gets the table of a blob that is held. The first time it has to be
+// computed, which takes as long as reading the blob: meanwhile the peer hears that
+// this node is at it.
+func (e *Engine) pieces(w http.ResponseWriter, r *http.Request, d digest.Digest) (transfer.PieceTable, error) {
+	type result struct {
+		table transfer.PieceTable
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() { // ends before this function does
+		t, err := e.cfg.Source.Pieces(r.Context(), d)
+		done <- result{t, err}
+	}()
+	tick := time.NewTicker(max(time.Millisecond, patience(r)))
+	defer tick.Stop()
+	for {
+		select {
+		case res := <-done:
+			return res.table, res.err
+		case <-tick.C:
+			if patience(r) > 0 && r.Context().Err() == nil {
+				_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(maxWait + writeTimeout))
+				w.WriteHeader(http.StatusProcessing)
+			}
+		}
+	}
 }
 
 // serveHave answers with the set of pieces held, once there are more than asked.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"testing"
+	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
 )
@@ -231,4 +232,29 @@ func testReaderOfFailure(t *testing.T, f *fleet) {
 	if _, err := io.ReadAll(fetch.Reader(f.ctx())); !errors.Is(err, transfer.ErrNoHolder) {
 		t.Errorf("late: error is %v", err)
 	}
+}
+
+// A holder has to compute the piece table first, which takes longer than a stall
+// does; it is alive, so it is waited for.
+func testSlowTable(t *testing.T, f *fleet) {
+	f.stall = hasty
+	content := fresh(6 * transfer.PieceSize)
+	from := f.node("a", holding(content), options{source: func(s transfer.Source) transfer.Source {
+		return &Hostile{Source: s, Table: func(ctx context.Context, honest transfer.PieceTable) (transfer.PieceTable, error) {
+			select {
+			case <-time.After(5 * hasty):
+			case <-ctx.Done():
+				return honest, errLeft
+			}
+			return honest, nil
+		}}
+	}})
+	store := NewStore()
+	b := blobOf(t, content)
+	to := f.node("b", store, options{}, from)
+	fetch := f.fetch(to, b)
+	if err := fetch.Ready(f.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	f.arrives(to, store, content, b)
 }

@@ -41,6 +41,7 @@ func Run(t *testing.T, start Start) {
 		{"WrongRoot", testWrongRoot},
 		{"SizeLie", testSizeLie},
 		{"Stall", testStall},
+		{"SlowTable", testSlowTable},
 		{"Short", testShort},
 		{"ShortWithoutRoot", testShortWithoutRoot},
 		{"Reset", testReset},
