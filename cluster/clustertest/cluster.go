@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"sync"
@@ -119,12 +118,9 @@ func (c *Cluster) newNode() *Node {
 
 // JoinWith joins the node to a site; it does not start it.
 func (n *Node) JoinWith(token string, addrs ...string) error {
-	visitor := &host{network: n.cluster.Network, addr: n.Addr, conns: make(map[*conn]struct{})}
 	_, err := member.Join(n.cluster.t.Context(), member.JoinConfig{
 		Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Token: token, Addrs: addrs,
-		Dial: func(ctx context.Context, addr string, pin []byte) (net.Conn, error) {
-			return visitor.DialJoin(ctx, addr, pin)
-		},
+		Dial: n.cluster.Network.Visitor(n.Addr).DialJoin,
 	})
 	return err
 }

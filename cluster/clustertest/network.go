@@ -8,6 +8,7 @@ package clustertest
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -17,8 +18,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"crypto/x509"
 
 	"github.com/atoll-registry/atoll/cluster/member"
 )
@@ -90,6 +89,14 @@ func (n *Network) attach(h *host) {
 	defer n.mu.Unlock()
 	h.network, h.services, h.conns = n, make(map[byte]*listener), make(map[*conn]struct{})
 	n.hosts[h.addr] = h
+}
+
+// Visitor is the end of the network of a machine that is no member yet: it can
+// DialJoin and nothing else.
+func (n *Network) Visitor(addr string) interface {
+	DialJoin(ctx context.Context, addr string, caPin []byte) (net.Conn, error)
+} {
+	return &host{network: n, addr: addr, conns: make(map[*conn]struct{})}
 }
 
 // kill resets the host's connections and refuses new ones.

@@ -63,12 +63,21 @@ func (n *Node) localAuthority() (a *pki.Authority, err error) {
 }
 
 // ServerCertificate issues a certificate for the public listener, good for the
-// DNS names and IP addresses given. It lives for pki.ServerLife.
+// DNS names and IP addresses given. It lives for pki.ServerLife. A node that
+// has just joined waits here until it has caught up with the site's authority.
 func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certificate, error) {
-	if err := ctx.Err(); err != nil {
-		return tls.Certificate{}, err
-	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	row := n.db.Watch(ctx, "site_authority")
 	authority, err := n.localAuthority()
+	for errors.Is(err, errNoAuthority) {
+		select {
+		case <-row:
+		case <-ctx.Done():
+			return tls.Certificate{}, fmt.Errorf("%w (%w)", err, ctx.Err())
+		}
+		authority, err = n.localAuthority()
+	}
 	if err != nil {
 		return tls.Certificate{}, err
 	}
@@ -135,18 +144,23 @@ func renewAt(cert *x509.Certificate, node string) time.Time {
 // renew replaces the node's certificate in time.
 func (n *Node) renew(ctx context.Context) error {
 	for {
+		pause := n.cfg.Timings.Renew
 		if now := time.Now(); now.After(renewAt(n.Certificate().Leaf, n.Self())) {
+			pause = min(pause, time.Minute) // when it fails
 			if err := n.renewOnce(ctx, now); err != nil && ctx.Err() == nil {
 				n.log.Warn("renewing this node's certificate", "expires", n.Certificate().Leaf.NotAfter, "error", err)
 			}
 		}
-		if !sleep(ctx, n.cfg.Timings.Renew) {
+		if !sleep(ctx, pause) {
 			return nil
 		}
 	}
 }
 
-// renewOnce asks the other members, and signs by itself when there is none.
+// renewOnce asks the other members, who confirm that this node is one. When
+// none grants it the node signs by itself if it holds the site's authority:
+// after a long sleep the certificates of all may have expired, and then nobody
+// can ask anybody.
 func (n *Node) renewOnce(ctx context.Context, now time.Time) error {
 	id := n.Identity()
 	key, err := pki.ParseKey(id.Key)
@@ -158,29 +172,24 @@ func (n *Node) renewOnce(ctx context.Context, now time.Time) error {
 		return err
 	}
 	var cert []byte
-	alone := true
 	var refusals []error
 	for _, m := range members {
 		if m.ID == id.NodeID {
 			continue
 		}
-		alone = false
 		if cert, err = n.askRenewal(ctx, m.Addr, key); err == nil {
 			break
 		}
 		refusals = append(refusals, fmt.Errorf("%s at %s: %w", m.Name, m.Addr, err))
 	}
-	if alone {
+	if cert == nil {
 		authority, err := n.localAuthority()
 		if err != nil {
-			return err
+			return errors.Join(append(refusals, err)...)
 		}
 		if cert, err = authority.IssueNode(key.Public(), id.SiteID, id.NodeID, now); err != nil {
 			return err
 		}
-	}
-	if cert == nil {
-		return errors.Join(refusals...)
 	}
 	id.Cert = cert
 	parsed, err := id.Certificate()

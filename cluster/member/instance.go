@@ -149,6 +149,7 @@ func (n *Node) bootstrap(cfg *raft.Config, logs raft.LogStore, stable raft.Stabl
 	} else if err != nil {
 		return fmt.Errorf("looking for a site to found: %w", err)
 	}
+	n.founding.Store(true)
 	begun, err := raft.HasExistingState(logs, stable, snapshots)
 	if err != nil || begun {
 		return err

@@ -124,14 +124,15 @@ type Node struct {
 	identity Identity
 	cert     tls.Certificate
 
-	raft    atomic.Pointer[instance] // nil until Run has started it
-	term    atomic.Uint64            // the newest term that this node has opened as its leader
-	changed *signal                  // fires when the leader or the membership may have changed
-	peers   *sightings
-	metrics *metrics
-	begun   time.Time
-	ready   chan struct{}
-	ran     atomic.Bool
+	raft     atomic.Pointer[instance] // nil until Run has started it
+	term     atomic.Uint64            // the newest term that this node has opened as its leader
+	founding atomic.Bool              // the site's first rows are still to be committed
+	changed  *signal                  // fires when the leader or the membership may have changed
+	peers    *sightings
+	metrics  *metrics
+	begun    time.Time
+	ready    chan struct{}
+	ran      atomic.Bool
 }
 
 var _ table.Backend = (*Node)(nil)

@@ -3,9 +3,7 @@ package member
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 	"slices"
 	"time"
@@ -86,11 +84,12 @@ func (n *Node) openTerm(ctx context.Context, in *instance) error {
 
 // foundRows commits a new site's first rows.
 func (n *Node) foundRows(ctx context.Context) error {
+	if !n.founding.Load() {
+		return nil
+	}
 	path := filepath.Join(n.cfg.Dir, foundingFile)
 	var founding foundingJSON
-	if err := readJSON(path, &founding); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
+	if err := readJSON(path, &founding); err != nil {
 		return err
 	}
 	id := n.Identity()
@@ -122,7 +121,12 @@ func (n *Node) foundRows(ctx context.Context) error {
 		return fmt.Errorf("writing the site's first rows: %w", err)
 	}
 	n.log.Info("founded the site", "site", id.SiteID, "node", id.NodeID, "name", n.cfg.Name)
-	return removeFile(path)
+	if err := removeFile(path); err != nil {
+		return err
+	}
+	n.founding.Store(false)
+	n.changed.fire()
+	return nil
 }
 
 // reconcile makes raft's configuration follow the member rows by one step;

@@ -97,10 +97,10 @@ func (n *Node) start(ctx context.Context, in *instance) error {
 	}
 	patience, cancel := context.WithTimeout(ctx, 2*n.cfg.Timings.Election)
 	defer cancel()
-	for n.term.Load() == 0 {
+	for {
 		opened := n.changed.wait()
-		if n.term.Load() != 0 {
-			break
+		if n.term.Load() != 0 && !n.founding.Load() {
+			return nil
 		}
 		select {
 		case <-opened:
@@ -108,7 +108,6 @@ func (n *Node) start(ctx context.Context, in *instance) error {
 			return nil
 		}
 	}
-	return nil
 }
 
 // observe wakes those who wait for a leader.

@@ -1,0 +1,233 @@
+package member
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"github.com/hashicorp/raft"
+)
+
+// world is a site that carries out its own plans.
+type world struct {
+	site
+	dead, behind map[string]bool
+}
+
+func newWorld() *world {
+	w := &world{dead: map[string]bool{}, behind: map[string]bool{}}
+	w.self, w.maxVoters = "n1", 5
+	w.live = func(id string) bool { return !w.dead[id] }
+	w.caught = func(id string) bool { return !w.behind[id] }
+	w.join("n1")
+	w.servers = []raft.Server{{ID: "n1", Address: "n1:1", Suffrage: raft.Voter}}
+	return w
+}
+
+func (w *world) join(id string) {
+	w.members = append(w.members, Member{ID: id, Addr: raftAddr(id), Joined: int64(len(w.members))})
+}
+
+func raftAddr(id string) string { return id + ":1" }
+
+func (w *world) at(id string) int {
+	return slices.IndexFunc(w.servers, func(s raft.Server) bool { return string(s.ID) == id })
+}
+
+func (w *world) row(id string) *Member {
+	return &w.members[slices.IndexFunc(w.members, func(m Member) bool { return m.ID == id })]
+}
+
+// settle takes steps until there are none; it checks each.
+func (w *world) settle(t *testing.T) []string {
+	t.Helper()
+	var taken []string
+	for range 50 {
+		s := plan(w.site)
+		if s.kind == nothing {
+			return taken
+		}
+		taken = append(taken, fmt.Sprint(s.kind, " ", s.id))
+		at := w.at(s.id)
+		switch s.kind {
+		case addNonvoter:
+			if at < 0 {
+				w.servers = append(w.servers, raft.Server{ID: raft.ServerID(s.id), Suffrage: raft.Nonvoter})
+				at = len(w.servers) - 1
+			}
+			w.servers[at].Address = raft.ServerAddress(s.addr)
+		case addVoter:
+			if w.servers[at].Suffrage != raft.Voter && (w.dead[s.id] || w.behind[s.id]) {
+				t.Fatalf("%v: gave %s a vote though it is dead or behind", taken, s.id)
+			}
+			w.servers[at].Suffrage, w.servers[at].Address = raft.Voter, raft.ServerAddress(s.addr)
+		case demote:
+			w.servers[at].Suffrage = raft.Nonvoter
+		case remove:
+			w.servers = slices.Delete(w.servers, at, at+1)
+		case retire:
+			w.row(s.id).Removed = 1
+		case handOver:
+			return taken
+		}
+		if w.voters() == 0 {
+			t.Fatalf("%v: no voter is left", taken)
+		}
+	}
+	t.Fatalf("the plan never ends: %v", taken)
+	return nil
+}
+
+func (w *world) voterIDs() string {
+	var ids []string
+	for _, s := range w.servers {
+		if s.Suffrage == raft.Voter {
+			ids = append(ids, string(s.ID))
+		}
+	}
+	slices.Sort(ids)
+	return fmt.Sprint(ids)
+}
+
+func TestPlanGrows(t *testing.T) {
+	w := newWorld()
+	for i, want := range []string{"[n1]", "[n1 n2 n3]", "[n1 n2 n3]", "[n1 n2 n3 n4 n5]", "[n1 n2 n3 n4 n5]"} {
+		w.join(fmt.Sprint("n", i+2))
+		w.settle(t)
+		if got := w.voterIDs(); got != want {
+			t.Errorf("%d members have the voters %s, want %s", len(w.members), got, want)
+		}
+		if len(w.servers) != len(w.members) {
+			t.Errorf("%d members are %d servers", len(w.members), len(w.servers))
+		}
+	}
+}
+
+func TestPlanWaitsForBoth(t *testing.T) {
+	w := newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.behind["n3"] = true
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1]" {
+		t.Errorf("with one of two behind the voters are %s", got)
+	}
+	delete(w.behind, "n3")
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1 n2 n3]" {
+		t.Errorf("with both caught up the voters are %s", got)
+	}
+}
+
+func TestPlanTurnsBackFromTwoVoters(t *testing.T) {
+	w := newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.settle(t)
+	w.servers[w.at("n3")].Suffrage = raft.Nonvoter
+	w.dead["n3"] = true
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1]" {
+		t.Errorf("two voters and a dead third become %s", got)
+	}
+}
+
+func TestPlanKeepsADeadVoter(t *testing.T) {
+	w := newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.settle(t)
+	w.dead["n3"] = true
+	if taken := w.settle(t); len(taken) != 0 {
+		t.Errorf("a dead voter without a replacement makes it do %v", taken)
+	}
+}
+
+func TestPlanReplaces(t *testing.T) {
+	w := newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.settle(t)
+	w.dead["n3"], w.behind["n4"] = true, true
+	w.join("n4")
+	w.row("n3").ReplacedBy = "n4"
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1 n2 n3]" {
+		t.Errorf("before the replacement has caught up the voters are %s", got)
+	}
+	delete(w.behind, "n4")
+	taken := w.settle(t)
+	if got := w.voterIDs(); got != "[n1 n2 n4]" || w.at("n3") >= 0 || w.row("n3").Removed == 0 {
+		t.Errorf("after %v the voters are %s", taken, got)
+	}
+}
+
+func TestPlanRemoves(t *testing.T) {
+	w := newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.settle(t)
+	w.row("n2").Removed = 1
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1]" || w.at("n2") >= 0 || w.at("n3") < 0 {
+		t.Errorf("two members of three have the voters %s", got)
+	}
+	w = newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.settle(t)
+	w.row("n1").Removed = 1
+	if taken := w.settle(t); fmt.Sprint(taken) != "[hand over from n1]" {
+		t.Errorf("a leader that was removed does %v", taken)
+	}
+}
+
+func TestPlanFollowsAddresses(t *testing.T) {
+	w := newWorld()
+	w.join("n2")
+	w.settle(t)
+	w.row("n1").Addr, w.row("n2").Addr = "a:1", "b:1"
+	w.settle(t)
+	if got := fmt.Sprintf("%s %s %s", w.servers[0].Address, w.servers[1].Address, w.voterIDs()); got != "a:1 b:1 [n1]" {
+		t.Errorf("the servers are %s", got)
+	}
+}
+
+// Whatever happens to the members, plans end, and they end with an odd number
+// of voters when everybody is well.
+func TestPlanSettles(t *testing.T) {
+	for range 300 {
+		w := newWorld()
+		for i := range 12 {
+			id := fmt.Sprint("n", i+2)
+			other := w.members[rand.IntN(len(w.members))].ID
+			switch rand.IntN(5) {
+			case 0, 1:
+				w.join(id)
+			case 2:
+				if other != w.self {
+					w.row(other).Removed = 1
+				}
+			case 3:
+				if other != w.self {
+					w.dead[other] = true
+				}
+			case 4:
+				w.join(id)
+				if other != w.self && w.dead[other] && w.row(other).Removed == 0 {
+					w.row(other).ReplacedBy = id
+				}
+			}
+			w.settle(t)
+		}
+		clear(w.dead)
+		for i := range w.members {
+			w.members[i].ReplacedBy = ""
+		}
+		w.settle(t)
+		if w.voters()%2 == 0 {
+			t.Fatalf("%d voters in the end", w.voters())
+		}
+	}
+}
