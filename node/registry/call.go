@@ -45,12 +45,16 @@ func newCall(w http.ResponseWriter, r *http.Request, idle time.Duration) *call {
 	return c
 }
 
-// release leaves no deadline of this request on the connection for the next.
+// release leaves no deadline of this request on the connection for the next, and
+// one for what net/http still reads of a body that was left. A connection
+// without deadlines has none to set.
 func (c *call) release() {
-	if c.w.last.IsZero() {
-		return
+	if !c.w.last.IsZero() {
+		_ = c.w.control.SetWriteDeadline(time.Time{})
 	}
-	_ = c.w.control.SetWriteDeadline(time.Time{}) // a writer without deadlines has none to clear
+	if c.body != nil && !c.body.ended && !c.body.pace.stream && c.body.pace.idle > 0 {
+		_ = c.w.control.SetReadDeadline(time.Now().Add(c.body.pace.idle))
+	}
 }
 
 // method is a handler with the request method that it answers.
@@ -107,6 +111,10 @@ func (c *call) json(status int, value any) error {
 // off while it writes often never reads why.
 func (c *call) refuse(status int, answer []byte) {
 	unread := c.body != nil && !c.body.ended && !c.body.pace.stream && (c.r.ContentLength < 0 || c.r.ContentLength-c.body.read > drainFree)
+	if c.body != nil && c.body.broken != nil && !c.body.pace.stream {
+		c.w.Header().Set("Connection", "close") // nothing more can come
+		unread = false
+	}
 	waiting := c.body != nil && c.body.read == 0 && c.r.Header.Get("Expect") != ""
 	if !unread || waiting || c.who.Kind == access.Anonymous || c.w.control.EnableFullDuplex() != nil {
 		c.w.WriteHeader(status)
@@ -139,14 +147,16 @@ func (p *pace) due() (time.Time, bool) {
 	return now.Add(p.idle), true
 }
 
-// body is the request's body. It tells apart failures of the client's side, and
-// a client that sends nothing for too long is one.
+// body is the request's body. It remembers why reading it failed, which is the
+// client's doing: net/http ends the request's context at the same moment, so
+// that whoever took the bytes may only know of that.
 type body struct {
 	inner   io.ReadCloser
 	control *http.ResponseController
 	pace    pace
 	read    int64
-	ended   bool
+	ended   bool // read to its end
+	broken  error
 }
 
 func (b *body) Read(p []byte) (int, error) {
@@ -163,7 +173,7 @@ func (b *body) Read(p []byte) (int, error) {
 	case err == io.EOF:
 		b.ended = true
 	case err != nil:
-		err = &bodyError{err}
+		b.broken = err
 	}
 	return n, err
 }

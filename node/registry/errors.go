@@ -157,21 +157,14 @@ func clientGone(r *http.Request, err error) bool {
 	return errors.Is(err, context.Canceled) && r.Context().Err() != nil
 }
 
-// bodyError is a failure to read what the client sends: its connection broke, or
-// it stopped sending.
-type bodyError struct{ cause error }
-
-func (e *bodyError) Error() string { return "reading the request's body: " + e.cause.Error() }
-func (e *bodyError) Unwrap() error { return e.cause }
-
-// readFault names the failure of taking in a body: the client's where its bytes
-// stopped, else that of whoever took them.
-func readFault(err error) error {
-	var body *bodyError
-	if !errors.As(err, &body) {
+// readFault names the failure of taking in a request's body: the client's where
+// its bytes stopped, else that of whoever took them.
+func (c *call) readFault(err error) error {
+	if c.body == nil || c.body.broken == nil {
 		return err
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	err = errors.Join(err, c.body.broken)
+	if errors.Is(c.body.broken, os.ErrDeadlineExceeded) {
 		return fault.Wrap(err, fault.Invalid, "no bytes came for too long; ask the upload where it stands and go on from there").WithCode(codeTimeout)
 	}
 	return fault.Wrap(err, fault.Invalid, "the request's body ended early; ask the upload where it stands and go on from there").WithCode(codeUploadInvalid)

@@ -2,7 +2,6 @@ package registry
 
 import (
 	"bytes"
-	"fmt"
 	"io"
 	"net/http"
 	"strconv"
@@ -72,7 +71,11 @@ func markStale(h http.Header, fresh table.Freshness) {
 // send serves content with ranges and conditions, and fails when less than was
 // promised could be sent.
 func (g *Registry) send(c *call, content io.ReadSeeker) error {
-	http.ServeContent(c.w, c.r, "", time.Time{}, content)
+	w := &contentWriter{writer: c.w}
+	http.ServeContent(w, c.r, "", time.Time{}, content)
+	if w.refused {
+		return fault.New(fault.Invalid, "the content has no byte in the range %.80q", c.r.Header.Get("Range")).WithCode(codeRangeInvalid)
+	}
 	promised, err := strconv.ParseInt(c.w.Header().Get("Content-Length"), 10, 64)
 	if err != nil || c.r.Method == http.MethodHead || c.w.status >= 300 || c.w.written == promised {
 		return nil
@@ -80,7 +83,29 @@ func (g *Registry) send(c *call, content io.ReadSeeker) error {
 	if err := c.r.Context().Err(); err != nil {
 		return err
 	}
-	return fmt.Errorf("only %d of %d bytes could be sent", c.w.written, promised)
+	return fault.New(fault.Unavailable, "only %d of %d bytes could be sent", c.w.written, promised)
+}
+
+// contentWriter holds back the plain text with which http.ServeContent refuses a
+// range, for an answer in this API's form.
+type contentWriter struct {
+	*writer
+	refused bool
+}
+
+func (w *contentWriter) WriteHeader(status int) {
+	if status == http.StatusRequestedRangeNotSatisfiable {
+		w.refused = true
+		return
+	}
+	w.writer.WriteHeader(status)
+}
+
+func (w *contentWriter) Write(p []byte) (int, error) {
+	if w.refused {
+		return len(p), nil
+	}
+	return w.writer.Write(p)
 }
 
 // putManifest admits a manifest once everything that it names is durable on as
@@ -176,7 +201,7 @@ func (g *Registry) readManifest(c *call) ([]byte, error) {
 		buffer.Grow(int(c.r.ContentLength) + bytes.MinRead)
 	}
 	if _, err := buffer.ReadFrom(io.LimitReader(c.r.Body, g.maxManifest+1)); err != nil {
-		return nil, readFault(err)
+		return nil, c.readFault(err)
 	}
 	if int64(buffer.Len()) > g.maxManifest {
 		return nil, tooLarge

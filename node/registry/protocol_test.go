@@ -210,7 +210,7 @@ func TestPullBlob(t *testing.T) {
 		}
 	}
 	n.do("GET", path, nil, "Range", "bytes=0-9", "If-Range", `"sha256:other"`).want(200)
-	n.do("GET", path, nil, "Range", "bytes=2000000-").want(416)
+	n.do("GET", path, nil, "Range", "bytes=2000000-").want(416, "RANGE_INVALID").has("Content-Range", "bytes */1048576")
 
 	n.do("GET", "/v2/app/blobs/"+digest.FromString("other").String(), nil).want(404, "BLOB_UNKNOWN")
 	n.do("GET", "/v2/app/blobs/sha256:bad", nil).want(400, "DIGEST_INVALID")

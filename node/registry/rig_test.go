@@ -19,6 +19,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/table/tabletest"
+	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -225,7 +226,9 @@ func (n *node) Forward(to string, w http.ResponseWriter, r *http.Request) error 
 	if owner == nil {
 		return fault.New(fault.Unavailable, "node %s is down", to)
 	}
-	r.Header.Del("Authorization") // the principal travels in the context
+	// As over the network: only headers and the principal come along.
+	r = r.Clone(access.WithPrincipal(n.site.t.Context(), access.From(r.Context())))
+	r.Header.Del("Authorization")
 	owner.server.Config.Handler.ServeHTTP(w, r)
 	return nil
 }

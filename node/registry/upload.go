@@ -14,6 +14,7 @@ import (
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/telemetry"
 )
 
 // headerForwarded is on a request that a node passed on to the owner of an upload
@@ -116,6 +117,7 @@ func (g *Registry) forward(c *call, node string) error {
 	g.metrics.forwarded.Inc()
 	r := c.r.Clone(access.WithPrincipal(c.r.Context(), c.who))
 	r.Header.Set(headerForwarded, g.node)
+	r.Header.Set(telemetry.RequestIDHeader, telemetry.RequestID(r.Context()))
 	// The owner sets these again.
 	kept := c.w.Header().Clone()
 	clear(c.w.Header())
@@ -205,10 +207,10 @@ func (g *Registry) take(c *call, u *blobs.Upload) (int64, error) {
 	}
 	n, err := u.Append(c.r.Context(), source, at)
 	if err != nil {
-		if _, _, detail := fault.Public(err); at >= 0 && n == 0 && detail != nil && readFault(err) == err {
+		if at >= 0 && at != u.Size()-n && !fault.Is(err, fault.NotFound) {
 			return 0, g.outOfOrder(c, u, at) // another request was faster
 		}
-		return n, readFault(err)
+		return n, c.readFault(err)
 	}
 	if length >= 0 && n != length {
 		return n, fault.New(fault.Invalid, "the piece has %d bytes, not the %d of its Content-Range; they are kept, go on after them", n, length).WithCode(codeSizeInvalid)
