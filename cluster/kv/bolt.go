@@ -20,6 +20,8 @@ const (
 	engineFormat = 1
 	// formatKey holds engineFormat in the meta space.
 	formatKey = "format"
+	// mapped is 4 GiB of addresses on a 64-bit machine and 64 MiB on others.
+	mapped = 64 << 20 << (bits.UintSize / 64 * 6)
 )
 
 // bolt is an Engine over one bbolt file, synced on every commit. The free list
@@ -36,13 +38,18 @@ type bolt struct {
 // OpenBolt opens the engine's file at path, which it creates when there is
 // none. The file is locked: a second process gets an error.
 func OpenBolt(path string) (Engine, error) {
-	// Left by a Replace that did not live to the end.
-	if err := os.Remove(path + ".new"); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("open the state engine: %w", err)
-	}
 	db, err := openBolt(path)
 	if err != nil {
 		return nil, err
+	}
+	// A Replace that did not live to the end may have left its file; with the
+	// lock held it is nobody else's.
+	err = os.Remove(path + ".new")
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	if err := errors.Join(err, syncDir(filepath.Dir(path))); err != nil {
+		return nil, errors.Join(fmt.Errorf("open the state engine: %w", err), db.Close())
 	}
 	return &bolt{path: path, db: db}, nil
 }
@@ -55,10 +62,7 @@ func openBolt(path string) (*bbolt.DB, error) {
 	// bbolt waits for readers before it maps a grown file, so a reader that
 	// waits for a write would wait for ever. Mapping much at once costs only
 	// addresses, of which a 64-bit machine has plenty.
-	options.InitialMmapSize = 64 << 20
-	if bits.UintSize == 64 {
-		options.InitialMmapSize = 4 << 30
-	}
+	options.InitialMmapSize = mapped
 	db, err := bbolt.Open(path, 0o600, &options)
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):

@@ -144,8 +144,26 @@ func TestConfirmedFallsBack(t *testing.T) {
 		if _, err := db.Confirmed(ctx, see); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("a caller that is gone: %v", err)
 		}
+		<-time.After(time.Minute) // until the rounds that hang have ended
+		// A backend that says at once that there is no leader.
+		local := tabletest.NewBackend(db)
+		db.Attach(local)
+		local.SetLeader(false)
+		start = time.Now()
+		fresh, err = db.Confirmed(t.Context(), see)
+		if took := time.Since(start); took != 0 || err != nil || !fresh.Stale {
+			t.Errorf("after a long time without one: %v %+v %v", took, fresh, err)
+		}
+		local.SetLeader(true)
+		if fresh, err = db.Confirmed(t.Context(), see); err != nil || fresh.Stale {
+			t.Errorf("it is back: %+v %v", fresh, err)
+		}
+		local.SetLeader(false)
+		time.AfterFunc(100*time.Millisecond, func() { local.SetLeader(true) })
+		if fresh, err = db.Confirmed(t.Context(), see); err != nil || fresh.Stale {
+			t.Errorf("a short election: %+v %v", fresh, err)
+		}
 		synctest.Wait()
-		<-time.After(time.Minute) // until the last round has ended
 	})
 }
 

@@ -11,6 +11,10 @@ const (
 	// confirmWait is how long a read waits for a leader before it makes do with
 	// the local state.
 	confirmWait = 200 * time.Millisecond
+	// leaderWait is how long everything else waits for a leader, as a write does.
+	leaderWait = 15 * time.Second
+	// askAgain is the pause after an answer that there is no leader.
+	askAgain = 25 * time.Millisecond
 	// catchUpWait is how long a read waits for the local state to reach what a
 	// leader has confirmed.
 	catchUpWait = 5 * time.Second
@@ -31,9 +35,10 @@ type Freshness struct {
 }
 
 // Confirmed runs fn on a state that includes everything committed at the site
-// before the call. When no leader confirms that within 200 ms fn runs on the
-// local state instead and Freshness is Stale: what fn finds was true, what it
-// misses may exist. For reads that must not fall back call ReadIndex, then View.
+// before the call. When no leader confirms that within 200 ms (at once, when
+// there has been none for 15 s and none is known) fn runs on the local state
+// instead and Freshness is Stale: what fn finds was true, what it misses may
+// exist. For reads that must not fall back call ReadIndex, then View.
 func (db *DB) Confirmed(ctx context.Context, fn func(*View) error) (Freshness, error) {
 	if _, err := db.attached(); err != nil {
 		return Freshness{}, err
@@ -57,7 +62,11 @@ func (db *DB) Confirmed(ctx context.Context, fn func(*View) error) (Freshness, e
 func (db *DB) confirm(ctx context.Context) error {
 	ask, cancel := context.WithTimeout(ctx, confirmWait)
 	defer cancel()
-	index, err := db.readIndex(ask)
+	var patience time.Duration
+	if time.Since(db.lastContact()) < leaderWait {
+		patience = confirmWait // an election may be about to end
+	}
+	index, err := db.askLeader(ask, patience)
 	if err != nil {
 		return err
 	}
@@ -67,16 +76,28 @@ func (db *DB) confirm(ctx context.Context) error {
 }
 
 // ReadIndex waits until the local state includes everything committed at the
-// site before the call; ErrNoLeader when no leader confirms it in time.
+// site before the call; ErrNoLeader when no leader confirms it within 15 s.
 func (db *DB) ReadIndex(ctx context.Context) error {
 	if _, err := db.attached(); err != nil {
 		return err
 	}
-	index, err := db.readIndex(ctx)
+	index, err := db.askLeader(ctx, leaderWait)
 	if err != nil {
 		return err
 	}
 	return db.WaitApplied(ctx, index)
+}
+
+// askLeader is readIndex that asks again, for as long as patience goes, when
+// there is no leader.
+func (db *DB) askLeader(ctx context.Context, patience time.Duration) (uint64, error) {
+	start := time.Now()
+	for {
+		index, err := db.readIndex(ctx)
+		if !errors.Is(err, ErrNoLeader) || time.Since(start) >= patience || pause(ctx, askAgain) != nil {
+			return index, err
+		}
+	}
 }
 
 func (db *DB) lastContact() time.Time {

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -46,7 +47,8 @@ type shipThen struct {
 	Skip   string `cbor:"-"`
 }
 
-// versions gives two databases on one file, one after the other.
+// reopen runs one version of the program on a file that others use before and
+// after it.
 func reopen[T any](t *testing.T, dir string, use func(db *table.DB, ships *table.Table[T])) {
 	t.Helper()
 	t.Run("version", func(t *testing.T) {
@@ -179,5 +181,31 @@ func TestDefineRefuses(t *testing.T) {
 			}()
 			define(tabletest.Open(t))
 		})
+	}
+}
+
+// TestValuesOutliveTheirView: what Get gives does not alias the engine.
+func TestValuesOutliveTheirView(t *testing.T) {
+	type cargo struct {
+		Raw  []byte          `cbor:"raw"`
+		CBOR cbor.RawMessage `cbor:"cbor"`
+		Any  any             `cbor:"any"`
+	}
+	db := tabletest.OpenBolt(t, t.TempDir())
+	cargos := table.Define[cargo](db, "cargo")
+	tabletest.Start(t, db)
+	want := cargo{Raw: []byte("raw bytes"), CBOR: cbor.RawMessage{0x63, 'a', 'b', 'c'}, Any: []byte("any")}
+	if _, err := db.Update(t.Context(), func(tx *table.Tx) error { return cargos.Put(tx, want, "a") }); err != nil {
+		t.Fatal(err)
+	}
+	var got cargo
+	_ = db.View(func(v *table.View) (err error) {
+		got, _, _, err = cargos.Get(v, "a")
+		return err
+	})
+	// Writing through an alias of the file would crash: it is mapped read-only.
+	got.Raw[0], got.CBOR[1], got.Any.([]byte)[0] = 'R', 'A', 'A'
+	if string(got.Raw) != "Raw bytes" {
+		t.Errorf("%+v", got)
 	}
 }

@@ -18,9 +18,6 @@ const (
 	// backoffStep and backoffMax bound the pause between two tries.
 	backoffStep = time.Millisecond
 	backoffMax  = 64 * time.Millisecond
-	// leaderWait is for how long an Update that writes nothing asks for a
-	// leader, as one that writes does.
-	leaderWait = 15 * time.Second
 )
 
 // Commit says where an Update took effect.
@@ -112,7 +109,7 @@ func (db *DB) decided(ctx context.Context, tx *Tx, failed error) (Commit, bool, 
 	if len(tx.conds) == 0 {
 		return commit, false, failed // it rests on nothing
 	}
-	index, err := db.askLeader(ctx)
+	index, err := db.askLeader(ctx, leaderWait)
 	if err != nil {
 		return Commit{}, false, fmt.Errorf("confirm that nothing is to be changed: %w", err)
 	}
@@ -127,20 +124,6 @@ func (db *DB) decided(ctx context.Context, tx *Tx, failed error) (Commit, bool, 
 		return Commit{}, false, err
 	}
 	return commit, !ok, failed
-}
-
-// askLeader is readIndex with the patience that a write has.
-func (db *DB) askLeader(ctx context.Context) (uint64, error) {
-	deadline := time.Now().Add(leaderWait)
-	for {
-		index, err := db.readIndex(ctx)
-		if !errors.Is(err, ErrNoLeader) || ctx.Err() != nil || time.Now().After(deadline) {
-			return index, err
-		}
-		if err := pause(ctx, backoffMax); err != nil {
-			return 0, err
-		}
-	}
 }
 
 // stillHolds checks the conditions of a Tx on the newest local state.
