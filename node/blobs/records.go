@@ -223,6 +223,19 @@ func (r *Records) Places(v *table.View, d digest.Digest, n int) (places []Place,
 	return places, nil
 }
 
+// LinkedIn lists up to n blobs that a place links: a project, or a project and
+// a repository.
+func (r *Records) LinkedIn(v *table.View, n int, place ...string) (places []Place, ds []digest.Digest, err error) {
+	for row, err := range r.links.Scan(v, table.Range{Prefix: place, Limit: n}) {
+		if err != nil {
+			return nil, nil, err
+		}
+		places = append(places, Place{row.Key[0], row.Key[1]})
+		ds = append(ds, digest.Digest(row.Key[2]))
+	}
+	return places, ds, nil
+}
+
 // Unlink takes a blob out of a repository's sight. References stay.
 func (r *Records) Unlink(tx *table.Tx, project, repository string, d digest.Digest) error {
 	return r.links.Delete(tx, project, repository, d.String())

@@ -10,6 +10,7 @@ import (
 
 	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/journal"
 )
@@ -244,6 +245,9 @@ func (c *Catalog) DeleteRepository(ctx context.Context, project, repository, act
 		if err := r.contents(ctx); err != nil {
 			return fmt.Errorf("delete repository %s/%s: %w", project, repository, err)
 		}
+		if err := c.unlink(ctx, project, repository); err != nil {
+			return fmt.Errorf("delete repository %s/%s: %w", project, repository, err)
+		}
 		err := r.update(ctx, func(tx *table.Tx, _ journal.Scope) error {
 			if _, _, ok, err := c.repositories.Get(tx, project, repository); err != nil {
 				return err
@@ -296,4 +300,42 @@ func (r *removal) contents(ctx context.Context) error {
 		left = listed
 	}
 	return nil
+}
+
+// Forget takes the blobs of uploads that no manifest came for out of the sight
+// of a project that is about to go (project.Repositories): whoever makes one of
+// that name later must not see them.
+func (c *Catalog) Forget(ctx context.Context, project string) error { return c.unlink(ctx, project) }
+
+// linksPerTxn bounds the links that one Txn removes.
+const linksPerTxn = 500
+
+// unlink removes all links of a project, or of a project and a repository. It
+// loses nothing that is needed: references keep blobs, links show them.
+func (c *Catalog) unlink(ctx context.Context, place ...string) error {
+	for {
+		var in []blobs.Place
+		var linked []digest.Digest
+		err := c.db.View(func(v *table.View) (err error) {
+			in, linked, err = c.records.LinkedIn(v, linksPerTxn, place...)
+			return err
+		})
+		if err != nil || len(linked) == 0 {
+			return err
+		}
+		_, err = c.db.Update(ctx, func(tx *table.Tx) error {
+			if _, err := c.projects.Writable(tx, place[0]); err != nil {
+				return err
+			}
+			for i, d := range linked {
+				if err := c.records.Unlink(tx, in[i].Project, in[i].Repository, d); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
 }

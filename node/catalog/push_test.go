@@ -315,7 +315,15 @@ func TestDeleteRepositoryThenProject(t *testing.T) {
 	wantKind(t, s.projects.Delete(ctx, "library"), fault.Precondition, "")
 	must(t, s.catalog.DeleteRepository(ctx, "library", "deep/app", "admin"))
 	wantKind(t, s.catalog.DeleteRepository(ctx, "library", "deep/app", "admin"), fault.NotFound, "NAME_UNKNOWN")
+	s.blob("upload/only", "never pushed")
 	must(t, s.projects.Delete(ctx, "library"))
+	s.view(func(v *table.View) error {
+		_, linked, err := s.records.LinkedIn(v, 10, "library")
+		if len(linked) > 0 {
+			t.Errorf("links are left: %v", linked)
+		}
+		return err
+	})
 	_, err := s.push("deep/app", "v1", s.image("deep/app", "one"))
 	wantKind(t, err, fault.NotFound, "NAME_UNKNOWN")
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
+	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/rest"
 )
@@ -117,7 +118,12 @@ func (c *Catalog) listAll(ctx context.Context, in *listAllInput) (page rest.Page
 		}
 	}
 	_, err = c.confirmed(ctx, func(v *table.View) error {
-		all, _, err := c.repositoriesOf(v, "", "", 0)
+		var all []Repository
+		if blob == "" {
+			all, _, err = c.repositoriesOf(v, "", "", 0)
+		} else {
+			all, err = c.mountable(v, blob)
+		}
 		if err != nil {
 			return err
 		}
@@ -131,13 +137,6 @@ func (c *Catalog) listAll(ctx context.Context, in *listAllInput) (page rest.Page
 			if !ok || !in.Q.Holds("name", r.Project+"/"+r.Name) {
 				continue
 			}
-			if blob != "" {
-				if ok, err = c.mountable(v, r, blob); err != nil {
-					return err
-				} else if !ok {
-					continue
-				}
-			}
 			mine = append(mine, r)
 		}
 		page, err = c.repositoryPage(v, mine, in.Paging, seen.ids)
@@ -146,13 +145,28 @@ func (c *Catalog) listAll(ctx context.Context, in *listAllInput) (page rest.Page
 	return page, err
 }
 
-func (c *Catalog) mountable(v *table.View, r Repository, d digest.Digest) (bool, error) {
-	linked, err := c.records.Linked(v, r.Project, r.Name, d)
-	if err != nil || !linked {
-		return false, err
-	}
+// mountable gives the repositories that link a live blob.
+func (c *Catalog) mountable(v *table.View, d digest.Digest) ([]Repository, error) {
 	row, ok, err := c.records.Get(v, d)
-	return ok && row.State == "live", err
+	if err != nil || !ok || row.State != blobs.Live {
+		return nil, err
+	}
+	places, err := c.records.Places(v, d, 0)
+	if err != nil {
+		return nil, err
+	}
+	var all []Repository
+	for _, p := range places {
+		key := []string{p.Project, p.Repository}
+		row, meta, ok, err := c.repositories.Get(v, key...)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			all = append(all, row.repository(key, meta))
+		}
+	}
+	return all, nil
 }
 
 // sight remembers in which projects somebody may do something.

@@ -2,6 +2,7 @@ package project
 
 import (
 	"context"
+	"strings"
 
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
@@ -44,7 +45,7 @@ func refuse(who access.Principal, want access.Permission, ref string) error {
 	if ref == "" {
 		return fault.New(fault.Denied, "%s may not do this (%s)", who.Name, want)
 	}
-	return fault.New(fault.Denied, "%s may not do this (%s) in project %s, or there is no such project", who.Name, want, ref)
+	return fault.New(fault.Denied, "%s may not do this (%s) in project %s, or there is no such project", who.Name, want, strings.TrimPrefix(ref, "="))
 }
 
 // resolve finds a project by a reference as rest.ParseProject reads it. What is
@@ -71,7 +72,7 @@ func (p *Projects) resolve(ctx context.Context, ref string) (Project, bool, erro
 	}
 	fresh, err := p.db.Confirmed(ctx, read)
 	if err == nil && !ok && fresh.Stale {
-		err = fault.New(fault.Unavailable, "whether project %s exists cannot be said: the site has no leader at the moment; try again in a few seconds", ref)
+		err = fault.New(fault.Unavailable, "whether project %s exists cannot be said: the site has no leader at the moment; try again in a few seconds", strings.TrimPrefix(ref, "="))
 	}
 	return found, ok, err
 }

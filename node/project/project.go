@@ -41,6 +41,8 @@ type Repositories interface {
 	Count(v *table.View, project string) (int, error)
 	// Bytes is how much its content occupies, each blob counted once.
 	Bytes(v *table.View, project string) (int64, error)
+	// Forget removes what uploads left in a project without a repository.
+	Forget(ctx context.Context, project string) error
 }
 
 // Project is one project as it stands.
@@ -293,7 +295,24 @@ func merged(old, set map[string]string) map[string]string {
 
 // Delete removes an empty project that this site owns. Its log stays.
 func (p *Projects) Delete(ctx context.Context, name string) error {
-	_, err := p.db.Update(ctx, func(tx *table.Tx) error {
+	check := func(v *table.View) error {
+		r, _, err := p.need(v, name)
+		if err != nil {
+			return err
+		}
+		return p.deletable(v, name, r)
+	}
+	if err := p.db.ReadIndex(ctx); err != nil {
+		return fmt.Errorf("delete project %s: %w", name, err)
+	}
+	err := p.db.View(check)
+	if err == nil {
+		err = p.repos.Forget(ctx, name)
+	}
+	if err != nil {
+		return fmt.Errorf("delete project %s: %w", name, err)
+	}
+	_, err = p.db.Update(ctx, func(tx *table.Tx) error {
 		r, _, err := p.need(tx, name)
 		if err != nil {
 			return err

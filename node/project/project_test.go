@@ -1,6 +1,7 @@
 package project_test
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -32,6 +33,7 @@ func (plainSealer) Unseal(_ string, sealed []byte) ([]byte, error) { return seal
 type contents map[string]bool
 
 func (c contents) Any(_ table.Reader, name string) (bool, error) { return c[name], nil }
+func (contents) Forget(context.Context, string) error            { return nil }
 func (c contents) Bytes(*table.View, string) (int64, error)      { return 42, nil }
 func (c contents) Count(_ *table.View, name string) (int, error) {
 	if c[name] {
