@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"slices"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/mod/sumdb/tlog"
@@ -131,42 +133,91 @@ func (s storage) Free(ctx context.Context) (int64, error) {
 // Stage implements airgap.Blobs.
 func (s storage) Stage(_ context.Context, name string) (airgap.Staging, error) {
 	area, err := s.Store.Staging(name)
-	return staging{area, s.Copies}, err
+	return &staging{Offline: s.Offline, area: area}, err
 }
 
 // staging gives a staging area of the store the words of airgap.
 type staging struct {
-	area   *blobs.Staging
-	copies blobs.Copies
+	*Offline
+	area *blobs.Staging
+
+	mu    sync.Mutex
+	moved []digest.Digest // out of the area, by a commit that was cut short
 }
 
-// Has implements airgap.Staging.
-func (s staging) Has(_ context.Context, d digest.Digest) (bool, error) { return s.area.Has(d) }
+// Has implements airgap.Staging. Files that an earlier commit moved among the
+// blobs, but for which it made no rows any more, count as staged.
+func (s *staging) Has(_ context.Context, d digest.Digest) (bool, error) {
+	if ok, err := s.area.Has(d); ok || err != nil {
+		return ok, err
+	}
+	if _, err := s.Store.Stat(d); err != nil {
+		if fault.Is(err, fault.NotFound) {
+			err = nil
+		}
+		return false, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.moved = append(s.moved, d)
+	return true, nil
+}
 
 // Put implements airgap.Staging.
-func (s staging) Put(ctx context.Context, b airgap.Blob, r io.Reader) error {
+func (s *staging) Put(ctx context.Context, b airgap.Blob, r io.Reader) error {
 	return s.area.Put(ctx, b.Digest, b.Size, r)
 }
 
 // Open implements airgap.Staging.
-func (s staging) Open(_ context.Context, d digest.Digest) (io.ReadCloser, error) {
+func (s *staging) Open(_ context.Context, d digest.Digest) (io.ReadCloser, error) {
 	file, _, err := s.area.Open(d)
 	return file, err
 }
 
-// Commit implements airgap.Staging: the blobs are held, on as many nodes as a
-// push would wait for.
-func (s staging) Commit(ctx context.Context) error {
-	held, err := s.area.List()
+// rowsPerTxn bounds the blob rows that one Txn makes.
+const rowsPerTxn = 256
+
+// Commit implements airgap.Staging: the blobs are held on as many nodes as a push
+// would wait for, and then their rows say so.
+func (s *staging) Commit(ctx context.Context) error {
+	staged, err := s.area.List()
 	if err != nil {
 		return err
 	}
 	if err := s.area.Commit(ctx); err != nil {
 		return err
 	}
-	_, err = s.copies.Ensure(ctx, held)
-	return err
+	s.mu.Lock()
+	staged = append(staged, s.moved...)
+	s.mu.Unlock()
+	copies, err := s.Copies.Ensure(ctx, staged)
+	if err != nil {
+		return err
+	}
+	for part := range slices.Chunk(staged, rowsPerTxn) {
+		if _, err := s.DB.Update(ctx, func(tx *table.Tx) error { return s.alive(tx, part, copies) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// alive makes the rows of blobs that this node holds.
+func (s *staging) alive(tx *table.Tx, ds []digest.Digest, copies int) error {
+	for _, d := range ds {
+		info, err := s.Store.Stat(d)
+		if err != nil {
+			return err
+		}
+		if err := s.Records.Live(tx, d, info.Size); err != nil {
+			return err
+		}
+		if err := s.Records.SetCopies(tx, d, copies); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Discard implements airgap.Staging.
-func (s staging) Discard(context.Context) error { return s.area.Discard() }
+func (s *staging) Discard(context.Context) error { return s.area.Discard() }
