@@ -223,12 +223,15 @@ func resume(t *testing.T, s *blobs.Store, h *history) {
 	h.success(content)
 }
 
-var losses = []struct {
+// restart is what happens to the machine after a crash.
+type restart struct {
 	name string
 	loss faultfs.Loss
 	seed uint64
 	boot string
-}{
+}
+
+var losses = []restart{
 	{"killed", faultfs.Killed, 0, "1"},
 	{"power cut", faultfs.PowerCut, 0, "2"},
 	{"torn 1", faultfs.Torn, 1, "2"},
@@ -279,28 +282,28 @@ func TestCrashAtEveryStep(t *testing.T) {
 						}
 						break
 					}
-					afterCrash(t, disk, h, run, fmt.Sprintf("%s before step %d", l.name, step), l.loss, l.seed+uint64(step)<<8, l.boot)
+					afterCrash(t, disk, h, run, restart{fmt.Sprintf("%s before step %d", l.name, step), l.loss, l.seed + uint64(step)<<8, l.boot})
 				}
 			}
 		})
 	}
 }
 
-func afterCrash(t *testing.T, disk *faultfs.FS, h *history, run scenario, what string, loss faultfs.Loss, seed uint64, boot string) {
+func afterCrash(t *testing.T, disk *faultfs.FS, h *history, run scenario, r restart) {
 	t.Helper()
 	defer func() {
 		if t.Failed() {
-			t.Logf("%s; files: %s", what, strings.Join(disk.Dump("."), " "))
+			t.Logf("%s; files: %s", r.name, strings.Join(disk.Dump("."), " "))
 		}
 	}()
-	disk.Restart(loss, seed)
-	s := open(t, "/", blobs.Options{FS: disk, Boot: boot})
+	disk.Restart(r.loss, r.seed)
+	s := open(t, "/", blobs.Options{FS: disk, Boot: r.boot})
 	verify(t, s, h)
 	resume(t, s, h)
 	verify(t, s, h)
 	// The client tries again, and then the power goes.
 	if err := run(t.Context(), s, h); err != nil {
-		t.Fatalf("%s: again: %v", what, err)
+		t.Fatalf("%s: again: %v", r.name, err)
 	}
 	disk.Restart(faultfs.PowerCut, 0)
 	s = open(t, "/", blobs.Options{FS: disk, Boot: "3"})
@@ -357,7 +360,7 @@ func TestCrashWhileRecovering(t *testing.T) {
 						own.stored[d] = content
 					}
 					own.removed, own.upload, own.partial = h.removed, h.upload, h.partial
-					afterCrash(t, twice, own, run, fmt.Sprintf("first %d second %d", first, second), faultfs.Torn, uint64(second), "3")
+					afterCrash(t, twice, own, run, restart{fmt.Sprintf("first %d second %d", first, second), faultfs.Torn, uint64(second), "3"})
 				}
 			}
 		})

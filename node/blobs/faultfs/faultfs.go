@@ -335,9 +335,13 @@ func (f *FS) Remove(name string) error {
 
 func (f *FS) below(dir string) []string {
 	var names []string
+	prefix := dir + "/"
+	if dir == "." {
+		prefix = ""
+	}
 	for name := range f.names {
-		if name != "." && path.Dir(name) == dir {
-			names = append(names, path.Base(name))
+		if base, ok := strings.CutPrefix(name, prefix); ok && name != "." && !strings.Contains(base, "/") {
+			names = append(names, base)
 		}
 	}
 	slices.Sort(names)
