@@ -69,6 +69,7 @@ func TestAbortWithoutLeader(t *testing.T) {
 		db := tabletest.Open(t)
 		boats := table.Define[boat](db, "boat")
 		b := tabletest.Start(t, db)
+		db.SetPatience(15 * time.Second)
 		b.SetLeader(false)
 		absent := func(tx *table.Tx) error {
 			_, _, _, err := boats.Get(tx, "ada")
@@ -118,6 +119,7 @@ func TestConfirmedFallsBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := tabletest.Open(t)
 		tabletest.Start(t, db)
+		db.SetPatience(15 * time.Second)
 		see := func(*table.View) error { return nil }
 		fresh, err := db.Confirmed(t.Context(), see)
 		if err != nil || fresh.Stale || fresh.Age != 0 {

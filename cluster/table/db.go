@@ -39,7 +39,9 @@ type DB struct {
 	engine kv.Engine
 	log    *slog.Logger
 	codec  codec
-	tables map[string]*definition
+	// patience is how long a call that needs a leader waits for one.
+	patience time.Duration
+	tables   map[string]*definition
 
 	machine atomic.Pointer[kv.Machine] // from Build on
 	backend atomic.Pointer[Backend]    // from Attach on
@@ -54,11 +56,12 @@ type DB struct {
 // New gives a DB over an engine. Tables are defined on it, then it is built.
 func New(engine kv.Engine, log *slog.Logger) *DB {
 	db := &DB{
-		engine: engine,
-		log:    log,
-		codec:  newCodec(),
-		tables: make(map[string]*definition),
-		lane:   make(chan struct{}, 1),
+		engine:   engine,
+		log:      log,
+		codec:    newCodec(),
+		patience: leaderWait,
+		tables:   make(map[string]*definition),
+		lane:     make(chan struct{}, 1),
 	}
 	db.progress.init()
 	db.heard(time.Now())
@@ -90,6 +93,11 @@ func (db *DB) Machine() *kv.Machine { return db.machine.Load() }
 // Attach names the way to the leader. Update, Confirmed and ReadIndex work
 // from then on.
 func (db *DB) Attach(b Backend) { db.backend.Store(&b) }
+
+// SetPatience changes for how long ReadIndex, and an Update that writes
+// nothing, wait for a leader: 15 s unless it is set before Attach. How long a
+// proposal waits is the Backend's matter.
+func (db *DB) SetPatience(d time.Duration) { db.patience = d }
 
 func (db *DB) attached() (Backend, error) {
 	b := db.backend.Load()

@@ -63,7 +63,7 @@ func (db *DB) confirm(ctx context.Context) error {
 	ask, cancel := context.WithTimeout(ctx, confirmWait)
 	defer cancel()
 	var patience time.Duration
-	if time.Since(db.lastContact()) < leaderWait {
+	if time.Since(db.lastContact()) < db.patience {
 		patience = confirmWait // an election may be about to end
 	}
 	index, err := db.askLeader(ask, patience)
@@ -76,12 +76,13 @@ func (db *DB) confirm(ctx context.Context) error {
 }
 
 // ReadIndex waits until the local state includes everything committed at the
-// site before the call; ErrNoLeader when no leader confirms it within 15 s.
+// site before the call; ErrNoLeader when no leader confirms it within 15 s
+// (see SetPatience).
 func (db *DB) ReadIndex(ctx context.Context) error {
 	if _, err := db.attached(); err != nil {
 		return err
 	}
-	index, err := db.askLeader(ctx, leaderWait)
+	index, err := db.askLeader(ctx, db.patience)
 	if err != nil {
 		return err
 	}

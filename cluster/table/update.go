@@ -109,7 +109,7 @@ func (db *DB) decided(ctx context.Context, tx *Tx, failed error) (Commit, bool, 
 	if len(tx.conds) == 0 {
 		return commit, false, failed // it rests on nothing
 	}
-	index, err := db.askLeader(ctx, leaderWait)
+	index, err := db.askLeader(ctx, db.patience)
 	if err != nil {
 		return Commit{}, false, fmt.Errorf("confirm that nothing is to be changed: %w", err)
 	}

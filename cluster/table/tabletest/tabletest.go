@@ -12,12 +12,17 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
+
+// Patience is for how long a started database looks for a leader: a test that
+// takes the leader away shall not wait as long as a user does.
+const Patience = 300 * time.Millisecond
 
 // Open gives a database in memory. Define tables on it, then Start it.
 func Open(t testing.TB) *table.DB {
@@ -51,6 +56,7 @@ func Start(t testing.TB, db *table.DB) *Backend {
 	if err := db.Build(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	db.SetPatience(Patience)
 	b := NewBackend(db)
 	db.Attach(b)
 	return b
