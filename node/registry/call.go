@@ -1,9 +1,11 @@
 package registry
 
 import (
+	"bytes"
 	"encoding/json"
 	"io"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -211,24 +213,37 @@ func (w *writer) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// ReadFrom sends from src in chunks. A chunk stays one LimitedReader around
-// what it was given, which is the only wrapping that sendfile sees through.
+// ReadFrom sends from src. What is at hand goes out in chunks, each of which
+// stays one LimitedReader around what it was given: the only wrapping that
+// sendfile sees through. What may still be arriving goes out as it comes, since
+// a source that pauses is not a client that does.
 func (w *writer) ReadFrom(src io.Reader) (int64, error) {
-	limited, ok := src.(*io.LimitedReader)
-	if !ok {
-		limited = &io.LimitedReader{R: src, N: 1<<63 - 1}
-	}
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	var total int64
-	for limited.N > 0 {
-		chunk := io.LimitedReader{R: limited.R, N: min(limited.N, sendChunk)}
+	limited, ok := src.(*io.LimitedReader)
+	if ok && !w.stream {
+		switch limited.R.(type) {
+		case *os.File, *bytes.Reader:
+			return w.sendAtHand(limited)
+		}
+	}
+	if w.buffer == nil {
+		w.buffer = make([]byte, 32<<10)
+	}
+	return io.CopyBuffer(stepWriter{w}, src, w.buffer)
+}
+
+func (w *writer) sendAtHand(src *io.LimitedReader) (total int64, err error) {
+	chunk := &io.LimitedReader{R: src.R}
+	for src.N > 0 {
+		chunk.N = min(src.N, sendChunk)
 		want := chunk.N
-		n, err := w.send(&chunk)
+		w.move()
+		n, err := io.Copy(w.ResponseWriter, chunk)
 		total += n
 		w.written += n
-		limited.N -= want - chunk.N
+		src.N -= want - chunk.N
 		if err != nil || n < want {
 			return total, err
 		}
@@ -236,26 +251,10 @@ func (w *writer) ReadFrom(src io.Reader) (int64, error) {
 	return total, nil
 }
 
-func (w *writer) send(chunk *io.LimitedReader) (int64, error) {
-	if w.pace.stream { // HTTP/2 has no ReaderFrom, and io.Copy would make a buffer each time
-		if w.buffer == nil {
-			w.buffer = make([]byte, 32<<10)
-		}
-		return io.CopyBuffer(stepWriter{w}, chunk, w.buffer)
-	}
-	w.move()
-	return io.Copy(w.ResponseWriter, chunk)
-}
-
-// stepWriter writes through w, each time under a new deadline.
+// stepWriter is a writer without ReadFrom.
 type stepWriter struct{ w *writer }
 
-func (s stepWriter) Write(p []byte) (int, error) {
-	s.w.move()
-	n, err := s.w.ResponseWriter.Write(p)
-	s.w.rest()
-	return n, err
-}
+func (s stepWriter) Write(p []byte) (int, error) { return s.w.Write(p) }
 
 func (w *writer) move() {
 	if deadline, due := w.due(); due {

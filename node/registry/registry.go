@@ -66,7 +66,7 @@ type Forwarder interface {
 const (
 	defaultIdle      = 2 * time.Minute
 	defaultUploadTTL = 24 * time.Hour
-	expireEvery      = 10 * time.Minute
+	expireEvery      = time.Minute
 	copyWorkers      = 4
 	copyQueue        = 256
 )
