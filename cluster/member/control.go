@@ -222,7 +222,7 @@ func (n *Node) newClient() *http.Client {
 			DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 				return n.cfg.Network.Dial(ctx, addr, ServiceControl)
 			},
-			MaxIdleConnsPerHost: 8,
+			MaxIdleConnsPerHost: 64, // as many writes travel at once
 			IdleConnTimeout:     time.Minute,
 			DisableCompression:  true,
 		},

@@ -32,6 +32,7 @@ func everyday(msg string) bool {
 		"failed to decode incoming command", "failed to flush response", "failed to accept connection",
 		"rejecting pre-vote request", "rejecting vote request", "Election timeout reached", "unable to connect to peer",
 		"skipping application of old log", "pre-vote",
+		"failed to get previous log", "appendEntries rejected", // a new node has no log yet
 	} {
 		if strings.HasPrefix(msg, start) {
 			return true

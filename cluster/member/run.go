@@ -126,7 +126,9 @@ func (n *Node) observe(ctx context.Context, in *instance) error {
 		n.changed.fire()
 		select {
 		case o := <-seen:
-			if l, ok := o.Data.(raft.LeaderObservation); ok {
+			if l, ok := o.Data.(raft.LeaderObservation); ok && l.LeaderID == "" {
+				n.log.Info("the site has no leader at the moment")
+			} else if ok {
 				n.log.Info("the site's leader changed", "leader", string(l.LeaderID), "address", string(l.LeaderAddr))
 			}
 		case <-ctx.Done():
