@@ -108,6 +108,10 @@ func (s *Store) unlink(hex string) error {
 	return nil
 }
 
+// Free gives the bytes that the store may still write, the reserve of
+// Options.MinFree included, and the size of the disk. It is cheap.
+func (s *Store) Free() (free, total int64, err error) { return s.fs.Space() }
+
 // Usage tells what the store occupies. The first call reads every directory of
 // blobs; later ones only those of unfinished work.
 func (s *Store) Usage(ctx context.Context) (Usage, error) {
