@@ -287,6 +287,11 @@ func (a *admission) holdBlob(b v1.Descriptor) (bool, error) {
 			return false, err
 		}
 	}
+	if p.Copies > row.Copies {
+		if err := records.SetCopies(a.tx, b.Digest, p.Copies); err != nil {
+			return false, err
+		}
+	}
 	return true, records.AddRef(a.tx, b.Digest, p.Project, p.Repository, p.Digest)
 }
 
