@@ -16,18 +16,21 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// body is content of a known size that can be sent again.
+// body is content of a known size.
 type body struct {
 	io.Reader
-	digest digest.Digest
-	size   int64
+	digest    digest.Digest
+	size      int64
+	mediaType string
 }
+
+const octets = "application/octet-stream"
 
 // newBody makes size bytes that no other round has; they do not compress.
 func newBody(size int64, round byte) body {
 	hash := sha256.New()
 	io.CopyN(hash, stream(round), size) // neither can fail
-	return body{io.LimitReader(stream(round), size), digest.NewDigestFromBytes(digest.SHA256, hash.Sum(nil)), size}
+	return body{io.LimitReader(stream(round), size), digest.NewDigestFromBytes(digest.SHA256, hash.Sum(nil)), size, octets}
 }
 
 func stream(round byte) io.Reader { return rand.NewChaCha8([32]byte{round, 'a', 't', 'o', 'l', 'l'}) }
@@ -63,14 +66,14 @@ func login(ctx context.Context, addr string) (*client, error) {
 }
 
 // do sends a request and wants a status; the answer's body is read to its end.
-func (c *client) do(ctx context.Context, method, target string, b body, mediaType string, want int) (http.Header, error) {
+func (c *client) do(ctx context.Context, method, target string, b body, want int) (http.Header, error) {
 	req, err := http.NewRequestWithContext(ctx, method, target, b.Reader)
 	if err != nil {
 		return nil, err
 	}
 	req.ContentLength = b.size
 	req.Header.Set("Authorization", "Bearer "+c.token)
-	req.Header.Set("Content-Type", mediaType)
+	req.Header.Set("Content-Type", b.mediaType)
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return nil, err
@@ -84,7 +87,7 @@ func (c *client) do(ctx context.Context, method, target string, b body, mediaTyp
 }
 
 func (c *client) push(ctx context.Context, repository string, b body) error {
-	header, err := c.do(ctx, http.MethodPost, c.base+"/v2/"+repository+"/blobs/uploads/", body{}, "application/octet-stream", http.StatusAccepted)
+	header, err := c.do(ctx, http.MethodPost, c.base+"/v2/"+repository+"/blobs/uploads/", body{mediaType: octets}, http.StatusAccepted)
 	if err != nil {
 		return err
 	}
@@ -100,12 +103,12 @@ func (c *client) push(ctx context.Context, repository string, b body) error {
 	query := target.Query()
 	query.Set("digest", b.digest.String())
 	target.RawQuery = query.Encode()
-	_, err = c.do(ctx, http.MethodPut, target.String(), b, "application/octet-stream", http.StatusCreated)
+	_, err = c.do(ctx, http.MethodPut, target.String(), b, http.StatusCreated)
 	return err
 }
 
 func (c *client) pushManifest(ctx context.Context, repository, tag string) ([]byte, error) {
-	config := body{bytes.NewReader([]byte("{}")), digest.FromString("{}"), 2}
+	config := body{bytes.NewReader([]byte("{}")), digest.FromString("{}"), 2, octets}
 	if err := c.push(ctx, repository, config); err != nil {
 		return nil, err
 	}
@@ -117,7 +120,8 @@ func (c *client) pushManifest(ctx context.Context, repository, tag string) ([]by
 	if err != nil {
 		return nil, err
 	}
-	_, err = c.do(ctx, http.MethodPut, c.base+"/v2/"+repository+"/manifests/"+tag, body{Reader: bytes.NewReader(data), size: int64(len(data))}, v1.MediaTypeImageManifest, http.StatusCreated)
+	manifest := body{bytes.NewReader(data), digest.FromBytes(data), int64(len(data)), v1.MediaTypeImageManifest}
+	_, err = c.do(ctx, http.MethodPut, c.base+"/v2/"+repository+"/manifests/"+tag, manifest, http.StatusCreated)
 	return data, err
 }
 

@@ -170,7 +170,17 @@ func (b *bench) push(ctx context.Context) error {
 	return b.compare("push_cpu", "cpu-s/GB", 1/b.gigabytes(), 1.15, ours, floors)
 }
 
+func repeat(n int, work func() error) error {
+	for range n {
+		if err := work(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (b *bench) pull(ctx context.Context) error {
+	const pulls = 4 // a round
 	body := newBody(b.size, 200)
 	if err := b.user.push(ctx, "library/bench", body); err != nil {
 		return err
@@ -178,9 +188,13 @@ func (b *bench) pull(ctx context.Context) error {
 	if err := put(ctx, "http://"+b.floor.addr+"/"+body.digest.Encoded(), newBody(b.size, 200)); err != nil {
 		return err
 	}
-	ours := func(int) error { return b.user.pull(ctx, "library/bench", body.digest, b.size) }
-	floors := func(int) error { return get(ctx, "http://"+b.floor.addr+"/"+body.digest.Encoded(), "", b.size) }
-	return b.compare("pull_cpu", "cpu-s/GB", 1/b.gigabytes(), 1.3, ours, floors)
+	ours := func(int) error {
+		return repeat(pulls, func() error { return b.user.pull(ctx, "library/bench", body.digest, b.size) })
+	}
+	floors := func(int) error {
+		return repeat(pulls, func() error { return get(ctx, "http://"+b.floor.addr+"/"+body.digest.Encoded(), "", b.size) })
+	}
+	return b.compare("pull_cpu", "cpu-s/GB", 1/b.gigabytes()/pulls, 1.3, ours, floors)
 }
 
 func (b *bench) manifest(ctx context.Context) error {
@@ -193,20 +207,10 @@ func (b *bench) manifest(ctx context.Context) error {
 		return err
 	}
 	ours := func(int) error {
-		for range requests {
-			if err := b.user.manifest(ctx, "library/bench", "v1", int64(len(data))); err != nil {
-				return err
-			}
-		}
-		return nil
+		return repeat(requests, func() error { return b.user.manifest(ctx, "library/bench", "v1", int64(len(data))) })
 	}
 	floors := func(int) error {
-		for range requests {
-			if err := get(ctx, "http://"+b.floor.addr+"/manifest", "", int64(len(data))); err != nil {
-				return err
-			}
-		}
-		return nil
+		return repeat(requests, func() error { return get(ctx, "http://"+b.floor.addr+"/manifest", "", int64(len(data))) })
 	}
 	return b.compare("manifest_get_cpu", "cpu-us/request", 1e6/requests, 2, ours, floors)
 }
