@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -44,7 +45,7 @@ func newBundleExport() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			answer, err := c.stream(cmd.Context(), "POST", "/api/atoll/v1/bundles/export", strings.NewReader(string(body)), "application/json", -1)
+			answer, err := c.stream(cmd.Context(), "POST", "/api/atoll/v1/bundles/export", &payload{bytes.NewReader(body), "application/json", int64(len(body))})
 			if err != nil {
 				return err
 			}
@@ -109,7 +110,7 @@ func newBundleImport() *cobra.Command {
 				query.Set("dry_run", "true")
 			}
 			bar := newProgress(cmd, length, "importing")
-			answer, err := c.stream(cmd.Context(), "POST", "/api/atoll/v1/bundles/import?"+query.Encode(), io.TeeReader(file, bar), "application/x-tar", length)
+			answer, err := c.stream(cmd.Context(), "POST", "/api/atoll/v1/bundles/import?"+query.Encode(), &payload{io.TeeReader(file, bar), "application/x-tar", length})
 			bar.Finish()
 			if err != nil {
 				return refusal(err)

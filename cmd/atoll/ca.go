@@ -16,7 +16,7 @@ func newCA() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			answer, err := c.stream(cmd.Context(), "GET", "/api/atoll/v1/ca", nil, "", -1)
+			answer, err := c.stream(cmd.Context(), "GET", "/api/atoll/v1/ca", nil)
 			if err != nil {
 				return err
 			}

@@ -106,15 +106,15 @@ func serverClient(server, ca string, saved logins) (*client, error) {
 // call sends a request with a JSON body (nil for none) and decodes the JSON
 // answer into out (nil to drop it).
 func (c *client) call(ctx context.Context, method, path string, body, out any) error {
-	var reader io.Reader
+	var sent *payload
 	if body != nil {
 		data, err := json.Marshal(body)
 		if err != nil {
 			return err
 		}
-		reader = bytes.NewReader(data)
+		sent = &payload{bytes.NewReader(data), "application/json", int64(len(data))}
 	}
-	answer, err := c.stream(ctx, method, path, reader, "application/json", -1)
+	answer, err := c.stream(ctx, method, path, sent)
 	if err != nil {
 		return err
 	}
@@ -128,18 +128,24 @@ func (c *client) call(ctx context.Context, method, path string, body, out any) e
 	return nil
 }
 
-// stream sends a request and gives the answer once its status says success; the
-// caller closes its body. length is that of the body, -1 when unknown.
-func (c *client) stream(ctx context.Context, method, path string, body io.Reader, mediaType string, length int64) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
+// payload is the body of a request.
+type payload struct {
+	io.Reader
+	mediaType string
+	length    int64 // -1 when unknown
+}
+
+// stream sends a request, with nil for no body, and gives the answer once its
+// status says success; the caller closes the answer's body.
+func (c *client) stream(ctx context.Context, method, path string, body *payload) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, nil)
 	if err != nil {
 		return nil, usageError{fmt.Errorf("--server: %w", err)}
 	}
-	if length >= 0 {
-		req.ContentLength = length
-	}
 	if body != nil {
-		req.Header.Set("Content-Type", mediaType)
+		req.Body = io.NopCloser(body.Reader)
+		req.ContentLength = body.length
+		req.Header.Set("Content-Type", body.mediaType)
 	}
 	if c.username != "" {
 		req.SetBasicAuth(c.username, c.password)

@@ -14,8 +14,8 @@ import (
 func TestBundleCrossesTheAirGap(t *testing.T) {
 	ctx := deadline(t, 4*time.Minute)
 	l := newLab(t)
-	a := newSite(ctx, t, l, "a", 73, 1)
-	b := newSite(ctx, t, l, "b", 74, 1)
+	a := newSite(ctx, t, l, plan{name: "a", net: 73, nodes: 1})
+	b := newSite(ctx, t, l, plan{name: "b", net: 74, nodes: 1})
 	from, to := a.nodes[0], b.nodes[0]
 	if _, err := to.Host.Run(ctx, "ping", "-c1", "-W1", from.Host.IP); err == nil {
 		t.Fatal("the sites share a network: the test proves nothing")

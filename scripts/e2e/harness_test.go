@@ -59,18 +59,25 @@ type site struct {
 	env   []string // by which clients reach the nodes
 }
 
-// newSite starts a site of n nodes named NAME1, NAME2 ... on a switch of its own,
-// 10.NET.0.0/24. The hosts of another net have no route to it.
-func newSite(ctx context.Context, t *testing.T, l *lab.Lab, name string, net, n int) *site {
+// plan says what site a test wants.
+type plan struct {
+	name  string // its nodes are NAME1, NAME2 ...
+	net   int    // its hosts are 10.NET.0.1, .2 ... on a switch of their own: no other net has a route to them
+	nodes int
+	args  []string // further flags of every node
+}
+
+// newSite starts a site and waits until all its nodes are up and vote.
+func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 	t.Helper()
 	s := &site{t: t}
 	dir := t.TempDir()
-	for i := 1; i <= n; i++ {
-		host, err := l.Host(ctx, fmt.Sprintf("%s%d", name, i), name, fmt.Sprintf("10.%d.0.%d/24", net, i))
+	for i := 1; i <= p.nodes; i++ {
+		host, err := l.Host(ctx, fmt.Sprintf("%s%d", p.name, i), p.name, fmt.Sprintf("10.%d.0.%d/24", p.net, i))
 		if err != nil {
 			t.Fatal(err)
 		}
-		node := lab.NewNode(host, built.atoll, filepath.Join(dir, host.Name))
+		node := lab.NewNode(host, built.atoll, filepath.Join(dir, host.Name), p.args...)
 		if i == 1 {
 			err = node.Found(ctx)
 		} else {
@@ -87,8 +94,8 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, name string, net, n 
 		})
 		s.nodes = append(s.nodes, node)
 	}
-	voters := n
-	if n == 2 {
+	voters := p.nodes
+	if p.nodes == 2 {
 		voters = 1
 	}
 	if err := s.nodes[0].WaitStatus(ctx, "all to be up and vote", func(st lab.Status) bool {
@@ -101,7 +108,7 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, name string, net, n 
 				vote++
 			}
 		}
-		return st.Quorum && up == n && vote == voters
+		return st.Quorum && up == p.nodes && vote == voters
 	}); err != nil {
 		t.Fatal(err)
 	}

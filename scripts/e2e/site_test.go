@@ -12,7 +12,7 @@ import (
 // Stories 2 and 3: push to one node, pull from another, kill any one.
 func TestSiteOfThreeSurvivesKills(t *testing.T) {
 	ctx := deadline(t, 5*time.Minute)
-	s := newSite(ctx, t, newLab(t), "a", 71, 3)
+	s := newSite(ctx, t, newLab(t), plan{name: "a", net: 71, nodes: 3})
 	img := image(ctx, t, 24<<20)
 	s.pushAll(ctx, s.nodes[0], img, "library/app", "v1")
 
@@ -68,7 +68,7 @@ func TestSiteOfThreeSurvivesKills(t *testing.T) {
 // the reason.
 func TestLastNodeServesPullsAndRefusesPushes(t *testing.T) {
 	ctx := deadline(t, 3*time.Minute)
-	s := newSite(ctx, t, newLab(t), "q", 72, 3)
+	s := newSite(ctx, t, newLab(t), plan{name: "q", net: 72, nodes: 3})
 	img := image(ctx, t, 0)
 	s.pushAll(ctx, s.nodes[0], img, "library/app", "v1")
 	if got := s.pullAll(ctx, s.nodes[2], "app:v1"); got != img.Index.String() {
