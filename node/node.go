@@ -168,7 +168,14 @@ func (n *Node) join(ctx context.Context) (member.Identity, error) {
 	}
 	return member.Join(ctx, member.JoinConfig{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
-		Addrs: n.config.Join, Token: n.config.Token, Dial: dialer.DialJoin, Log: n.log,
+		Addrs: n.config.Join, Token: n.config.Token, Log: n.log,
+		Dial: func(ctx context.Context, addr string, pin []byte) (net.Conn, error) {
+			conn, err := dialer.DialJoin(ctx, addr, pin)
+			if errors.Is(err, peernet.ErrOtherSite) {
+				err = fmt.Errorf("%w: %w", member.ErrOtherSite, err)
+			}
+			return conn, err
+		},
 	})
 }
 
