@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"sync"
 
 	"github.com/fxamacker/cbor/v2"
 	"github.com/opencontainers/go-digest"
@@ -115,7 +116,8 @@ func Decode(value []byte) (Entry, error) {
 	if !e.Known() {
 		return e, nil
 	}
-	if err := Unmarshal(value, &e); err != nil {
+	// The first reading has checked the encoding.
+	if err := read(value, &e); err != nil {
 		return Entry{}, fmt.Errorf("decode %s entry: %w", e.Kind, err)
 	}
 	if err := e.validate(); err != nil {
@@ -196,7 +198,7 @@ func sameEntry(a, b Entry) bool {
 
 // Marshal writes any value of this format as core deterministic CBOR.
 func Marshal(v any) ([]byte, error) {
-	mode, err := cbor.CoreDetEncOptions().EncMode()
+	mode, err := encoding()
 	if err != nil {
 		return nil, err
 	}
@@ -206,7 +208,32 @@ func Marshal(v any) ([]byte, error) {
 // Unmarshal reads core deterministic CBOR and refuses every other encoding of
 // the same data. Map fields that v does not have are ignored.
 func Unmarshal(data []byte, v any) error {
-	mode, err := cbor.DecOptions{
+	var generic any
+	if err := read(data, &generic); err != nil {
+		return err
+	}
+	again, err := Marshal(generic)
+	if err != nil || !bytes.Equal(again, data) {
+		return fmt.Errorf("not in the deterministic encoding: %w", ErrMalformed)
+	}
+	return read(data, v)
+}
+
+func read(data []byte, v any) error {
+	mode, err := decoding()
+	if err != nil {
+		return err
+	}
+	if err := mode.Unmarshal(data, v); err != nil {
+		return fmt.Errorf("%w: %w", err, ErrMalformed)
+	}
+	return nil
+}
+
+// The modes are made once: making one costs as much as reading ten entries.
+var (
+	encoding = sync.OnceValues(cbor.CoreDetEncOptions().EncMode)
+	decoding = sync.OnceValues(cbor.DecOptions{
 		DupMapKey:         cbor.DupMapKeyEnforcedAPF,
 		IndefLength:       cbor.IndefLengthForbidden,
 		TagsMd:            cbor.TagsForbidden,
@@ -215,20 +242,5 @@ func Unmarshal(data []byte, v any) error {
 		MaxArrayElements:  4096,
 		MaxMapPairs:       4096,
 		FieldNameMatching: cbor.FieldNameMatchingCaseSensitive,
-	}.DecMode()
-	if err != nil {
-		return err
-	}
-	var generic any
-	if err := mode.Unmarshal(data, &generic); err != nil {
-		return fmt.Errorf("%w: %w", err, ErrMalformed)
-	}
-	again, err := Marshal(generic)
-	if err != nil || !bytes.Equal(again, data) {
-		return fmt.Errorf("not in the deterministic encoding: %w", ErrMalformed)
-	}
-	if err := mode.Unmarshal(data, v); err != nil {
-		return fmt.Errorf("%w: %w", err, ErrMalformed)
-	}
-	return nil
-}
+	}.DecMode)
+)
