@@ -56,7 +56,7 @@ func readable(reference string) error {
 		_, err := parseDigest(reference)
 		return err
 	}
-	if !ValidTag(reference) {
+	if catalog.CheckTag(reference) != nil {
 		return fault.New(fault.NotFound, "%.80q cannot be a tag", reference).WithCode(codeManifestUnknown)
 	}
 	return nil

@@ -36,7 +36,6 @@ const defaultProject = "library"
 // Limits of names, in bytes. The path of a request is bounded by both.
 const (
 	maxName    = 255
-	maxTag     = 128
 	maxSession = 255
 )
 
@@ -164,21 +163,6 @@ func validComponent(s string) bool {
 		}
 	}
 	return s != "" && separators == 0
-}
-
-// ValidTag matches [a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}.
-func ValidTag(s string) bool {
-	if s == "" || len(s) > maxTag || s[0] == '.' || s[0] == '-' {
-		return false
-	}
-	for _, c := range []byte(s) {
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '_', c == '.', c == '-':
-		default:
-			return false
-		}
-	}
-	return true
 }
 
 // parseDigest reads a digest that a client sent. Every algorithm of the image
