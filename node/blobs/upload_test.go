@@ -192,19 +192,20 @@ func TestExpire(t *testing.T) {
 		if _, err := p.WriteAt(content, 0); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(50 * time.Minute) // of the bubble's clock
-		young := begin(t, s, content[:500])
-		time.Sleep(20 * time.Minute)
 		expire := func(want int) {
 			t.Helper()
 			if n, err := s.Expire(t.Context(), time.Hour); n != want || err != nil {
 				t.Fatalf("expired %d, %v, want %d", n, err, want)
 			}
 		}
+		time.Sleep(70 * time.Minute) // of the bubble's clock
 		expire(1)
 		if _, err := s.Upload(old.ID()); !blobstest.Code(err, fault.NotFound, "BLOB_UPLOAD_UNKNOWN") {
 			t.Fatalf("an abandoned session: %v", err)
 		}
+		young := begin(t, s, content[:500])
+		time.Sleep(5 * time.Minute)
+		expire(0)
 		// What paused was saved by Expire: not even a power cut takes it.
 		disk.Restart(faultfs.PowerCut, 0)
 		s = open(t, "/", blobs.Options{FS: disk, Boot: "2"})
