@@ -178,6 +178,13 @@ func TestRelay(t *testing.T) {
 	if report := accept(t, a, relayed); !report.NothingNew() || report.Projects[0].Outcome != airgap.OutcomeOwn || !report.Projects[0].StateCompared {
 		t.Errorf("at its origin: %+v", report)
 	}
+	// Nor does it bring a project back that was deleted there.
+	emptied := airgaptest.New(t, "site-a", 10)
+	emptied.Trust(b, "*")
+	before := emptied.Visible()
+	if report := accept(t, emptied, relayed); !report.NothingNew() || emptied.Visible() != before {
+		t.Errorf("deleted at its origin: %+v", report)
+	}
 }
 
 func TestRefusals(t *testing.T) {

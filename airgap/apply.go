@@ -59,7 +59,7 @@ func (i *importer) applyLog(ctx context.Context, log *incoming) error {
 	}
 	// Equal logs have to mean equal states; a log of which the site has more
 	// than the bundle has nothing to be compared with.
-	if !log.wanted && (log.report.Outcome != OutcomeOwn || log.scope.Applied != log.Size) {
+	if !log.wanted && (!log.known || log.report.Outcome != OutcomeOwn || log.scope.Applied != log.Size) {
 		return nil
 	}
 	state, err := i.target.Catalog.StateRoot(ctx, log.LogID)

@@ -138,7 +138,12 @@ func (i *importer) admit(ctx context.Context) error {
 		}
 		log.report.Applied = log.scope.Applied
 		switch applied := log.scope.Applied; {
-		case own && (!log.known || goal.Size > applied):
+		case own && !log.known:
+			// Deleted here since, or of an earlier incarnation: it is not for a
+			// courier to bring it back.
+			log.report.Outcome = OutcomeOwn
+			continue
+		case own && goal.Size > applied:
 			return refuse(ErrFork, "alarm: the bundle has %d entries of this site's own project %s, the site has %d: it was set back to an older state without a new incarnation. Nothing was imported; do not write to the project before this is resolved", goal.Size, goal.Project, applied)
 		case own:
 			log.report.Outcome = OutcomeOwn
