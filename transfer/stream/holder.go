@@ -222,13 +222,7 @@ func (h *hunt) failed(ctx context.Context, hd *holder, era int, err error) bool 
 	}
 	strikes := hd.strike(era, weight)
 	if final || strikes >= maxStrikes {
-		if hd.drop() {
-			select {
-			case h.drops <- dropped{hd, f}:
-			case <-ctx.Done():
-			}
-		}
-		hd.cancel()
+		hd.drop(f)
 		return false
 	}
 	return pause(ctx, h.e.cfg.Backoff<<max(0, strikes-1))

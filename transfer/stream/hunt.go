@@ -65,7 +65,7 @@ type reply struct {
 // dropped is the end of a holder.
 type dropped struct {
 	h   *holder
-	err error
+	why *failure
 }
 
 func newHunt(e *Engine, a *transfer.Arrival) *hunt {
@@ -205,13 +205,20 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 // engage puts a holder to work.
 func (h *hunt) engage(ctx context.Context, hd *holder) {
 	h.active[hd.peer] = hd
-	ctx, hd.cancel = context.WithCancel(ctx)
+	var work context.Context
+	work, hd.cancel = context.WithCancel(ctx)
 	h.wg.Go(func() {
 		defer hd.cancel()
 		if h.whole != nil {
-			h.stream(ctx, hd)
+			h.stream(work, hd)
 		} else {
-			h.trade(ctx, hd)
+			h.trade(work, hd)
+		}
+		if why := hd.fate(); why != nil {
+			select {
+			case h.drops <- dropped{hd, why}:
+			case <-ctx.Done():
+			}
 		}
 	})
 }
@@ -219,12 +226,9 @@ func (h *hunt) engage(ctx context.Context, hd *holder) {
 // lost ends a holder's part in the fetch and lets a reserve take its place.
 func (h *hunt) lost(ctx context.Context, d dropped) {
 	delete(h.active, d.h.peer)
-	h.judge(d.h.peer, d.err)
+	h.judge(d.h.peer, d.why)
 	h.stale = true
-	var f *failure
-	if errors.As(d.err, &f) {
-		h.ban(d.h.peer, f)
-	}
+	h.ban(d.h.peer, d.why)
 	if len(h.reserve) > 0 && len(h.active) < h.e.cfg.MaxHolders {
 		next := h.reserve[0]
 		h.reserve = h.reserve[1:]

@@ -259,7 +259,7 @@ type holder struct {
 	have     transfer.Bitmap // when not complete; replaced, never changed
 	strikes  int             // failures since it last delivered
 	epoch    int             // counts failures
-	dropped  bool
+	dropped  *failure
 }
 
 // has says whether the holder can be asked for the piece.
@@ -316,11 +316,19 @@ func (h *holder) ailing() bool {
 	return h.strikes > 0
 }
 
-// drop says whether it was dropped only now.
-func (h *holder) drop() bool {
+// drop ends all work with the holder; the first reason counts.
+func (h *holder) drop(why *failure) {
+	h.mu.Lock()
+	if h.dropped == nil {
+		h.dropped = why
+	}
+	h.mu.Unlock()
+	h.cancel()
+}
+
+// fate is why it was dropped; nil when it was not.
+func (h *holder) fate() *failure {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	first := !h.dropped
-	h.dropped = true
-	return first
+	return h.dropped
 }

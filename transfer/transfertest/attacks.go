@@ -18,13 +18,15 @@ func reads(change func(ctx context.Context, p []byte, off int64, read func() (in
 }
 
 // flips makes a source with one wrong bit in each piece.
-var flips = reads(func(_ context.Context, p []byte, _ int64, read func() (int, error)) (int, error) {
-	n, err := read()
-	if n > 0 {
-		p[n/2] ^= 1
-	}
-	return n, err
-})
+func flips(s transfer.Source) transfer.Source {
+	return &Hostile{Source: s, Read: func(_ context.Context, p []byte, _ int64, read func() (int, error)) (int, error) {
+		n, err := read()
+		if n > 0 {
+			p[n/2] ^= 1
+		}
+		return n, err
+	}}
+}
 
 // besides fetches a blob from a hostile peer and an honest one, who holds back until
 // the hostile one was dropped, and wants the blob to arrive and the blame to fit.
