@@ -89,7 +89,7 @@ func newRooms(g ground) (*rooms, error) {
 	r.projects.Attach(r.catalog)
 	r.offline = offline.New(offline.Config{
 		DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records,
-		Copies: r.peers, Fetcher: r.peers, Trusts: r.sites, Log: g.log,
+		Copies: r.peers, Fetcher: r.peers, Trusts: r.sites, MinFree: minFree, Log: g.log,
 	})
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
@@ -114,7 +114,7 @@ func (r *rooms) register(g ground) {
 		Checks: []rest.Check{
 			{Name: "core", Run: func(context.Context) error { return nil }},
 			{Name: "database", Run: func(ctx context.Context) error { return g.db.ReadIndex(ctx) }},
-			{Name: "registry", Run: func(ctx context.Context) error { _, err := r.store.Usage(ctx); return err }},
+			{Name: "registry", Run: func(context.Context) error { _, _, err := r.store.Free(); return err }},
 		},
 	})
 	r.projects.Operations(r.kernel)
@@ -172,6 +172,7 @@ type bigManifests struct {
 
 // Put implements catalog.Big.
 func (b bigManifests) Put(ctx context.Context, d digest.Digest, body []byte) error {
+	defer b.store.Pin(d)() // no collection between the file and its row
 	if _, err := b.store.Put(ctx, d, bytes.NewReader(body)); err != nil {
 		return err
 	}

@@ -125,9 +125,9 @@ func (s storage) Open(ctx context.Context, d digest.Digest) (io.ReadCloser, erro
 }
 
 // Free implements airgap.Blobs.
-func (s storage) Free(ctx context.Context) (int64, error) {
-	usage, err := s.Store.Usage(ctx)
-	return usage.Free, err
+func (s storage) Free(context.Context) (int64, error) {
+	free, _, err := s.Store.Free()
+	return max(0, free-s.MinFree), err
 }
 
 // Stage implements airgap.Blobs.
@@ -171,6 +171,9 @@ func (s *staging) Put(ctx context.Context, b airgap.Blob, r io.Reader) error {
 // Open implements airgap.Staging.
 func (s *staging) Open(_ context.Context, d digest.Digest) (io.ReadCloser, error) {
 	file, _, err := s.area.Open(d)
+	if fault.Is(err, fault.NotFound) { // see Has
+		file, _, err = s.Store.OpenBlob(d)
+	}
 	return file, err
 }
 
@@ -184,12 +187,15 @@ func (s *staging) Commit(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.area.Commit(ctx); err != nil {
-		return err
-	}
 	s.mu.Lock()
 	staged = append(staged, s.moved...)
 	s.mu.Unlock()
+	for _, d := range staged { // no collection between the file and its row
+		defer s.Store.Pin(d)()
+	}
+	if err := s.area.Commit(ctx); err != nil {
+		return err
+	}
 	copies, err := s.Copies.Ensure(ctx, staged)
 	if err != nil {
 		return err

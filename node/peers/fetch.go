@@ -29,17 +29,11 @@ func (p *Peers) Open(ctx context.Context, d digest.Digest, size int64) (io.ReadS
 	if err != nil {
 		return nil, err
 	}
-	// Wait for the first byte: whoever promises the blob to a client must know
-	// that somebody has it.
-	reader := fetch.Reader(ctx)
-	if _, err = reader.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
-		_, err = reader.Seek(0, io.SeekStart)
-	}
-	if err != nil {
-		reader.Close()
+	// Whoever promises the blob to a client must know that somebody has it.
+	if err := fetch.Ready(ctx); err != nil {
 		return nil, noHolder(err, d)
 	}
-	return reader, nil
+	return fetch.Reader(ctx), nil
 }
 
 // noHolder says in a user's words that nobody who is up has a blob.

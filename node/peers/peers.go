@@ -171,20 +171,23 @@ func (p *Peers) Run(ctx context.Context) error {
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.engine.Run(ctx) })
-	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceBlob, p.engine) })
-	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceAPI, p.peerHandler()) })
+	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceBlob, p.engine.Server()) })
+	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceAPI, p.apiServer()) })
 	group.Go(func() error { return p.repair(ctx) })
 	return group.Wait()
 }
 
-func (p *Peers) serveHTTP(ctx context.Context, service byte, handler http.Handler) error {
-	server := &http.Server{
-		Handler:           handler,
+func (p *Peers) apiServer() *http.Server {
+	return &http.Server{
+		Handler:           p.peerHandler(),
 		ReadHeaderTimeout: 30 * time.Second,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(p.Log.Handler(), slog.LevelDebug),
-		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
+}
+
+func (p *Peers) serveHTTP(ctx context.Context, service byte, server *http.Server) error {
+	server.BaseContext = func(net.Listener) context.Context { return ctx }
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
 	err := server.Serve(p.Network.Listen(service))
