@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -94,10 +95,7 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 		})
 		s.nodes = append(s.nodes, node)
 	}
-	voters := p.nodes
-	if p.nodes == 2 {
-		voters = 1
-	}
+	voters := p.nodes - (p.nodes+1)%2 // always an odd number
 	if err := s.nodes[0].WaitStatus(ctx, "all to be up and vote", func(st lab.Status) bool {
 		up, vote := 0, 0
 		for _, node := range st.Nodes {
@@ -117,6 +115,20 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 		t.Fatal(err)
 	}
 	return s
+}
+
+// in gives the site to a subtest.
+func (s *site) in(t *testing.T) *site {
+	copied := *s
+	copied.t = t
+	return &copied
+}
+
+// with gives the site with further environment variables for its clients.
+func (s *site) with(env ...string) *site {
+	copied := *s
+	copied.env = append(slices.Clip(s.env), env...)
+	return &copied
 }
 
 func newLab(t *testing.T) *lab.Lab {

@@ -8,14 +8,19 @@ package lab
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Lab is a set of hosts and switches that is removed as a whole.
@@ -25,7 +30,7 @@ type Lab struct {
 	mu       sync.Mutex
 	hosts    []*Host
 	switches map[string]string // name -> namespace
-	links    int
+	ports    int
 }
 
 // Host is one machine of the lab.
@@ -33,12 +38,13 @@ type Host struct {
 	Name  string
 	IP    string
 	space string // network namespace
-	lab   *Lab
+	sw    string // that of its switch
+	port  string // the switch's end of its link
 }
 
 // New makes an empty lab.
 func New() *Lab {
-	return &Lab{prefix: fmt.Sprintf("at%d", os.Getpid()%100000), switches: map[string]string{}}
+	return &Lab{prefix: "at-" + strings.ToLower(rand.Text()[:8]), switches: map[string]string{}}
 }
 
 // Host adds a machine with an address, a.b.c.d/24, on a switch.
@@ -57,20 +63,19 @@ func (l *Lab) Host(ctx context.Context, name, sw, cidr string) (*Host, error) {
 		}
 		l.switches[sw] = bridge
 	}
-	h := &Host{Name: name, IP: strings.Split(cidr, "/")[0], space: l.prefix + "-" + name, lab: l}
-	l.links++
-	near, far := fmt.Sprintf("%sh%d", l.prefix, l.links), fmt.Sprintf("%ss%d", l.prefix, l.links)
+	l.ports++
+	h := &Host{
+		Name: name, IP: strings.Split(cidr, "/")[0], space: l.prefix + "-" + name,
+		sw: bridge, port: fmt.Sprintf("port%d", l.ports),
+	}
 	if err := runAll(ctx,
 		"ip netns add "+h.space,
 		"ip -n "+h.space+" link set lo up",
-		"ip link add "+near+" type veth peer name "+far,
-		"ip link set "+near+" netns "+h.space,
-		"ip link set "+far+" netns "+bridge,
-		"ip -n "+h.space+" link set "+near+" name eth0",
+		"ip -n "+h.space+" link add eth0 type veth peer name "+h.port+" netns "+bridge,
 		"ip -n "+h.space+" addr add "+cidr+" dev eth0",
 		"ip -n "+h.space+" link set eth0 up",
-		"ip -n "+bridge+" link set "+far+" master br0",
-		"ip -n "+bridge+" link set "+far+" up",
+		"ip -n "+bridge+" link set "+h.port+" master br0",
+		"ip -n "+bridge+" link set "+h.port+" up",
 	); err != nil {
 		return nil, err
 	}
@@ -102,6 +107,44 @@ func runAll(ctx context.Context, lines ...string) error {
 		}
 	}
 	return nil
+}
+
+// Shape makes the link towards the host carry at most so many bytes a second; 0
+// gives it back its full speed. What the host sends is not slowed down.
+func (h *Host) Shape(ctx context.Context, bytesPerSecond int64) error {
+	if bytesPerSecond == 0 {
+		return runAll(ctx, "tc -n "+h.sw+" qdisc del dev "+h.port+" root")
+	}
+	return runAll(ctx, fmt.Sprintf("tc -n %s qdisc replace dev %s root tbf rate %dbps burst 64kb latency 200ms", h.sw, h.port, bytesPerSecond))
+}
+
+// Dial connects as a program on the host would. The address must be numeric.
+func (h *Host) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		// The thread is not unlocked, so it ends with the goroutine and nobody else
+		// runs in the host's network.
+		runtime.LockOSThread()
+		space, err := os.Open("/run/netns/" + h.space)
+		if err != nil {
+			done <- result{nil, err}
+			return
+		}
+		defer space.Close()
+		if err := unix.Setns(int(space.Fd()), unix.CLONE_NEWNET); err != nil {
+			done <- result{nil, fmt.Errorf("enter the network of %s: %w", h.Name, err)}
+			return
+		}
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, network, address)
+		done <- result{conn, err}
+	}()
+	r := <-done
+	return r.conn, r.err
 }
 
 // Command prepares a command that runs on the host.

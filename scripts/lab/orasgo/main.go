@@ -4,7 +4,7 @@
 //
 //	orasgo [-u USER] [-p PASSWORD] [--plain] copy   FROM TO
 //	orasgo ...                               attach REF TYPE FILE
-//	orasgo ...                               discover REF
+//	orasgo ...                               discover REF [TYPE]
 //
 // A reference is HOST/REPOSITORY:TAG, HOST/REPOSITORY@DIGEST, or oci:DIR:TAG (a
 // directory or tar file in OCI layout).
@@ -52,9 +52,11 @@ func (o options) run(ctx context.Context, args []string) error {
 	case len(args) == 4 && args[0] == "attach":
 		return o.attach(ctx, args[1], args[2], args[3])
 	case len(args) == 2 && args[0] == "discover":
-		return o.discover(ctx, args[1])
+		return o.discover(ctx, args[1], "")
+	case len(args) == 3 && args[0] == "discover":
+		return o.discover(ctx, args[1], args[2])
 	}
-	return fmt.Errorf("usage: copy FROM TO | attach REF TYPE FILE | discover REF")
+	return fmt.Errorf("usage: copy FROM TO | attach REF TYPE FILE | discover REF [TYPE]")
 }
 
 func (o options) repository(ref string) (*remote.Repository, error) {
@@ -144,7 +146,7 @@ func (o options) attach(ctx context.Context, ref, artifactType, file string) err
 	return nil
 }
 
-func (o options) discover(ctx context.Context, ref string) error {
+func (o options) discover(ctx context.Context, ref, artifactType string) error {
 	repo, err := o.repository(ref)
 	if err != nil {
 		return err
@@ -153,7 +155,7 @@ func (o options) discover(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
-	return repo.Referrers(ctx, subject, "", func(referrers []v1.Descriptor) error {
+	return repo.Referrers(ctx, subject, artifactType, func(referrers []v1.Descriptor) error {
 		for _, r := range referrers {
 			fmt.Println(r.Digest, r.ArtifactType)
 		}
