@@ -26,7 +26,7 @@ const principalHeader = "Atoll-Principal"
 const maxPeerMessage = 4 << 20
 
 // Owns reports whether a node id is this node's.
-func (p *Peers) Owns(node string) bool { return node == p.Member.Self() }
+func (p *Peers) Owns(node string) bool { return node == p.Roster.Self() }
 
 // Forward passes a request on to the node that owns what it is about, with the
 // user for whom it was made, and sends that node's answer. fault.Unavailable when

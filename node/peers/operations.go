@@ -69,7 +69,7 @@ func (p *Peers) Operations(k *rest.Kernel) {
 		Summary: "The site's CA certificate", Anonymous: true, Produces: "application/x-pem-file",
 		Do: func(_ context.Context, _ *struct{}, w http.ResponseWriter, _ *http.Request) error {
 			w.Header().Set("Content-Type", "application/x-pem-file")
-			_, err := w.Write(p.Member.CA())
+			_, err := w.Write(p.Cluster.CA())
 			return err
 		},
 	})
@@ -77,17 +77,17 @@ func (p *Peers) Operations(k *rest.Kernel) {
 
 func (p *Peers) createToken(ctx context.Context, n NewToken) (JoinToken, error) {
 	ttl := time.Duration(n.TTLSeconds) * time.Second
-	token, err := p.Member.CreateToken(ctx, ttl, n.Uses)
+	token, err := p.Cluster.CreateToken(ctx, ttl, n.Uses)
 	return JoinToken{Token: token, ExpiresAt: time.Now().Add(ttl).UTC().Truncate(time.Second)}, err
 }
 
 // Status gives the state of the cluster and what to do about it.
 func (p *Peers) Status(ctx context.Context) (Status, error) {
-	s, err := p.Member.Status(ctx)
+	s, err := p.Cluster.Status(ctx)
 	if err != nil {
 		return Status{}, fault.Wrap(err, fault.Unavailable, "the state of the cluster cannot be read now")
 	}
-	out := Status{Site: p.Member.Identity().SiteID, Self: p.Member.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Advice: []string{}}
+	out := Status{Site: p.Cluster.Identity().SiteID, Self: p.Roster.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Advice: []string{}}
 	for _, m := range s.Members {
 		out.Nodes = append(out.Nodes, NodeStatus{ID: m.ID, Name: m.Name, Addr: m.Addr, Voter: m.Voter, Leader: m.Leader, Up: m.Up, Lag: m.Lag})
 	}

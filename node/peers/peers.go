@@ -48,10 +48,29 @@ type Network interface {
 	Dial(ctx context.Context, addr string, service byte) (net.Conn, error)
 }
 
+// Roster knows the nodes of the site.
+type Roster interface {
+	// Self is this node's id.
+	Self() string
+	// Live are the nodes that this one could reach just now, itself included.
+	Live() []member.Member
+	// Members are all nodes of the site.
+	Members(r table.Reader) ([]member.Member, error)
+}
+
+// Cluster is what the operations show and change.
+type Cluster interface {
+	Identity() member.Identity
+	Status(ctx context.Context) (member.Status, error)
+	CreateToken(ctx context.Context, ttl time.Duration, uses int) (string, error)
+	CA() []byte
+}
+
 // Config of Peers. All fields are needed.
 type Config struct {
 	DB         *table.DB
-	Member     *member.Node
+	Roster     Roster
+	Cluster    Cluster
 	Network    Network
 	Store      *blobs.Store
 	Records    *blobs.Records
@@ -140,7 +159,7 @@ func (p *Peers) dialNode(ctx context.Context, _, addr string) (net.Conn, error) 
 
 // find looks a live member up by its id.
 func (p *Peers) find(id string) (member.Member, bool) {
-	for _, m := range p.Member.Live() {
+	for _, m := range p.Roster.Live() {
 		if m.ID == id {
 			return m, true
 		}
@@ -150,10 +169,10 @@ func (p *Peers) find(id string) (member.Member, bool) {
 
 // others are the live members without this node.
 func (p *Peers) others() []member.Member {
-	live := p.Member.Live()
+	live := p.Roster.Live()
 	out := make([]member.Member, 0, len(live))
 	for _, m := range live {
-		if m.ID != p.Member.Self() {
+		if m.ID != p.Roster.Self() {
 			out = append(out, m)
 		}
 	}

@@ -87,7 +87,7 @@ func (p *Peers) repairPass(ctx context.Context) (again bool) {
 // repairBlob fetches one blob when this node should hold it and does not, and
 // commits its piece root when that falls to this node.
 func (p *Peers) repairBlob(ctx context.Context, b row, members []string) error {
-	self := p.Member.Self()
+	self := p.Roster.Self()
 	_, err := p.Store.Stat(b.digest)
 	held := err == nil
 	if !held {
@@ -109,7 +109,7 @@ func (p *Peers) repairBlob(ctx context.Context, b row, members []string) error {
 // node is the first live one of its placement, and writes down how many there
 // are.
 func (p *Peers) recount(ctx context.Context, b row) error {
-	if p.firstLive(b.digest) != p.Member.Self() || len(p.others()) == 0 {
+	if p.firstLive(b.digest) != p.Roster.Self() || len(p.others()) == 0 {
 		return nil
 	}
 	copies, err := p.Ensure(ctx, []digest.Digest{b.digest})
@@ -125,13 +125,13 @@ func (p *Peers) recount(ctx context.Context, b row) error {
 // firstLive is the live node that comes first in a blob's placement: the one that
 // does what one node should do.
 func (p *Peers) firstLive(d digest.Digest) string {
-	live := p.Member.Live()
+	live := p.Roster.Live()
 	ids := make([]string, len(live))
 	for i, m := range live {
 		ids[i] = m.ID
 	}
 	if len(ids) == 0 {
-		return p.Member.Self()
+		return p.Roster.Self()
 	}
 	return placement(d, ids)[0]
 }
@@ -157,7 +157,7 @@ func (p *Peers) page(after digest.Digest) (page []row, err error) {
 
 func (p *Peers) memberIDs() (ids []string, err error) {
 	err = p.DB.View(func(v *table.View) error {
-		members, err := p.Member.Members(v)
+		members, err := p.Roster.Members(v)
 		for _, m := range members {
 			ids = append(ids, m.ID)
 		}
