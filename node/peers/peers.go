@@ -188,8 +188,11 @@ func (p *Peers) Run(ctx context.Context) error {
 	if p.api == nil {
 		return errors.New("peers: ServeForwarded was not called")
 	}
+	// Idle connections would outlive the room, with two goroutines each.
+	defer p.client.CloseIdleConnections()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.engine.Run(ctx) })
+	group.Go(func() error { return p.tables.run(ctx) })
 	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceBlob, p.engine.Server()) })
 	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceAPI, p.apiServer()) })
 	group.Go(func() error { return p.repair(ctx) })
