@@ -147,21 +147,28 @@ func (p *Peers) askToHold(ctx context.Context, batches map[string][]*copyPlan) {
 // live: large blobs take as long as they take, a dead node does not.
 func (p *Peers) whileLive(ctx context.Context, id string, call func(context.Context) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
 	defer cancel(nil)
-	done := make(chan error, 1)
-	go func() { done <- call(ctx) }()
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case err := <-done:
-			return errors.Join(err, context.Cause(ctx))
-		case <-tick.C:
-			if _, live := p.find(id); !live {
-				cancel(fmt.Errorf("node %s went away", id))
+	watching.Go(func() {
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				if _, live := p.find(id); !live {
+					cancel(fmt.Errorf("node %s went away", id))
+				}
 			}
 		}
+	})
+	err := call(ctx)
+	if err != nil {
+		return errors.Join(err, context.Cause(ctx))
 	}
+	return nil
 }
 
 // hold answers a peer's heldRequest: it fetches what this node lacks and returns

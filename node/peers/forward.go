@@ -49,11 +49,18 @@ func (p *Peers) Forward(node string, w http.ResponseWriter, r *http.Request) err
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, e error) { err = e },
 	}
-	proxy.ServeHTTP(w, r)
-	if err != nil {
-		return fault.Wrap(err, fault.Unavailable, "node %s, which this belongs to, went away", node)
+	// A node that hangs answers nothing and breaks no connection either.
+	err = p.whileLive(r.Context(), node, func(ctx context.Context) error {
+		proxy.ServeHTTP(w, r.WithContext(ctx))
+		return err
+	})
+	switch {
+	case err == nil:
+		return nil
+	case r.Context().Err() != nil:
+		return context.Cause(r.Context()) // the client left
 	}
-	return nil
+	return fault.Wrap(err, fault.Unavailable, "node %s, which this belongs to, went away", node)
 }
 
 // peerHandler serves what other nodes ask of this one.
