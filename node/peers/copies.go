@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,8 +16,13 @@ import (
 	"github.com/atoll-registry/atoll/transfer"
 )
 
-// copiesAtOnce bounds the blobs that one request makes this node fetch at once.
-const copiesAtOnce = 4
+// copiesAtOnce bounds the blobs that one request makes this node fetch at once,
+// blobsPerRequest those that one request may name: when one of them cannot be
+// copied, all of them go to the next candidate.
+const (
+	copiesAtOnce    = 4
+	blobsPerRequest = 256
+)
 
 // heldRequest asks a node to hold blobs on its stable storage; the answer comes
 // when it does.
@@ -115,32 +121,50 @@ func (p *Peers) sizeOf(d digest.Digest) (size int64, err error) {
 	return size, err
 }
 
-// askToHold asks each node in parallel for its batch. A node that fails is
-// logged, and its blobs go to their next candidate.
+// askToHold asks each node in parallel for its batch. When a node fails, its
+// blobs go to their next candidate.
 func (p *Peers) askToHold(ctx context.Context, batches map[string][]*copyPlan) {
-	var mu sync.Mutex
 	var wait sync.WaitGroup
 	for id, batch := range batches {
-		request := heldRequest{}
-		for _, c := range batch {
-			request.Blobs = append(request.Blobs, c.blob)
-		}
 		wait.Go(func() {
-			err := p.whileLive(ctx, id, func(ctx context.Context) error {
-				return p.call(ctx, id, "held", request, nil)
-			})
-			if err != nil {
-				p.Log.Warn("a node could not take its copy", "node", id, "blobs", len(batch), "err", err)
-				return
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			for _, c := range batch {
-				c.holders++
+			for part := range slices.Chunk(batch, blobsPerRequest) {
+				request := heldRequest{}
+				for _, c := range part {
+					request.Blobs = append(request.Blobs, c.blob)
+				}
+				err := p.whileLive(ctx, id, func(ctx context.Context) error {
+					return p.call(ctx, id, "held", request, nil)
+				})
+				p.noteCopies(ctx, id, len(part), err)
+				if err != nil {
+					continue
+				}
+				for _, c := range part {
+					c.holders++ // no other batch of this round has it
+				}
 			}
 		})
 	}
 	wait.Wait()
+}
+
+// noteCopies logs when a node begins to fail, and when it takes copies again.
+func (p *Peers) noteCopies(ctx context.Context, id string, blobs int, err error) {
+	if ctx.Err() != nil {
+		return // whoever asked left
+	}
+	p.mu.Lock()
+	was := p.failing[id]
+	p.failing[id] = err != nil
+	p.mu.Unlock()
+	switch {
+	case err != nil && !was:
+		p.Log.Warn("a node could not take its copy", "node", id, "blobs", blobs, "err", err)
+	case err != nil:
+		p.Log.Debug("a node could not take its copy again", "node", id, "blobs", blobs, "err", err)
+	case was:
+		p.Log.Info("a node takes copies again", "node", id)
+	}
 }
 
 // whileLive runs a call to a node and gives it up when the node stops being

@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -86,6 +87,9 @@ type Peers struct {
 	client  *http.Client // of the API service: the URL's host is a node id
 	api     http.Handler // what forwarded requests are served by
 	metrics metrics
+
+	mu      sync.Mutex
+	failing map[string]bool // nodes that could not take their last copy
 }
 
 type metrics struct {
@@ -99,7 +103,7 @@ type metrics struct {
 
 // New makes the room.
 func New(c Config) (*Peers, error) {
-	p := &Peers{Config: c, tables: newPieceTables(c.Store)}
+	p := &Peers{Config: c, tables: newPieceTables(c.Store), failing: map[string]bool{}}
 	p.metrics = metrics{
 		underReplicated: prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_underreplicated_blobs", Help: "Blobs that lack copies."}),
 		copiesMade:      prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_copies_total", Help: "Blobs copied to this node for durability or repair."}),
