@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/transfer"
 )
 
 // principalHeader carries, between nodes only, the user for whom a request was
@@ -73,15 +75,28 @@ func (p *Peers) peerHandler() http.Handler {
 		serveMessage(p, w, r, p.answerRoot)
 	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		var principal access.Principal
-		if err := json.Unmarshal([]byte(r.Header.Get(principalHeader)), &principal); err != nil {
-			http.Error(w, "a forwarded request names its user", http.StatusBadRequest)
+		principal, err := decodePrincipal(r.Header.Get(principalHeader))
+		if err != nil {
+			http.Error(w, "a forwarded request names its user: "+err.Error(), http.StatusBadRequest)
 			return
 		}
 		r.Header.Del(principalHeader)
 		p.api.ServeHTTP(w, r.WithContext(access.WithPrincipal(r.Context(), principal)))
 	})
 	return mux
+}
+
+// decodePrincipal reads the user of a forwarded request. There must be one:
+// nothing is anonymous only because a header got lost.
+func decodePrincipal(header string) (access.Principal, error) {
+	var principal *access.Principal
+	if err := json.Unmarshal([]byte(header), &principal); err != nil {
+		return access.Principal{}, err
+	}
+	if principal == nil || principal.Kind > access.System {
+		return access.Principal{}, errors.New("it is of no kind that this version knows")
+	}
+	return *principal, nil
 }
 
 // rootRequest asks a holder to compute and commit the piece root of a blob.
@@ -111,6 +126,10 @@ func serveMessage[Q any](p *Peers, w http.ResponseWriter, r *http.Request, answe
 		return
 	}
 	value, err := answer(r.Context(), q)
+	if errors.Is(err, transfer.ErrNotHeld) { // a fair question, and an answer to it
+		http.Error(w, err.Error(), http.StatusNotFound)
+		return
+	}
 	if err != nil {
 		p.Log.Warn("could not do what another node asked", "path", r.URL.Path, "err", err)
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
