@@ -212,13 +212,42 @@ func (p *Peers) apiServer() *http.Server {
 	}
 }
 
+// grace bounds how long requests of other nodes may take once this one stops.
+const grace = 3 * time.Second
+
+// serveHTTP serves one service until ctx ends, lets requests under way finish
+// within the grace, cuts the others and waits for all of them to return.
 func (p *Peers) serveHTTP(ctx context.Context, service byte, server *http.Server) error {
-	server.BaseContext = func(net.Listener) context.Context { return ctx }
-	stop := context.AfterFunc(ctx, func() { server.Close() })
-	defer stop()
+	requests, cut := context.WithCancel(context.WithoutCancel(ctx))
+	defer cut()
+	var open sync.RWMutex // each request reads, the end writes
+	handler := server.Handler
+	server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !open.TryRLock() {
+			http.Error(w, "this node is stopping", http.StatusServiceUnavailable)
+			return
+		}
+		defer open.RUnlock()
+		handler.ServeHTTP(w, r)
+	})
+	server.BaseContext = func(net.Listener) context.Context { return requests }
+	var stopping sync.WaitGroup
+	stopping.Go(func() {
+		<-ctx.Done()
+		last, cancel := context.WithTimeout(requests, grace)
+		defer cancel()
+		if server.Shutdown(last) != nil {
+			cut()
+			server.Close()
+		}
+		open.Lock()
+	})
 	err := server.Serve(p.Network.Listen(service))
-	if ctx.Err() != nil {
-		return nil
+	if ctx.Err() == nil {
+		cut()
+		server.Close()
+		return fmt.Errorf("serve peers: %w", err) // ends the group, and so ctx
 	}
-	return fmt.Errorf("serve peers: %w", err)
+	stopping.Wait()
+	return nil
 }
