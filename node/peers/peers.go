@@ -90,6 +90,8 @@ type Peers struct {
 
 	mu      sync.Mutex
 	failing map[string]bool // nodes that could not take their last copy
+
+	unrepaired int // blobs that repair could not bring here; its goroutine's alone
 }
 
 type metrics struct {

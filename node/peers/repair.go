@@ -2,119 +2,215 @@ package peers
 
 import (
 	"context"
+	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
+	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/transfer"
 )
 
-// A repair pass follows repairSettle after the last change to a blob row, so
-// that a push is not in its own way, and repairInterval after the last pass in
-// any case, since a node's coming and going changes no blob row.
+// A pass over the blob rows that have changed follows repairSettle after the last
+// change, so that a push is not in its own way. A pass over all rows follows when a
+// node has come or gone, which changes no blob row, and after repairInterval in
+// any case; what could not be repaired is tried again after repairSettle, then
+// twice as long, up to repairInterval.
 const (
 	repairSettle   = 2 * time.Second
 	repairInterval = time.Minute
 	repairPage     = 256
+	liveInterval   = time.Second // between two looks at who is live
 )
+
+// schedule says when repair looks at what.
+type schedule struct {
+	since   uint64        // revision up to which rows were looked at
+	backoff time.Duration // until the next full pass, should this one fail
+	full    time.Time     // when the next full pass is due
+}
+
+// plan takes the result of a pass into account.
+func (s *schedule) plan(pass result, now time.Time) {
+	s.since = pass.revision
+	next := now.Add(repairInterval)
+	switch {
+	case pass.failed > 0:
+		next = now.Add(s.backoff)
+		s.backoff = min(2*s.backoff, repairInterval)
+	case pass.full:
+		s.backoff = repairSettle
+	}
+	if pass.full || next.Before(s.full) {
+		s.full = next
+	}
+}
 
 // repair brings this node to what the placement wants of it, again and again.
 func (p *Peers) repair(ctx context.Context) error {
 	changed := p.DB.Watch(ctx, blobs.BlobTable)
-	for {
-		again := p.repairPass(ctx)
-		wait := repairInterval
-		if again {
-			wait = repairSettle
+	s := schedule{backoff: repairSettle}
+	for ctx.Err() == nil {
+		live := p.liveIDs()
+		from := s.since
+		if !time.Now().Before(s.full) {
+			from = 0
 		}
-		timer := time.NewTimer(wait)
+		pass := p.repairPass(ctx, from)
+		p.noteRepair(pass)
+		s.plan(pass, time.Now())
+		if p.awaitRepair(ctx, changed, live, time.Until(s.full)) {
+			s.full, s.backoff = time.Time{}, repairSettle
+		}
+	}
+	return nil
+}
+
+// awaitRepair waits until there is something to do; moved says that other nodes
+// are live than those given.
+func (p *Peers) awaitRepair(ctx context.Context, changed <-chan uint64, live []string, wait time.Duration) (moved bool) {
+	due, look := time.NewTimer(wait), time.NewTicker(liveInterval)
+	defer due.Stop()
+	defer look.Stop()
+	for {
 		select {
 		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-timer.C:
+			return false
+		case <-due.C:
+			return false
 		case <-changed:
-			timer.Reset(repairSettle)
-			select {
-			case <-ctx.Done():
-				timer.Stop()
-				return nil
-			case <-timer.C:
+			changed = nil // one is enough
+			due.Reset(min(wait, repairSettle))
+		case <-look.C:
+			if !slices.Equal(live, p.liveIDs()) {
+				return true
 			}
 		}
 	}
 }
 
-// repairPass walks over all blob rows once. again says that something could not
-// be done and another pass should follow soon.
-func (p *Peers) repairPass(ctx context.Context) (again bool) {
-	members, err := p.memberIDs()
-	if err != nil {
-		p.Log.Error("repair cannot read the members", "err", err)
-		return true
+// result of a pass.
+type result struct {
+	full     bool   // over all rows
+	revision uint64 // of the state that was looked at
+	failed   int    // blobs for which something could not be done
+	example  error  // why, for one of them
+}
+
+// repairPass walks over the rows of live blobs that have changed after a revision,
+// over all when it is 0.
+func (p *Peers) repairPass(ctx context.Context, since uint64) result {
+	r := result{full: since == 0, revision: since}
+	if err := p.repairRows(ctx, since, &r); err != nil {
+		r.failed, r.example = r.failed+1, err
 	}
-	lacking, after := 0, digest.Digest("")
-	for ctx.Err() == nil {
-		page, err := p.page(after)
+	if ctx.Err() != nil {
+		r.failed = 0 // not for want of anything
+	}
+	return r
+}
+
+func (p *Peers) repairRows(ctx context.Context, since uint64, r *result) error {
+	view, err := p.look()
+	if err != nil {
+		return err
+	}
+	r.revision = view.revision
+	p.metrics.underReplicated.Set(float64(view.lacking))
+	var mu sync.Mutex
+	for after := digest.Digest(""); ctx.Err() == nil; {
+		rows, err := p.page(after)
 		if err != nil {
-			p.Log.Error("repair cannot read the blob rows", "err", err)
-			return true
+			return err
 		}
-		for _, b := range page {
-			after = b.digest
-			if b.State == blobs.Gone {
-				continue
-			}
-			if b.Copies < min(Durability, len(members)) {
-				lacking++
-			}
-			if err := p.repairBlob(ctx, b, members); err != nil {
-				p.Log.Warn("repair could not bring a blob here", "blob", b.digest, "err", err)
-				again = true
-			}
+		view.live = p.liveIDs()
+		if len(view.live) < 2 {
+			break // without another node there is nothing to do
 		}
-		if len(page) < repairPage {
+		var group errgroup.Group
+		group.SetLimit(copiesAtOnce)
+		for _, b := range rows {
+			if b.revision <= since || b.State != blobs.Live {
+				continue // seen before, or on its way out: whoever wants it revives it
+			}
+			group.Go(func() error {
+				if err := p.repairBlob(ctx, b, view); err != nil {
+					mu.Lock()
+					defer mu.Unlock()
+					r.failed++
+					r.example = fmt.Errorf("blob %s: %w", b.digest, err)
+				}
+				return nil
+			})
+		}
+		_ = group.Wait() // failures are in r
+		if len(rows) < repairPage {
 			break
 		}
+		after = rows[len(rows)-1].digest
 	}
-	p.metrics.underReplicated.Set(float64(lacking))
-	return again || lacking > 0
+	return nil
 }
 
-// repairBlob fetches one blob when this node should hold it and does not, and
-// commits its piece root when that falls to this node.
-func (p *Peers) repairBlob(ctx context.Context, b row, members []string) error {
+// noteRepair logs when repair begins to fail, fails for more blobs, or has caught
+// up; not once more for each pass over the same missing blob.
+func (p *Peers) noteRepair(r result) {
+	switch {
+	case r.failed > p.unrepaired:
+		p.Log.Warn("blobs lack copies that cannot be made now; they are made when nodes that hold them are up", "blobs", r.failed, "err", r.example)
+		p.unrepaired = r.failed
+	case r.full && r.failed == 0 && p.unrepaired > 0:
+		p.Log.Info("repair has caught up", "blobs", p.unrepaired)
+		p.unrepaired = 0
+	case r.full:
+		p.unrepaired = r.failed
+	}
+}
+
+// repairBlob fetches one blob when this node should hold it and does not, commits
+// its piece root and sees to its copies when that falls to this node: to the live
+// one that comes first in the blob's placement.
+func (p *Peers) repairBlob(ctx context.Context, b row, view overview) error {
 	self := p.Roster.Self()
-	_, err := p.Store.Stat(b.digest)
-	held := err == nil
-	if !held {
-		if !slices.Contains(homes(b.digest, members, replicas), self) {
+	first := placement(b.digest, view.live)[0] == self
+	lacking := b.Copies < Durability
+	home := slices.Contains(homes(b.digest, view.members, replicas), self) || first && lacking
+	if _, err := p.Store.Stat(b.digest); err != nil {
+		if !home {
 			return nil
 		}
-		return p.obtain(ctx, heldBlob{b.digest, b.Size})
+		if err := p.obtain(ctx, heldBlob{b.digest, b.Size}); err != nil {
+			return err
+		}
 	}
-	if b.Root == nil && b.Size > transfer.PieceSize && p.firstLive(b.digest) == self {
-		return p.commitRoot(ctx, b.digest)
+	if !first {
+		return nil
 	}
-	if b.Copies < Durability {
+	if b.Root == nil && b.Size > transfer.PieceSize {
+		if err := p.commitRoot(ctx, b.digest); err != nil {
+			return err
+		}
+	}
+	if lacking {
 		return p.recount(ctx, b)
 	}
 	return nil
 }
 
-// recount asks for copies of a blob whose row says that it lacks some, when this
-// node is the first live one of its placement, and writes down how many there
-// are.
+// recount has a blob copied whose row says that it lacks copies, and writes down
+// how many there are.
 func (p *Peers) recount(ctx context.Context, b row) error {
-	if p.firstLive(b.digest) != p.Roster.Self() || len(p.others()) == 0 {
-		return nil
-	}
 	copies, err := p.Ensure(ctx, []digest.Digest{b.digest})
-	if err != nil || copies <= b.Copies {
+	if err != nil {
 		return err
+	}
+	if copies <= b.Copies {
+		return fmt.Errorf("no other node could take a copy")
 	}
 	_, err = p.DB.Update(ctx, func(tx *table.Tx) error {
 		return p.Records.SetCopies(tx, b.digest, copies)
@@ -122,23 +218,22 @@ func (p *Peers) recount(ctx context.Context, b row) error {
 	return err
 }
 
-// firstLive is the live node that comes first in a blob's placement: the one that
-// does what one node should do.
-func (p *Peers) firstLive(d digest.Digest) string {
-	live := p.Roster.Live()
-	ids := make([]string, len(live))
-	for i, m := range live {
-		ids[i] = m.ID
+// liveIDs are the ids of the live nodes in their order.
+func (p *Peers) liveIDs() []string { return ids(p.Roster.Live()) }
+
+func ids(members []member.Member) []string {
+	out := make([]string, len(members))
+	for i, m := range members {
+		out[i] = m.ID
 	}
-	if len(ids) == 0 {
-		return p.Roster.Self()
-	}
-	return placement(d, ids)[0]
+	slices.Sort(out)
+	return out
 }
 
-// row is a blob's row with its digest.
+// row is a blob's row with its digest and the revision of its last change.
 type row struct {
-	digest digest.Digest
+	digest   digest.Digest
+	revision uint64
 	blobs.Blob
 }
 
@@ -148,20 +243,30 @@ func (p *Peers) page(after digest.Digest) (page []row, err error) {
 			if err != nil {
 				return err
 			}
-			page = append(page, row{digest.Digest(r.Key[0]), r.Value})
+			page = append(page, row{digest.Digest(r.Key[0]), r.Meta.Revision, r.Value})
 		}
 		return nil
 	})
 	return page, err
 }
 
-func (p *Peers) memberIDs() (ids []string, err error) {
+// overview is the state at the start of a pass.
+type overview struct {
+	revision uint64
+	members  []string
+	live     []string // at the present page
+	lacking  int      // blobs that lack copies
+}
+
+func (p *Peers) look() (o overview, err error) {
 	err = p.DB.View(func(v *table.View) error {
 		members, err := p.Roster.Members(v)
-		for _, m := range members {
-			ids = append(ids, m.ID)
+		if err != nil {
+			return err
 		}
+		o.revision, o.members = v.Revision(), ids(members)
+		o.lacking, err = p.Records.CountUnderReplicated(v, min(Durability, len(members)))
 		return err
 	})
-	return ids, err
+	return o, err
 }
