@@ -12,6 +12,7 @@ import (
 
 // Story 4: a bundle carries everything to a site that shares no network.
 func TestBundleCrossesTheAirGap(t *testing.T) {
+	t.Parallel()
 	ctx := deadline(t, 4*time.Minute)
 	l := newLab(t)
 	a := newSite(ctx, t, l, plan{name: "a", net: 73, nodes: 1})

@@ -1,0 +1,211 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/scripts/lab"
+)
+
+// randomBytes do not compress and were never pushed before.
+func randomBytes(t *testing.T, n int) ([]byte, digest.Digest) {
+	t.Helper()
+	data := make([]byte, n)
+	if _, err := rand.Read(data); err != nil {
+		t.Fatal(err)
+	}
+	return data, digest.FromBytes(data)
+}
+
+// begin opens an upload session and gives its path.
+func (w *wire) begin(ctx context.Context, repository string) string {
+	w.t.Helper()
+	return w.ask(w.request(ctx, http.MethodPost, "/v2/"+repository+"/blobs/uploads/", nil), http.StatusAccepted).header.Get("Location")
+}
+
+// piece makes the request that appends bytes which begin at an offset.
+func (w *wire) piece(ctx context.Context, session string, data []byte, at int) *http.Request {
+	w.t.Helper()
+	r := w.request(ctx, http.MethodPatch, session, bytes.NewReader(data))
+	r.Header.Set("Content-Range", fmt.Sprintf("%d-%d", at, at+len(data)-1))
+	return r
+}
+
+// held is how many bytes of an upload the node says it has.
+func (w *wire) held(ctx context.Context, session string) (n int) {
+	w.t.Helper()
+	said := w.ask(w.request(ctx, http.MethodGet, session, nil), http.StatusNoContent).header.Get("Range")
+	if _, err := fmt.Sscanf(said, "0-%d", &n); err != nil {
+		w.t.Fatalf("Range %q: %v", said, err)
+	}
+	return n + 1
+}
+
+func (w *wire) finish(ctx context.Context, session string, d digest.Digest) *http.Request {
+	return w.request(ctx, http.MethodPut, session+"?digest="+d.String(), nil)
+}
+
+// pushBlob uploads a blob in one go.
+func (w *wire) pushBlob(ctx context.Context, repository string, data []byte) digest.Digest {
+	w.t.Helper()
+	d := digest.FromBytes(data)
+	w.ask(w.request(ctx, http.MethodPut, w.begin(ctx, repository)+"?digest="+d.String(), bytes.NewReader(data)), http.StatusCreated)
+	return d
+}
+
+// wantBlob reads a blob back.
+func (w *wire) wantBlob(ctx context.Context, repository string, d digest.Digest) {
+	w.t.Helper()
+	if got := digest.FromBytes(w.get(ctx, "/v2/"+repository+"/blobs/"+d.String(), http.StatusOK).body); got != d {
+		w.t.Errorf("the blob %s reads as %s", d, got)
+	}
+}
+
+// An upload that a kill -9 interrupts goes on, on the same session, after the
+// last byte that the node then says it has.
+func TestUploadGoesOnAfterKill(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t, 2*time.Minute)
+	s := newSite(ctx, t, newLab(t), plan{name: "u", net: 77, nodes: 1})
+	node := s.nodes[0]
+	w := s.wire(node)
+	data, d := randomBytes(t, 24<<20)
+	const acknowledged = 8 << 20
+	session := w.begin(ctx, "library/big")
+	w.ask(w.piece(ctx, session, data[:acknowledged], 0), http.StatusAccepted)
+
+	// The second piece stops in its middle, and the node dies.
+	reader, writer := io.Pipe()
+	broken := make(chan reply, 1)
+	go func() { broken <- w.do(w.request(ctx, http.MethodPatch, session, reader)) }()
+	if _, err := writer.Write(data[acknowledged : acknowledged+4<<20]); err != nil {
+		t.Fatal(err)
+	}
+	node.Kill()
+	writer.CloseWithError(errors.New("the client lost its node"))
+	if a := <-broken; a.err == nil {
+		t.Fatalf("a node that was killed answers %d", a.status)
+	}
+	if err := node.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+
+	at := w.held(ctx, session)
+	if at < acknowledged || at > acknowledged+4<<20 {
+		t.Fatalf("after the restart the node has %d bytes; %d were acknowledged and %d were sent", at, acknowledged, acknowledged+4<<20)
+	}
+	w.ask(w.piece(ctx, session, data[at:], at), http.StatusAccepted)
+	w.ask(w.finish(ctx, session, d), http.StatusCreated)
+	w.wantBlob(ctx, "library/big", d)
+}
+
+// A session belongs to the node that opened it; every other node of the site
+// passes its requests on, and says so when that node is gone.
+func TestUploadThroughOtherNodes(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t, 2*time.Minute)
+	s := newSite(ctx, t, newLab(t), plan{name: "f", net: 78, nodes: 3})
+	first, second, third := s.wire(s.nodes[0]), s.wire(s.nodes[1]), s.wire(s.nodes[2])
+	data, d := randomBytes(t, 6<<20)
+	session := first.begin(ctx, "library/forwarded")
+	if !strings.HasPrefix(session, "/v2/") {
+		t.Fatalf("the session's Location is %q; want it relative to whichever node is asked", session)
+	}
+	second.ask(second.piece(ctx, session, data[:4<<20], 0), http.StatusAccepted)
+	if at := third.held(ctx, session); at != 4<<20 {
+		t.Fatalf("through the third node the upload has %d bytes", at)
+	}
+	// Out of order: refused with where it stands, nothing lost.
+	gap := second.do(second.piece(ctx, session, data[5<<20:], 5<<20))
+	gap.wantError(t, http.StatusRequestedRangeNotSatisfiable, "RANGE_INVALID", "next piece begins at 4194304")
+	third.ask(third.piece(ctx, session, data[4<<20:], 4<<20), http.StatusAccepted)
+	second.ask(second.finish(ctx, session, d), http.StatusCreated)
+	for _, w := range []*wire{first, second, third} {
+		w.wantBlob(ctx, "library/forwarded", d)
+	}
+
+	lost := first.begin(ctx, "library/forwarded")
+	s.nodes[0].Kill()
+	second.do(second.piece(ctx, lost, data, 0)).wantError(t, http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN", "start it again")
+}
+
+// holders are the nodes that have a blob on their disk, whole.
+func (s *site) holders(d digest.Digest) (held, lacking []*lab.Node) {
+	for _, node := range s.nodes {
+		name := filepath.Join(node.Data, "content", "blobs", "sha256", d.Encoded()[:2], d.Encoded())
+		if _, err := os.Stat(name); err == nil {
+			held = append(held, node)
+		} else {
+			lacking = append(lacking, node)
+		}
+	}
+	return held, lacking
+}
+
+// A client reads a blob from a node that does not have it, while the blob is on
+// its way there over a slow link. Of four nodes one is no home of the blob, so
+// that repair does not bring it there first.
+func TestBlobIsReadWhileItArrives(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t, 3*time.Minute)
+	s := newSite(ctx, t, newLab(t), plan{name: "w", net: 79, nodes: 4})
+	data, d := randomBytes(t, 24<<20)
+	w := s.wire(s.nodes[0])
+	w.pushBlob(ctx, "library/slow", data)
+	var lacking []*lab.Node
+	s.until(ctx, "three nodes to hold the blob", func() bool {
+		_, lacking = s.holders(d)
+		return len(lacking) == 1
+	})
+	node := lacking[0]
+
+	const rate = 2 << 20 // bytes a second
+	if err := node.Host.Shape(ctx, rate); err != nil {
+		t.Fatal(err)
+	}
+	w = s.wire(node)
+	start := time.Now()
+	resp, err := w.client.Do(w.request(ctx, http.MethodGet, "/v2/library/slow/blobs/"+d.String(), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	hash := sha256.New()
+	if _, err := io.CopyN(hash, resp.Body, 64<<10); err != nil {
+		t.Fatal(err)
+	}
+	first := time.Since(start)
+	if _, err := io.Copy(hash, resp.Body); err != nil {
+		t.Fatal(err)
+	}
+	whole := time.Since(start)
+	if got := digest.NewDigest(digest.SHA256, hash); got != d {
+		t.Fatalf("the client read %s, want %s", got, d)
+	}
+	// What the link can carry bounds the transfer from below, whatever the machine.
+	least := time.Duration(float64(len(data)) / rate * float64(time.Second))
+	t.Logf("first bytes after %v, all after %v; the link takes at least %v", first, whole, least)
+	if whole < least*3/4 {
+		t.Fatalf("the blob came in %v over a link that takes %v: the link was not slow, the test proves nothing", whole, least)
+	}
+	if first > least/2 || first > whole/2 {
+		t.Errorf("the first bytes came after %v of %v", first, whole)
+	}
+	s.until(ctx, "the node to keep what it fetched", func() bool {
+		_, lacking := s.holders(d)
+		return len(lacking) == 0
+	})
+}
