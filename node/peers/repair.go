@@ -97,6 +97,7 @@ func (p *Peers) awaitRepair(ctx context.Context, changed <-chan uint64, live []s
 // result of a pass.
 type result struct {
 	full     bool   // over all rows
+	alone    bool   // no other node was live: nothing could be done
 	revision uint64 // of the state that was looked at
 	failed   int    // blobs for which something could not be done
 	example  error  // why, for one of them
@@ -130,7 +131,8 @@ func (p *Peers) repairRows(ctx context.Context, since uint64, r *result) error {
 		}
 		view.live = p.liveIDs()
 		if len(view.live) < 2 {
-			break // without another node there is nothing to do
+			r.alone = true
+			break
 		}
 		var group errgroup.Group
 		group.SetLimit(copiesAtOnce)
@@ -161,6 +163,7 @@ func (p *Peers) repairRows(ctx context.Context, since uint64, r *result) error {
 // up; not once more for each pass over the same missing blob.
 func (p *Peers) noteRepair(r result) {
 	switch {
+	case r.alone:
 	case r.failed > p.unrepaired:
 		p.Log.Warn("blobs lack copies that cannot be made now; they are made when nodes that hold them are up", "blobs", r.failed, "err", r.example)
 		p.unrepaired = r.failed
