@@ -18,6 +18,7 @@ import (
 
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/rest"
 )
 
 // listen takes a TCP address, with errors that say what to do.
@@ -36,12 +37,17 @@ func listen(flag, addr string) (net.Listener, error) {
 
 // listenSocket makes the Unix socket of the data directory, which this process
 // has locked, so one that lies there is a dead node's.
-func listenSocket(dir string) (net.Listener, error) {
+func listenSocket(ctx context.Context, dir string) (net.Listener, error) {
 	name := filepath.Join(dir, SocketName)
 	if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	l, err := net.Listen("unix", name)
+	// The mode is set before the socket has its name (Linux takes it from there),
+	// so that nobody can connect in between; Chmod is for other systems.
+	c := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) { _ = syscall.Fchmod(int(fd), 0o600) })
+	}}
+	l, err := c.Listen(ctx, "unix", name)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Invalid, "cannot make the socket %s: %v (its path may have at most 107 characters)", name, err)
 	}
@@ -181,7 +187,18 @@ func (n *Node) serve(ctx context.Context) error {
 		r = r.WithContext(access.WithPrincipal(r.Context(), access.Principal{Kind: access.System, Name: "system", Admin: true}))
 		n.rooms.http.ServeHTTP(w, r)
 	})
-	servers := []*http.Server{n.newServer(n.rooms.http), n.newServer(asSystem)}
+	var open sync.RWMutex // each request reads, the end writes
+	counted := func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if !open.TryRLock() {
+				rest.WriteError(w, fault.New(fault.Unavailable, "this node is stopping"))
+				return
+			}
+			defer open.RUnlock()
+			h.ServeHTTP(w, r)
+		})
+	}
+	servers := []*http.Server{n.newServer(counted(n.rooms.http)), n.newServer(counted(asSystem))}
 	ended := make(chan error, len(servers))
 	go func() { ended <- serveOn(servers[0], n.public, n.publicTLS) }()
 	go func() { ended <- serveOn(servers[1], n.socket, nil) }()
@@ -194,14 +211,19 @@ func (n *Node) serve(ctx context.Context) error {
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), drain)
 	defer cancel()
+	var stopping sync.WaitGroup
 	for _, s := range servers {
-		if s.Shutdown(stop) != nil {
-			s.Close()
-		}
+		stopping.Go(func() {
+			if s.Shutdown(stop) != nil {
+				s.Close() // which also ends the context of its requests
+			}
+		})
 	}
+	stopping.Wait()
 	for range running {
 		<-ended
 	}
+	open.Lock() // nobody uses the rooms any more
 	if err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve the registry: %w", err)
 	}

@@ -75,6 +75,7 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	if n.peerListener, err = listen("--peer-listen", c.PeerListen); err != nil {
 		return nil, err
 	}
+	n.config.Advertise = chosenPort(c.Advertise, n.peerListener.Addr())
 	who, err := n.identify(ctx)
 	if err != nil {
 		return nil, err
@@ -85,7 +86,7 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	if n.publicTLS, err = n.tlsConfig(); err != nil {
 		return nil, err
 	}
-	n.socket, err = listenSocket(c.Data)
+	n.socket, err = listenSocket(ctx, c.Data)
 	return n, err
 }
 
@@ -122,6 +123,19 @@ func (c *Config) complete() error {
 		}
 	}
 	return nil
+}
+
+// chosenPort puts the port that the system chose in the place of port 0.
+func chosenPort(addr string, taken net.Addr) string {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || port != "0" {
+		return addr
+	}
+	_, port, err = net.SplitHostPort(taken.String())
+	if err != nil {
+		return addr
+	}
+	return net.JoinHostPort(host, port)
 }
 
 // ownAddress is the first address of this machine that others can reach.
@@ -232,10 +246,14 @@ func (n *Node) Run(ctx context.Context) error {
 	rooms()
 	cluster()
 	port()
-	if cause := context.Cause(run); err == nil && cause != nil && ctx.Err() == nil {
-		err = cause
-	}
+	cause := context.Cause(run)
 	fail(nil)
+	switch {
+	case ctx.Err() == nil && cause != nil:
+		return cause // why the node stopped, not what that made of the rest
+	case ctx.Err() != nil && errors.Is(err, context.Cause(ctx)):
+		return nil // told to stop before it served
+	}
 	return err
 }
 
@@ -264,7 +282,10 @@ func startFloor(ctx context.Context, fail context.CancelCauseFunc, parts ...func
 
 // settlePatience bounds how long a node waits at its first start for what every
 // site has: identity, library project, admin.
-const settlePatience = time.Minute
+const (
+	settlePatience = time.Minute
+	settlePause    = 250 * time.Millisecond // most failures have waited for a leader already
+)
 
 // settle waits until the node's own state can be served. At a site's first start
 // it creates what every site has; the admin comes last and tells that it is done,
@@ -297,6 +318,12 @@ func (n *Node) settle(ctx context.Context) error {
 			return errors.Join(err, context.Cause(ctx))
 		}
 		n.log.Info("waiting for the site's leader", "err", err)
+		pause := time.NewTimer(settlePause)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+		}
 	}
 }
 
