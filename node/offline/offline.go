@@ -179,20 +179,13 @@ func (o *Offline) export(ctx context.Context, w http.ResponseWriter, r *http.Req
 
 // importBundle verifies what streams in and takes it in after its last byte.
 func (o *Offline) importBundle(ctx context.Context, in *importIn, w http.ResponseWriter, r *http.Request) error {
-	options := airgap.ImportOptions{DryRun: in.DryRun}
-	var err error
-	if options.As, err = in.names(); err != nil {
-		return err
-	}
-	if options.Self, err = o.Trusts.Self(); err != nil {
-		return err
-	}
-	if options.Trust, err = o.Trusts.All(ctx); err != nil {
-		return err
-	}
 	// The answer to a refusal is sent while the client may still be sending.
 	_ = http.NewResponseController(w).EnableFullDuplex() // HTTP/2 is so anyway
-	report, err := airgap.Import(ctx, bufio.NewReaderSize(r.Body, 1<<20), options, airgap.Target{Catalog: target{o}, Blobs: storage{o}})
+	var report airgap.Report
+	options, err := o.importOptions(ctx, in)
+	if err == nil {
+		report, err = airgap.Import(ctx, bufio.NewReaderSize(r.Body, 1<<20), options, airgap.Target{Catalog: target{o}, Blobs: storage{o}})
+	}
 	if err != nil {
 		o.Log.Warn("bundle not imported", "bundle", report.Bundle, "source", report.Source.Site, "user", access.From(ctx).Name, "err", err)
 		rest.WriteError(w, asFault(err))
@@ -203,6 +196,18 @@ func (o *Offline) importBundle(ctx context.Context, in *importIn, w http.Respons
 		"dry_run", in.DryRun, "user", access.From(ctx).Name)
 	w.Header().Set("Content-Type", "application/json")
 	return json.NewEncoder(w).Encode(report)
+}
+
+func (o *Offline) importOptions(ctx context.Context, in *importIn) (options airgap.ImportOptions, err error) {
+	options.DryRun = in.DryRun
+	if options.As, err = in.names(); err != nil {
+		return options, err
+	}
+	if options.Self, err = o.Trusts.Self(); err != nil {
+		return options, err
+	}
+	options.Trust, err = o.Trusts.All(ctx)
+	return options, err
 }
 
 // drainTime bounds how long a client that was refused is let finish sending.
