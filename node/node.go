@@ -25,6 +25,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/telemetry"
@@ -60,15 +61,17 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 		return nil, err
 	}
 	n = &Node{config: c, log: c.Log}
+	taken := n // a return of nil sets n
 	defer func() {
 		if err != nil {
-			n.Close()
+			taken.Close()
 		}
 	}()
 	if n.lock, err = lockData(c.Data); err != nil {
 		return nil, err
 	}
-	// The addresses first: a node that cannot have them must not found a site.
+	// The addresses and the certificate first: a node that cannot have them must
+	// not found a site.
 	if n.public, err = listen("--listen", c.Listen); err != nil {
 		return nil, err
 	}
@@ -76,14 +79,14 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 		return nil, err
 	}
 	n.config.Advertise = chosenPort(c.Advertise, n.peerListener.Addr())
+	if n.publicTLS, err = n.tlsConfig(); err != nil {
+		return nil, err
+	}
 	who, err := n.identify(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if err := n.build(who); err != nil {
-		return nil, err
-	}
-	if n.publicTLS, err = n.tlsConfig(); err != nil {
 		return nil, err
 	}
 	n.socket, err = listenSocket(ctx, c.Data)
@@ -92,6 +95,9 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 
 // complete fills in what the configuration leaves open.
 func (c *Config) complete() error {
+	if c.Init && len(c.Join) > 0 {
+		return fault.New(fault.Invalid, "--init founds a new site and --join joins another: choose one")
+	}
 	if c.Data == "" {
 		c.Data = DefaultDataDir()
 	}
@@ -161,8 +167,6 @@ func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 		return who, err
 	}
 	switch {
-	case c.Init && len(c.Join) > 0:
-		return who, fault.New(fault.Invalid, "--init founds a new site and --join joins another: choose one")
 	case c.Init:
 		n.founded = true
 		return member.Found(c.Data, c.Name, c.Advertise)
@@ -180,7 +184,7 @@ func (n *Node) join(ctx context.Context) (member.Identity, error) {
 	if err != nil {
 		return member.Identity{}, err
 	}
-	return member.Join(ctx, member.JoinConfig{
+	who, err := member.Join(ctx, member.JoinConfig{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Addrs: n.config.Join, Token: n.config.Token, Log: n.log,
 		Dial: func(ctx context.Context, addr string, pin []byte) (net.Conn, error) {
@@ -191,6 +195,24 @@ func (n *Node) join(ctx context.Context) (member.Identity, error) {
 			return conn, err
 		},
 	})
+	return who, notJoined(err)
+}
+
+// notJoined gives the reasons why a node may not join the kinds that decide exit
+// codes.
+func notJoined(err error) error {
+	const text = "this node did not join the site"
+	switch {
+	case errors.Is(err, pki.ErrMalformed):
+		return fault.Wrap(err, fault.Invalid, text)
+	case errors.Is(err, member.ErrTokenExpired), errors.Is(err, member.ErrTokenUsed), errors.Is(err, member.ErrTokenUnknown), errors.Is(err, member.ErrOtherSite):
+		return fault.Wrap(err, fault.Denied, text+"; make another token on a node of it with: atoll token create")
+	case errors.Is(err, member.ErrNameTaken):
+		return fault.Wrap(err, fault.Conflict, text+"; give it another name with --name")
+	case errors.Is(err, member.ErrUnreachable):
+		return fault.Wrap(err, fault.Unavailable, text)
+	}
+	return err
 }
 
 // build puts the parts together.
