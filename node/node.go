@@ -206,9 +206,9 @@ func notJoined(err error) error {
 	case errors.Is(err, pki.ErrMalformed):
 		return fault.Wrap(err, fault.Invalid, text)
 	case errors.Is(err, member.ErrTokenExpired), errors.Is(err, member.ErrTokenUsed), errors.Is(err, member.ErrTokenUnknown), errors.Is(err, member.ErrOtherSite):
-		return fault.Wrap(err, fault.Denied, text+"; make another token on a node of it with: atoll token create")
+		return fault.Wrap(err, fault.Denied, text)
 	case errors.Is(err, member.ErrNameTaken):
-		return fault.Wrap(err, fault.Conflict, text+"; give it another name with --name")
+		return fault.Wrap(err, fault.Conflict, text)
 	case errors.Is(err, member.ErrUnreachable):
 		return fault.Wrap(err, fault.Unavailable, text)
 	}

@@ -70,8 +70,8 @@ func (b *bench) run(ctx context.Context) error {
 	if b.user, err = login(ctx, b.atoll.addr); err != nil {
 		return err
 	}
-	for _, measure := range []func(context.Context) error{b.push, b.pull, b.manifest, b.memory} {
-		if err := measure(ctx); err != nil {
+	for _, take := range []func(context.Context) error{b.push, b.pull, b.manifest, b.memory} {
+		if err := take(ctx); err != nil {
 			return err
 		}
 	}
@@ -116,25 +116,34 @@ func cost(p *process, work func() error) (float64, error) {
 	return after - before, err
 }
 
+// measure is work that both sides do and that costs processor time.
+type measure struct {
+	name, unit string
+	scale      float64 // from processor seconds to the unit
+	goal       float64 // the highest ratio to the floor that is good
+	ours       func(round int) error
+	floors     func(round int) error
+}
+
 // compare takes a measure on both sides in turns and prints the medians and
-// their ratio. scale turns processor seconds into the unit.
-func (b *bench) compare(name, unit string, scale, goal float64, ours, floors func(round int) error) error {
+// their ratio.
+func (b *bench) compare(m measure) error {
 	var mine, theirs, ratios []float64
 	for round := range b.pairs {
-		m, err := cost(b.atoll, func() error { return ours(round) })
+		our, err := cost(b.atoll, func() error { return m.ours(round) })
 		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+			return fmt.Errorf("%s: %w", m.name, err)
 		}
-		f, err := cost(b.floor, func() error { return floors(round) })
+		floor, err := cost(b.floor, func() error { return m.floors(round) })
 		if err != nil {
-			return fmt.Errorf("%s, floor: %w", name, err)
+			return fmt.Errorf("%s, floor: %w", m.name, err)
 		}
-		mine, theirs, ratios = append(mine, m*scale), append(theirs, f*scale), append(ratios, m/f)
+		mine, theirs, ratios = append(mine, our*m.scale), append(theirs, floor*m.scale), append(ratios, our/floor)
 	}
-	b.print(name+"_atoll", median(mine), unit, "-", "-")
-	b.print(name+"_floor", median(theirs), unit, "-", "-")
+	b.print(m.name+"_atoll", median(mine), m.unit, "-", "-")
+	b.print(m.name+"_floor", median(theirs), m.unit, "-", "-")
 	ratio := median(ratios)
-	b.print(name+"_ratio", ratio, "x floor", fmt.Sprintf("<= %.2f", goal), verdict(ratio <= goal))
+	b.print(m.name+"_ratio", ratio, "x floor", fmt.Sprintf("<= %.2f", m.goal), verdict(ratio <= m.goal))
 	return nil
 }
 
@@ -167,7 +176,7 @@ func (b *bench) push(ctx context.Context) error {
 		body := newBody(b.size, byte(round)+128)
 		return put(ctx, "http://"+b.floor.addr+"/"+body.digest.Encoded(), body)
 	}
-	return b.compare("push_cpu", "cpu-s/GB", 1/b.gigabytes(), 1.15, ours, floors)
+	return b.compare(measure{"push_cpu", "cpu-s/GB", 1 / b.gigabytes(), 1.15, ours, floors})
 }
 
 func repeat(n int, work func() error) error {
@@ -194,7 +203,7 @@ func (b *bench) pull(ctx context.Context) error {
 	floors := func(int) error {
 		return repeat(pulls, func() error { return get(ctx, "http://"+b.floor.addr+"/"+body.digest.Encoded(), "", b.size) })
 	}
-	return b.compare("pull_cpu", "cpu-s/GB", 1/b.gigabytes()/pulls, 1.3, ours, floors)
+	return b.compare(measure{"pull_cpu", "cpu-s/GB", 1 / b.gigabytes() / pulls, 1.3, ours, floors})
 }
 
 func (b *bench) manifest(ctx context.Context) error {
@@ -212,7 +221,7 @@ func (b *bench) manifest(ctx context.Context) error {
 	floors := func(int) error {
 		return repeat(requests, func() error { return get(ctx, "http://"+b.floor.addr+"/manifest", "", int64(len(data))) })
 	}
-	return b.compare("manifest_get_cpu", "cpu-us/request", 1e6/requests, 2, ours, floors)
+	return b.compare(measure{"manifest_get_cpu", "cpu-us/request", 1e6 / requests, 2, ours, floors})
 }
 
 // memory reads the peak of 50 pulls at once above what the server takes idle.
