@@ -4,6 +4,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+
+	"github.com/atoll-registry/atoll/cluster/member"
 )
 
 // SocketName is the name of the node's Unix socket in its data directory. Who may
@@ -54,6 +56,8 @@ type Config struct {
 	Log     *slog.Logger
 	// Started is called once, when the node serves.
 	Started func(Started)
+
+	timings member.Timings // of the consensus; tests shrink them
 }
 
 // Started says where a node that has started can be found.

@@ -237,6 +237,7 @@ func (n *Node) build(who member.Identity) (err error) {
 	if n.member, err = member.New(member.Config{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Log: n.log, Registry: metrics,
+		Timings: n.config.timings,
 	}, who); err != nil {
 		return err
 	}
@@ -248,6 +249,9 @@ func (n *Node) build(who member.Identity) (err error) {
 func (n *Node) Run(ctx context.Context) error {
 	defer n.Close()
 	if err := n.db.Build(ctx); err != nil {
+		if errors.Is(err, context.Cause(ctx)) {
+			return nil // told to stop before it served
+		}
 		return err
 	}
 	n.db.Attach(n.member)
