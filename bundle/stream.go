@@ -75,7 +75,11 @@ func (b *Reader) enter(f File) (*content, error) {
 		return nil, err
 	}
 	if !bytes.Equal(have, want) {
-		return nil, altered("at byte %d stands %q where %s has to stand, or its tar header was changed", b.offset-int64(len(want)), statedPath(have), f.Path)
+		at := b.offset - int64(len(want))
+		if stated := statedPath(have); stated != f.Path {
+			return nil, altered("at byte %d stands %q where %s has to stand", at, stated, f.Path)
+		}
+		return nil, altered("the tar header of %s at byte %d was changed", f.Path, at)
 	}
 	b.open = &content{b: b, file: f, left: f.Size, h: sha256.New()}
 	return b.open, nil
