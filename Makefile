@@ -7,7 +7,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS  = -s -w -X main.version=$(VERSION)
 TOOLS    = $(CURDIR)/.cache/bin
 
-.PHONY: build run test test-unit test-race test-e2e fuzz demo bench testdeps clean
+.PHONY: build run test test-unit test-race test-e2e fuzz demo bench bench-long testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -38,9 +38,16 @@ fuzz:
 demo: testdeps build
 	PATH="$(TOOLS):$$PATH" go run ./scripts/demo
 
-# Atoll beside a minimal server, in one run; writes docs/benchmarks.md.
+# Atoll beside a minimal server and distribution's registry, in one run of a few
+# minutes; adds the figures to docs/benchmarks.md.
 bench: build
+	scripts/testdeps $(TOOLS) bench
 	go run ./scripts/bench -write docs/benchmarks.md
+
+# The same with the rows that need 1,000,000 artifacts and bigger blobs.
+bench-long: build
+	scripts/testdeps $(TOOLS) bench
+	go run ./scripts/bench -long -mib 512 -write docs/benchmarks.md
 
 testdeps:
 	scripts/testdeps $(TOOLS)

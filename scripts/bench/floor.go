@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -14,12 +13,7 @@ import (
 // floor serves the least that a registry must do, with nothing else: PUT hashes,
 // writes, fsyncs and renames a blob; GET hands the file to the kernel. No server
 // in Go that keeps the same promises can cost less.
-func floor(dir string) error {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	fmt.Println(listener.Addr())
+func floor(dir, addr string, pair certificate) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("PUT /{name}", func(w http.ResponseWriter, r *http.Request) {
 		if err := keep(dir, r.PathValue("name"), r.Body); err != nil {
@@ -43,7 +37,10 @@ func floor(dir string) error {
 		w.Header().Set("Content-Type", "application/octet-stream")
 		http.ServeContent(w, r, "", info.ModTime(), file)
 	})
-	return http.Serve(listener, mux)
+	if pair.cert != "" {
+		return http.ListenAndServeTLS(addr, pair.cert, pair.key, mux)
+	}
+	return http.ListenAndServe(addr, mux)
 }
 
 func keep(dir, name string, body io.Reader) error {

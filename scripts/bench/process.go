@@ -1,56 +1,108 @@
 package main
 
 import (
-	"bufio"
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// process is a server whose cost is measured from outside.
-type process struct {
-	cmd  *exec.Cmd
-	addr string
+// program is a server to be started, as often as need be.
+type program struct {
+	path string
+	args []string
+	env  []string
+	url  string // answers once the server runs
+	dir  string // where it keeps its data
 }
 
-// start runs a server that prints its address in the line that find reads.
-func start(ctx context.Context, find func(line string) (addr string, ok bool), env []string, name string, args ...string) (*process, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Env = append(os.Environ(), env...)
+// process is a server whose cost is measured from outside.
+type process struct {
+	cmd   *exec.Cmd
+	began time.Time
+	said  *bytes.Buffer
+	ended chan struct{}
+}
+
+// begin starts a program without waiting until it serves.
+func (p *program) begin(ctx context.Context) (*process, error) {
+	said := &bytes.Buffer{}
+	cmd := exec.CommandContext(ctx, p.path, p.args...)
+	cmd.Env = append(os.Environ(), p.env...)
+	cmd.Stderr = said
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 30 * time.Second
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	var said strings.Builder
-	cmd.Stderr = &said
+	began := time.Now()
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	lines := bufio.NewScanner(out)
-	for lines.Scan() {
-		if addr, ok := find(lines.Text()); ok {
-			go func() {
-				for lines.Scan() { // what it says later is read and dropped
-				}
-			}()
-			return &process{cmd: cmd, addr: addr}, nil
+	run := &process{cmd: cmd, began: began, said: said, ended: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait() // how it ended is in what it said
+		close(run.ended)
+	}()
+	return run, nil
+}
+
+// start starts a program and waits until it answers.
+func (p *program) start(ctx context.Context, client *http.Client) (*process, error) {
+	run, err := p.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = run.await(ctx, func() error {
+		resp, err := client.Get(p.url)
+		if err != nil {
+			return err
+		}
+		return resp.Body.Close()
+	})
+	return run, err
+}
+
+// await tries until it works; it gives up when the process ends or after a minute.
+func (p *process) await(ctx context.Context, try func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	again := time.NewTicker(2 * time.Millisecond)
+	defer again.Stop()
+	for {
+		err := try()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-again.C:
+		case <-p.ended:
+			return fmt.Errorf("%s ended: %s", p.cmd.Path, p.said)
+		case <-ctx.Done():
+			p.stop()
+			return fmt.Errorf("%s does not answer (%w): %s", p.cmd.Path, err, p.said)
 		}
 	}
-	cmd.Wait()
-	return nil, fmt.Errorf("%s did not start: %s", name, said.String())
 }
 
 func (p *process) stop() {
 	_ = p.cmd.Process.Signal(os.Interrupt) // one that has ended is stopped
-	_ = p.cmd.Wait()
+	<-p.ended
+}
+
+// kill ends the process as a power cut would, but for the kernel's cache.
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.ended
 }
 
 // cpu is the processor time that the process has used so far, in seconds, by its
@@ -65,6 +117,19 @@ func (p *process) cpu() (float64, error) {
 	return float64(used.Nano()) / 1e9, nil
 }
 
+// cost runs work and gives the processor seconds that the server spent on it.
+func (p *process) cost(work func() error) (float64, error) {
+	before, err := p.cpu()
+	if err != nil {
+		return 0, err
+	}
+	if err := work(); err != nil {
+		return 0, err
+	}
+	after, err := p.cpu()
+	return after - before, err
+}
+
 // memory reads a field of /proc/PID/status, in MB.
 func (p *process) memory(field string) (float64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
@@ -73,8 +138,8 @@ func (p *process) memory(field string) (float64, error) {
 	}
 	for line := range strings.Lines(string(data)) {
 		if rest, ok := strings.CutPrefix(line, field+":"); ok {
-			kb, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
-			return kb / 1000, err
+			kib, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
+			return kib * 1024 / 1e6, err
 		}
 	}
 	return 0, fmt.Errorf("no %s in the status of process %d", field, p.cmd.Process.Pid)
@@ -83,4 +148,47 @@ func (p *process) memory(field string) (float64, error) {
 // forgetPeak makes the kernel count the peak of memory anew.
 func (p *process) forgetPeak() error {
 	return os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", p.cmd.Process.Pid), []byte("5"), 0)
+}
+
+// occupied is how many bytes of the disk a directory takes.
+func occupied(dir string) (total float64, err error) {
+	err = filepath.WalkDir(dir, func(name string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) { // removed meanwhile
+				return nil
+			}
+			return err
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return nil // removed meanwhile
+		}
+		if s, ok := info.Sys().(*syscall.Stat_t); ok {
+			total += float64(s.Blocks) * 512
+		}
+		return nil
+	})
+	return total, err
+}
+
+// freeAddr gives a loopback address that nobody uses at the moment.
+func freeAddr() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+// pause waits.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }

@@ -1,0 +1,232 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	manyTags  = 10_000
+	quarter   = manyTags / 4
+	listTags  = 100_000
+	millions  = 1_000_000
+	writers   = 16
+	fillers   = 64 // clients that fill a repository where the rate is no measure
+	manyLabel = "tag-%07d"
+)
+
+func tagOf(i int) string { return fmt.Sprintf(manyLabel, i) }
+
+// writes measures the PUT of distinct manifests by 16 clients, then GET by tag
+// among them. The peer is given fewer: it would take minutes.
+func (b *bench) writes(ctx context.Context) error {
+	for _, s := range b.fleet {
+		n := manyTags
+		if s.name != "atoll" {
+			n = quarter
+		}
+		if err := b.fill(ctx, s, n); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	return b.among(ctx)
+}
+
+// fill pushes n distinct manifests under n tags and prints rate, processor time
+// and disk; of Atoll also how the last quarter compares with the first.
+func (b *bench) fill(ctx context.Context, s *server, n int) error {
+	before, err := occupied(s.dir)
+	if err != nil {
+		return err
+	}
+	var rates, costs []float64
+	for from := 0; from < n; from += quarter {
+		start := time.Now()
+		used, err := s.cost(func() error {
+			return together(writers, quarter, func(i int) error {
+				data, err := manifest(from + i)
+				if err != nil {
+					return err
+				}
+				return s.putManifest(ctx, large, tagOf(from+i), data)
+			})
+		})
+		if err != nil {
+			return err
+		}
+		rates = append(rates, quarter/time.Since(start).Seconds())
+		costs = append(costs, used*1e6/quarter)
+	}
+	after, err := occupied(s.dir)
+	if err != nil {
+		return err
+	}
+	rate, perTag := line{"put_rate_" + s.name, median(rates), "manifests/s"}, line{"disk_per_tag_" + s.name, (after - before) / float64(n), "bytes"}
+	b.print("put_cpu_"+s.name, median(costs), "cpu-us/manifest")
+	if s.name != "atoll" {
+		b.print(rate.name, rate.value, rate.unit)
+		b.print(perTag.name, perTag.value, perTag.unit)
+		return nil
+	}
+	b.judge(rate, ">=", 500)
+	b.judge(line{"put_rate_last_quarter", rates[len(rates)-1] / rates[0], "x first quarter"}, ">=", 0.85)
+	b.judge(line{"put_cpu_last_quarter", costs[len(costs)-1] / costs[0], "x first quarter"}, "<=", 1.15)
+	b.judge(perTag, "<=", 1000)
+	return nil
+}
+
+// among compares GET by tag among 10,000 tags with that in a small repository,
+// both on Atoll. Each request is for another tag.
+func (b *bench) among(ctx context.Context) error {
+	const requests = 2000
+	data, err := manifest(0)
+	if err != nil {
+		return err
+	}
+	size, s := int64(len(data)), b.fleet[0]
+	if err := s.putManifest(ctx, small, "v1", data); err != nil {
+		return err
+	}
+	var few, many, ratios []float64
+	for range b.pairs {
+		f, err := s.cost(func() error {
+			return repeat(requests, func(int) error { return s.manifest(ctx, small, "v1", size) })
+		})
+		if err != nil {
+			return err
+		}
+		m, err := s.cost(func() error {
+			return repeat(requests, func(i int) error { return s.manifest(ctx, large, tagOf(i*7919%manyTags), size) })
+		})
+		if err != nil {
+			return err
+		}
+		few, many, ratios = append(few, f*1e6/requests), append(many, m*1e6/requests), append(ratios, m/f)
+	}
+	b.print("manifest_get_1_tag", median(few), "cpu-us/request")
+	b.print("manifest_get_10000_tags", median(many), "cpu-us/request")
+	b.judge(line{"manifest_get_10000_tags_ratio", median(ratios), "x 1 tag"}, "<=", 1.1)
+	return nil
+}
+
+// starts measures from the start of the program to the first manifest served,
+// after a kill -9, with the 10,000 tags.
+func (b *bench) starts(ctx context.Context) error {
+	seconds, err := b.restart(ctx, 5)
+	if err != nil {
+		return err
+	}
+	b.judge(line{"start_10000_tags", seconds, "s"}, "<=", 0.3)
+	return nil
+}
+
+func (b *bench) restart(ctx context.Context, times int) (float64, error) {
+	s := b.fleet[0]
+	data, err := manifest(0)
+	if err != nil {
+		return 0, err
+	}
+	var took []float64
+	for range times {
+		s.kill()
+		if s.process, err = s.begin(ctx); err != nil {
+			return 0, err
+		}
+		err := s.await(ctx, func() error { return s.manifest(ctx, large, tagOf(0), int64(len(data))) })
+		if err != nil {
+			return 0, err
+		}
+		took = append(took, time.Since(s.began).Seconds())
+	}
+	return median(took), nil
+}
+
+// list fills the repository to 100,000 tags through the API (of one more
+// manifest: only the number of tags matters) and measures pages of it.
+func (b *bench) list(ctx context.Context) error {
+	if err := b.more(ctx, manyTags, listTags, func(int) ([]byte, error) { return manifest(0) }); err != nil {
+		return err
+	}
+	const requests, page = 20, 1000
+	s := b.fleet[0].registry
+	at := []struct {
+		name, last string
+		figures    []float64
+	}{{"first", "", nil}, {"middle", tagOf(listTags / 2), nil}, {"last", tagOf(listTags - page - 1), nil}}
+	for range b.pairs {
+		for i := range at {
+			used, err := b.fleet[0].cost(func() error {
+				return repeat(requests, func(int) error { return s.tags(ctx, large, at[i].last, page) })
+			})
+			if err != nil {
+				return err
+			}
+			at[i].figures = append(at[i].figures, used*1e3/requests)
+		}
+	}
+	var all []float64
+	for _, p := range at {
+		all = append(all, median(p.figures))
+		b.print("tags_page_"+p.name, median(p.figures), "cpu-ms/1000 tags")
+	}
+	b.judge(line{"tags_page_worst", slices.Max(all), "cpu-ms/1000 tags"}, "<=", 2)
+	b.judge(line{"tags_page_worst_ratio", slices.Max(all) / all[0], "x first page"}, "<=", 1.15)
+	return nil
+}
+
+// more pushes manifests under tags from..to-1 and prints the disk that each took.
+func (b *bench) more(ctx context.Context, from, to int, make func(i int) ([]byte, error)) error {
+	s := b.fleet[0]
+	before, err := occupied(s.dir)
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	var once sync.Once
+	err = together(fillers, to-from, func(i int) error {
+		once.Do(func() { start = time.Now() })
+		data, err := make(from + i)
+		if err != nil {
+			return err
+		}
+		return s.putManifest(ctx, large, tagOf(from+i), data)
+	})
+	if err != nil {
+		return err
+	}
+	b.print(fmt.Sprintf("fill_rate_to_%d_tags", to), float64(to-from)/time.Since(start).Seconds(), "manifests/s")
+	after, err := occupied(s.dir)
+	if err != nil {
+		return err
+	}
+	b.print(fmt.Sprintf("disk_per_tag_to_%d_tags", to), (after-before)/float64(to-from), "bytes")
+	return nil
+}
+
+// million brings the repository to 1,000,000 artifacts through the API and
+// starts the node on them.
+func (b *bench) million(ctx context.Context) error {
+	if !b.long {
+		return nil
+	}
+	if err := b.more(ctx, listTags, millions+listTags, manifest); err != nil {
+		return err
+	}
+	seconds, err := b.restart(ctx, 3)
+	if err != nil {
+		return err
+	}
+	b.judge(line{"start_1000000_artifacts", seconds, "s"}, "<=", 3)
+	if err := pause(ctx, 3*time.Second); err != nil {
+		return err
+	}
+	rss, err := b.fleet[0].memory("VmRSS")
+	if err != nil {
+		return err
+	}
+	b.print("rss_1000000_artifacts", rss, "MB")
+	return b.among(ctx)
+}
