@@ -21,9 +21,8 @@ import (
 )
 
 func newBundle() *cobra.Command {
-	cmd := &cobra.Command{Use: "bundle", Short: "Carry content between sites in signed files"}
-	cmd.AddCommand(newBundleExport(), newBundleImport(), newBundleVerify(), newBundleInspect())
-	return cmd
+	return group(&cobra.Command{Use: "bundle", Short: "Carry content between sites in signed files"},
+		newBundleExport(), newBundleImport(), newBundleVerify(), newBundleInspect())
 }
 
 func newBundleExport() *cobra.Command {

@@ -10,9 +10,7 @@ import (
 )
 
 func newCluster() *cobra.Command {
-	cmd := &cobra.Command{Use: "cluster", Short: "Look at the nodes of this site"}
-	cmd.AddCommand(newClusterStatus())
-	return cmd
+	return group(&cobra.Command{Use: "cluster", Short: "Look at the nodes of this site"}, newClusterStatus())
 }
 
 func newClusterStatus() *cobra.Command {

@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -47,22 +48,42 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			return applySettings(cmd)
+			if err := applySettings(cmd); err != nil {
+				return err
+			}
+			return checkFormat(cmd)
 		},
 	}
 	root.PersistentFlags().String("config", "", "configuration file in YAML: one key a flag, for example `listen: 0.0.0.0:443`")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.AddCommand(newServe(), newToken(), newCluster(), newSite(), newBundle(), newCA(), newLogin(), newVersion())
-	return root
+	return group(root, newServe(), newToken(), newCluster(), newSite(), newBundle(), newCA(), newLogin(), newVersion())
+}
+
+// group makes a command that only holds others: alone it prints its help, and
+// what it does not hold is a wrong command line.
+func group(cmd *cobra.Command, commands ...*cobra.Command) *cobra.Command {
+	cmd.AddCommand(commands...)
+	cmd.Args = cobra.ArbitraryArgs // else cobra answers, with another exit code
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return cmd.Help()
+		}
+		return usageError{fmt.Errorf("there is no command %s %s; see %s --help", cmd.CommandPath(), args[0], cmd.CommandPath())}
+	}
+	return cmd
 }
 
 // exactArgs is cobra.ExactArgs with an error that says what to type.
 func exactArgs(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if len(args) != len(names) {
-			return usageError{fmt.Errorf("%s takes %d argument(s) %v, got %d; see %s --help", cmd.CommandPath(), len(names), names, len(args), cmd.CommandPath())}
+		if len(args) == len(names) {
+			return nil
 		}
-		return nil
+		want := "no argument"
+		if len(names) > 0 {
+			want = strings.Join(names, " ")
+		}
+		return usageError{fmt.Errorf("%s takes %s, not %q; see %s --help", cmd.CommandPath(), want, strings.Join(args, " "), cmd.CommandPath())}
 	}
 }

@@ -17,21 +17,26 @@ func formatFlag(cmd *cobra.Command) {
 	cmd.Flags().String("format", "table", "how to print: table or json")
 }
 
+// checkFormat refuses an unknown --format before the command does anything.
+func checkFormat(cmd *cobra.Command) error {
+	f := cmd.Flags().Lookup("format")
+	if f == nil || f.Value.String() == "table" || f.Value.String() == "json" {
+		return nil
+	}
+	return usageError{fmt.Errorf("--format is table or json, not %q", f.Value)}
+}
+
 // show prints data as the command's --format says: as JSON, or by the given
 // function as text for a person.
 func show(cmd *cobra.Command, data any, table func(w *tabwriter.Writer)) error {
-	switch format, _ := cmd.Flags().GetString("format"); format {
-	case "json":
+	if format, _ := cmd.Flags().GetString("format"); format == "json" {
 		enc := json.NewEncoder(cmd.OutOrStdout())
 		enc.SetIndent("", "  ")
 		return enc.Encode(data)
-	case "table":
-		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 4, 2, ' ', 0)
-		table(w)
-		return w.Flush()
-	default:
-		return usageError{fmt.Errorf("--format is table or json, not %q", format)}
 	}
+	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 4, 2, ' ', 0)
+	table(w)
+	return w.Flush()
 }
 
 func row(w io.Writer, cells ...any) {

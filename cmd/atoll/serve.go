@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -31,6 +32,9 @@ else one is made and kept in DATA/admin-password.`,
 			var err error
 			if c.Log, err = newLogger(cmd, logLevel); err != nil {
 				return err
+			}
+			if tokenFile != "" && c.Token != "" {
+				return usageError{errors.New("--token and --token-file are two ways to say the same: choose one")}
 			}
 			if tokenFile != "" {
 				if c.Token, err = secretFile(tokenFile); err != nil {

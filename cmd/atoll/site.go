@@ -15,9 +15,8 @@ import (
 )
 
 func newSite() *cobra.Command {
-	cmd := &cobra.Command{Use: "site", Short: "This site's identity, and which other sites may write here"}
-	cmd.AddCommand(newSiteShow(), newSiteTrust(), newSiteDistrust())
-	return cmd
+	return group(&cobra.Command{Use: "site", Short: "This site's identity, and which other sites may write here"},
+		newSiteShow(), newSiteTrust(), newSiteDistrust())
 }
 
 func newSiteShow() *cobra.Command {

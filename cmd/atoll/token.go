@@ -11,9 +11,7 @@ import (
 )
 
 func newToken() *cobra.Command {
-	cmd := &cobra.Command{Use: "token", Short: "Make the tokens by which nodes join this site"}
-	cmd.AddCommand(newTokenCreate())
-	return cmd
+	return group(&cobra.Command{Use: "token", Short: "Make the tokens by which nodes join this site"}, newTokenCreate())
 }
 
 func newTokenCreate() *cobra.Command {
