@@ -28,6 +28,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/identity"
 	"github.com/atoll-registry/atoll/node/telemetry"
 	"github.com/atoll-registry/atoll/transfer/peernet"
 )
@@ -168,6 +169,9 @@ func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 	}
 	switch {
 	case c.Init:
+		if size := len(c.AdminPassword); size > 0 && (size < identity.MinPassword || size > identity.MaxPassword) {
+			return who, fault.New(fault.Invalid, "the first password of admin has %d to %d bytes, this one has %d; no site was founded", identity.MinPassword, identity.MaxPassword, size)
+		}
 		n.founded = true
 		return member.Found(c.Data, c.Name, c.Advertise)
 	case len(c.Join) > 0:
@@ -375,7 +379,7 @@ func (n *Node) announce() {
 		scheme = "http"
 	}
 	started := Started{
-		URL: scheme + "://" + n.public.Addr().String(), PeerAddr: n.config.Advertise, Data: n.config.Data, Founded: n.founded,
+		URL: scheme + "://" + n.reachable(), PeerAddr: n.config.Advertise, Data: n.config.Data, Founded: n.founded,
 	}
 	file := filepath.Join(n.config.Data, PasswordName)
 	if _, err := os.Stat(file); err == nil {
@@ -385,6 +389,23 @@ func (n *Node) announce() {
 	if n.config.Started != nil {
 		n.config.Started(started)
 	}
+}
+
+// reachable is the registry's address as others can use it: when it is all of the
+// machine's, one that the other nodes are told too.
+func (n *Node) reachable() string {
+	addr := n.public.Addr().String()
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return addr
+	}
+	if ip, err := netip.ParseAddr(host); err != nil || !ip.IsUnspecified() {
+		return addr
+	}
+	if host, _, err = net.SplitHostPort(n.config.Advertise); err != nil {
+		return addr
+	}
+	return net.JoinHostPort(host, port)
 }
 
 // Close lets go of what New took; for a node that is not Run.
