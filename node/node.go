@@ -259,6 +259,9 @@ func (n *Node) Run(ctx context.Context) error {
 		return err
 	}
 	n.db.Attach(n.member)
+	if err := n.rooms.settings.Load(); err != nil {
+		return err
+	}
 	n.rooms.peers.ServeForwarded(n.rooms.http)
 
 	// Three floors, each stopped when all above it have: the first error of any
@@ -266,7 +269,7 @@ func (n *Node) Run(ctx context.Context) error {
 	run, fail := context.WithCancelCause(ctx)
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
 	cluster := startFloor(run, fail, n.member.Run)
-	rooms := startFloor(run, fail, n.rooms.peers.Run, n.rooms.registry.Run)
+	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.registry.Run)
 
 	err := n.settle(run)
 	if err == nil {

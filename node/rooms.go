@@ -25,6 +25,7 @@ import (
 	"github.com/atoll-registry/atoll/node/project"
 	"github.com/atoll-registry/atoll/node/registry"
 	"github.com/atoll-registry/atoll/node/rest"
+	"github.com/atoll-registry/atoll/node/settings"
 	"github.com/atoll-registry/atoll/node/sites"
 	"github.com/atoll-registry/atoll/node/telemetry"
 )
@@ -35,6 +36,7 @@ const minFree = 256 << 20
 
 // rooms are the parts of a node, in the order in which they are built.
 type rooms struct {
+	settings *settings.Settings
 	store    *blobs.Store
 	records  *blobs.Records
 	journal  *journal.Journal
@@ -62,7 +64,7 @@ type ground struct {
 // newRooms builds the rooms and starts nothing. Adding a room is one line here
 // and, when it has operations, one in register.
 func newRooms(g ground) (*rooms, error) {
-	r := &rooms{}
+	r := &rooms{settings: settings.New(g.db, g.log)}
 	var err error
 	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{MinFree: minFree, Log: g.log}); err != nil {
 		return nil, err
@@ -117,6 +119,7 @@ func (r *rooms) register(g ground) {
 			{Name: "registry", Run: func(context.Context) error { _, _, err := r.store.Free(); return err }},
 		},
 	})
+	r.settings.Operations(r.kernel)
 	r.projects.Operations(r.kernel)
 	r.catalog.Operations(r.kernel)
 	r.peers.Operations(r.kernel)

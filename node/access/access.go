@@ -66,6 +66,9 @@ var (
 	BundleExport     = Permission{"bundle", "export"}
 	BundleImport     = Permission{"bundle", "import"}
 	MetricsRead      = Permission{"metrics", "read"}
+
+	ConfigurationRead   = Permission{"configuration", "read"}
+	ConfigurationUpdate = Permission{"configuration", "update"}
 )
 
 // Project is what a decision needs to know of a project.

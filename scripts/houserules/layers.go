@@ -70,7 +70,8 @@ var layers = [...]layer{
 	{folder: "node/blobs/...", may: under1, tests: helpers},
 	{folder: "node/journal", may: under1, tests: helpers},
 	{folder: "node/jobs", may: under1, tests: helpers},
-	{folder: "node/settings", may: under1, tests: helpers},
+	// rest knows no room, and the settings have operations like the rooms above.
+	{folder: "node/settings", may: slices.Concat(under1, []string{"node/rest"}), tests: helpers},
 
 	{folder: "node/identity", may: under2, tests: helpers},
 	{folder: "node/project", may: under2, tests: helpers},
