@@ -110,7 +110,8 @@ func (e *Engine) fly(ctx context.Context, fl *flight) {
 		if !a.Ended() {
 			a.Fail(err)
 		}
-		e.log.Warn("blob not fetched", "blob", blob.Digest, "bytes", blob.Size, "held", a.Fetch().Progress().Held, "err", err)
+		// Whoever waits for the blob is told, and knows whether it is worth a warning.
+		e.log.Debug("blob not fetched", "blob", blob.Digest, "bytes", blob.Size, "held", a.Fetch().Progress().Held, "err", err)
 	}
 	if e.cfg.Hooks.Ended != nil {
 		e.cfg.Hooks.Ended(blob.Digest, blob.Size, time.Since(began), err)
