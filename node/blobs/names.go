@@ -20,6 +20,7 @@ import (
 //	uploads/<id>           bytes of a session; <id>.state its last checkpoint
 //	partials/<hex>         a blob being fetched; <hex>.have its pieces
 //	staging/<id>/<hex>     verified blobs of an import, not visible yet
+//	quarantine/<hex>       blobs that were found damaged; made when first needed
 const (
 	formatName  = "format"
 	bootName    = "boot"
@@ -27,6 +28,8 @@ const (
 	uploadsDir  = "uploads"
 	partialsDir = "partials"
 	stagingDir  = "staging"
+
+	quarantineDir = "quarantine"
 
 	stateSuffix = ".state"
 	haveSuffix  = ".have"
@@ -67,6 +70,8 @@ func shardOf(hex string) int {
 func blobName(hex string) string    { return blobsDir + "/" + hex[:2] + "/" + hex }
 func uploadName(id string) string   { return uploadsDir + "/" + id }
 func partialName(hex string) string { return partialsDir + "/" + hex }
+
+func quarantineName(hex string) string { return quarantineDir + "/" + hex }
 
 // isUploadID reports whether s could be the name of an upload session.
 func isUploadID(s string) bool { return isHex(s, 32) }

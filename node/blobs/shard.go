@@ -47,6 +47,8 @@ func (s *Store) enter(from, hex string, size int64) (entered bool, err error) {
 	defer sh.mu.Unlock()
 	held, err := s.fs.Stat(blobName(hex))
 	switch {
+	case err == nil && s.isUnfit(hex):
+		// Damaged where it is; the new file is verified.
 	case err == nil && held.Size() == size:
 		s.sweep(from)
 		return false, nil
@@ -59,6 +61,7 @@ func (s *Store) enter(from, hex string, size int64) (entered bool, err error) {
 	if err := s.fs.Rename(from, blobName(hex)); err != nil {
 		return false, err
 	}
+	s.refit(hex)
 	sh.renamed++
 	if sh.counted {
 		sh.bytes += size
@@ -102,6 +105,7 @@ func (s *Store) unlink(hex string) error {
 	if err := s.fs.Remove(blobName(hex)); err != nil {
 		return err
 	}
+	s.refit(hex)
 	if sh.counted {
 		sh.blobs, sh.bytes = sh.blobs-1, sh.bytes-held.Size()
 	}

@@ -86,12 +86,13 @@ type Store struct {
 	mu       sync.Mutex
 	sessions map[string]*Upload
 	partials map[string]bool // open ones, by hex
+	unfit    map[string]bool // damaged and still in their place, by hex
 }
 
 // Open opens the store in dir, making it when there is none, and puts in order
 // what a crash has left: nothing of it was ever visible or acknowledged.
 func Open(dir string, o Options) (*Store, error) {
-	s := &Store{fs: o.FS, o: o, log: o.Log, boot: o.Boot, sessions: map[string]*Upload{}, partials: map[string]bool{}}
+	s := &Store{fs: o.FS, o: o, log: o.Log, boot: o.Boot, sessions: map[string]*Upload{}, partials: map[string]bool{}, unfit: map[string]bool{}}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -206,6 +207,9 @@ func (s *Store) Stat(d digest.Digest) (Info, error) {
 	unlock := s.locks.read(hex)
 	defer unlock()
 	fi, err := s.fs.Stat(blobName(hex))
+	if err == nil && s.isUnfit(hex) {
+		err = fs.ErrNotExist
+	}
 	if err != nil {
 		return Info{}, s.failed(err, d, "looking at")
 	}
@@ -225,6 +229,9 @@ func (s *Store) OpenBlob(d digest.Digest) (File, int64, error) {
 	}
 	unlock := s.locks.read(hex)
 	defer unlock()
+	if s.isUnfit(hex) {
+		return nil, 0, s.failed(fs.ErrNotExist, d, "opening")
+	}
 	return s.open(blobName(hex), d)
 }
 
@@ -274,7 +281,9 @@ func (s *Store) blobsIn(i int) ([]string, error) {
 		return nil, fmt.Errorf("listing blobs: %w", err)
 	}
 	// What is not ours is left alone and not shown.
-	return slices.DeleteFunc(names, func(name string) bool { return !isHex(name, 64) || shardOf(name) != i }), nil
+	return slices.DeleteFunc(names, func(name string) bool {
+		return !isHex(name, 64) || shardOf(name) != i || s.isUnfit(name)
+	}), nil
 }
 
 // Remove removes a blob; see RemoveIf.

@@ -75,6 +75,7 @@ type node struct {
 	// lost says that a sync failed: the bytes that differ from synced stay lost.
 	lost bool
 	at   time.Time
+	bad  error // what reading it gives
 }
 
 type change struct {
@@ -96,7 +97,7 @@ func (f *FS) Clone() *FS {
 	copies := map[*node]*node{}
 	twin := func(n *node) *node {
 		if n != nil && copies[n] == nil {
-			copies[n] = &node{n.dir, slices.Clone(n.data), slices.Clone(n.synced), n.lost, n.at}
+			copies[n] = &node{n.dir, slices.Clone(n.data), slices.Clone(n.synced), n.lost, n.at, n.bad}
 		}
 		return copies[n]
 	}
@@ -139,7 +140,20 @@ func (f *FS) SetCapacity(bytes int64) {
 func (f *FS) Flip(name string, bit int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.names[path.Clean(name)].data[bit/8] ^= 1 << (bit % 8)
+	n := f.names[path.Clean(name)]
+	for _, bytes := range [][]byte{n.data, n.synced} {
+		if bit/8 < int64(len(bytes)) {
+			bytes[bit/8] ^= 1 << (bit % 8)
+		}
+	}
+}
+
+// Spoil makes every read of a stored file fail, as sectors that went bad do; nil
+// makes it readable again.
+func (f *FS) Spoil(name string, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.names[path.Clean(name)].bad = err
 }
 
 // Crashed reports whether the machine has stopped.

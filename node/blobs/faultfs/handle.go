@@ -34,6 +34,9 @@ func (h *handle) ReadAt(b []byte, off int64) (int, error) {
 	if _, err := h.begin(); err != nil {
 		return 0, err
 	}
+	if h.node.bad != nil {
+		return 0, &fs.PathError{Op: "read", Path: h.name, Err: h.node.bad}
+	}
 	if off >= int64(len(h.node.data)) {
 		return 0, io.EOF
 	}
