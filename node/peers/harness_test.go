@@ -1,0 +1,273 @@
+package peers
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/table/tabletest"
+	"github.com/atoll-registry/atoll/node/blobs"
+)
+
+// site is several nodes in one process: one table for all of them, a store for
+// each, pipes between them.
+type site struct {
+	t       testing.TB
+	db      *table.DB
+	records *blobs.Records
+
+	mu    sync.Mutex
+	nodes []*node
+}
+
+// node is one of them; it is the Roster and the Network of its Peers.
+type node struct {
+	*Peers
+	site      *site
+	id        string
+	logs      bytes.Buffer // under site.mu
+	down      bool         // under site.mu
+	listeners map[byte]*pipes
+	cancel    context.CancelFunc
+	done      chan error
+}
+
+func newSite(t testing.TB, n int) *site {
+	t.Helper()
+	s := &site{t: t, db: tabletest.Open(t)}
+	s.records = blobs.NewRecords(s.db)
+	tabletest.Start(t, s.db)
+	for i := range n {
+		s.add(fmt.Sprintf("node%d", i+1))
+	}
+	return s
+}
+
+// add makes a node, which does not run yet.
+func (s *site) add(id string) *node {
+	s.t.Helper()
+	n := &node{site: s, id: id, listeners: map[byte]*pipes{}}
+	store, err := blobs.Open(s.t.TempDir(), blobs.Options{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	n.Peers, err = New(Config{
+		DB: s.db, Roster: n, Network: n, Store: store, Records: s.records,
+		Log: slog.New(slog.NewTextHandler(n, nil)), Registerer: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	n.ServeForwarded(http.NotFoundHandler())
+	s.mu.Lock()
+	s.nodes = append(s.nodes, n)
+	s.mu.Unlock()
+	return n
+}
+
+// run runs nodes, all without an argument, until stop or the test's end.
+func (s *site) run(nodes ...*node) {
+	if len(nodes) == 0 {
+		nodes = s.nodes
+	}
+	for _, n := range nodes {
+		ctx, cancel := context.WithCancel(context.WithoutCancel(s.t.Context()))
+		n.cancel, n.done = cancel, make(chan error, 1)
+		go func() { n.done <- n.Run(ctx) }()
+		s.t.Cleanup(n.stop)
+	}
+}
+
+func (n *node) stop() {
+	if n.cancel == nil {
+		return
+	}
+	n.cancel()
+	n.cancel = nil
+	if err := <-n.done; err != nil {
+		n.site.t.Errorf("%s ended with %v", n.id, err)
+	}
+}
+
+// setDown takes a node off the network, or brings it back.
+func (n *node) setDown(down bool) {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	n.down = down
+}
+
+// Write takes the node's log.
+func (n *node) Write(p []byte) (int, error) {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	return n.logs.Write(p)
+}
+
+// logged counts the lines of the log that hold a text.
+func (n *node) logged(text string) int {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	return strings.Count(n.logs.String(), text)
+}
+
+// Self implements Roster.
+func (n *node) Self() string { return n.id }
+
+// Live implements Roster.
+func (n *node) Live() (live []member.Member) {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	for _, o := range n.site.nodes {
+		if o == n || !o.down && !n.down {
+			live = append(live, member.Member{ID: o.id, Addr: o.id + ":5001"})
+		}
+	}
+	return live
+}
+
+// Members implements Roster.
+func (n *node) Members(table.Reader) (members []member.Member, err error) {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	for _, o := range n.site.nodes {
+		members = append(members, member.Member{ID: o.id, Addr: o.id + ":5001"})
+	}
+	return members, nil
+}
+
+// pipes is a listener.
+type pipes struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error {
+	p.once.Do(func() { close(p.closed) })
+	return nil
+}
+
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+// proven is a connection that proves its peer.
+type proven struct {
+	net.Conn
+	peer string
+}
+
+func (c proven) PeerID() string { return c.peer }
+
+func (n *node) listener(service byte) *pipes {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	if n.listeners[service] == nil {
+		n.listeners[service] = &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+	}
+	return n.listeners[service]
+}
+
+// Listen implements Network.
+func (n *node) Listen(service byte) net.Listener { return n.listener(service) }
+
+// Dial implements Network.
+func (n *node) Dial(ctx context.Context, addr string, service byte) (net.Conn, error) {
+	n.site.mu.Lock()
+	var to *node
+	for _, o := range n.site.nodes {
+		if o.id+":5001" == addr && !o.down && !n.down {
+			to = o
+		}
+	}
+	n.site.mu.Unlock()
+	if to == nil {
+		return nil, errors.New("no route to " + addr)
+	}
+	near, far := net.Pipe()
+	l := to.listener(service)
+	select {
+	case l.conns <- proven{far, n.id}:
+		return proven{near, to.id}, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// put gives a blob to nodes; the first makes its row.
+func (s *site) put(b []byte, on ...*node) digest.Digest {
+	s.t.Helper()
+	d := digest.FromBytes(b)
+	for _, n := range on {
+		if _, err := n.Store.Put(s.t.Context(), d, bytes.NewReader(b)); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	s.update(func(tx *table.Tx) error { return s.records.Live(tx, d, int64(len(b))) })
+	return d
+}
+
+func (s *site) update(fn func(*table.Tx) error) {
+	s.t.Helper()
+	if _, err := s.db.Update(s.t.Context(), fn); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *site) row(d digest.Digest) (row blobs.Blob) {
+	s.t.Helper()
+	if err := s.db.View(func(v *table.View) (err error) {
+		row, _, err = s.records.Get(v, d)
+		return err
+	}); err != nil {
+		s.t.Fatal(err)
+	}
+	return row
+}
+
+func (n *node) holds(d digest.Digest) bool {
+	_, err := n.Store.Stat(d)
+	return err == nil
+}
+
+// byPlacement are the nodes in the order of a blob's placement.
+func (s *site) byPlacement(d digest.Digest) (order []*node) {
+	var all []string
+	for _, n := range s.nodes {
+		all = append(all, n.id)
+	}
+	for _, id := range placement(d, all) {
+		for _, n := range s.nodes {
+			if n.id == id {
+				order = append(order, n)
+			}
+		}
+	}
+	return order
+}
+
+// bytesOf gives n bytes of a kind.
+func bytesOf(kind string, n int) []byte {
+	return bytes.Repeat([]byte(kind+"."), n/(len(kind)+1)+1)[:n]
+}
