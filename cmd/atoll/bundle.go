@@ -53,17 +53,24 @@ func newBundleExport() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if output != "-" {
-				fmt.Fprintf(cmd.ErrOrStderr(), "wrote %s (%s); check it anywhere with: atoll bundle verify %s --trust SITE.json\n", output, size(n), output)
+			if output == "-" {
+				return nil
 			}
-			return nil
+			return done(cmd, exported{output, n}, "wrote %s (%s); check it anywhere with: atoll bundle verify %s --trust SITE.json", output, size(n), output)
 		},
 	}
 	clientFlags(cmd)
+	formatFlag(cmd)
 	cmd.Flags().StringSliceVar(&request.Projects, "project", nil, "projects to export (default: all that this site owns)")
 	cmd.Flags().StringSliceVar(&request.To, "to", nil, "ids of the sites that may import it (default: any that trusts this one)")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "file to write; - for standard output")
 	return cmd
+}
+
+// exported is what --format json says of a bundle that was written.
+type exported struct {
+	File string `json:"file"`
+	Size int64  `json:"size"` // in bytes
 }
 
 // saveStream writes a stream that ends in a trailer-checked way to a file, which

@@ -2,6 +2,7 @@ package main
 
 import (
 	"io"
+	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 )
@@ -21,10 +22,14 @@ func newCA() *cobra.Command {
 				return err
 			}
 			defer answer.Body.Close()
-			_, err = io.Copy(cmd.OutOrStdout(), io.LimitReader(answer.Body, 1<<20))
-			return err
+			pem, err := io.ReadAll(io.LimitReader(answer.Body, 1<<20))
+			if err != nil {
+				return err
+			}
+			return show(cmd, map[string]string{"certificate": string(pem)}, func(w *tabwriter.Writer) { w.Write(pem) })
 		},
 	}
 	clientFlags(cmd)
+	formatFlag(cmd)
 	return cmd
 }

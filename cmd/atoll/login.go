@@ -112,11 +112,11 @@ func newLogin() *cobra.Command {
 			if err := saved.write(); err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.ErrOrStderr(), "logged in to %s as %s\n", c.base, username)
-			return nil
+			return done(cmd, map[string]string{"server": c.base, "username": username}, "logged in to %s as %s", c.base, username)
 		},
 	}
 	clientFlags(cmd)
+	formatFlag(cmd)
 	cmd.Flags().StringVarP(&username, "username", "u", "admin", "login name")
 	cmd.Flags().BoolVar(&fromStdin, "password-stdin", false, "read the password from standard input")
 	return cmd

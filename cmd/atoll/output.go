@@ -39,6 +39,16 @@ func show(cmd *cobra.Command, data any, table func(w *tabwriter.Writer)) error {
 	return w.Flush()
 }
 
+// done says what a command did: on standard error for a person, or as data on
+// standard output.
+func done(cmd *cobra.Command, data any, format string, args ...any) error {
+	if chosen, _ := cmd.Flags().GetString("format"); chosen == "json" {
+		return show(cmd, data, nil)
+	}
+	_, err := fmt.Fprintf(cmd.ErrOrStderr(), format+"\n", args...)
+	return err
+}
+
 func row(w io.Writer, cells ...any) {
 	texts := make([]string, len(cells))
 	for i, cell := range cells {

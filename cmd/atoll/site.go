@@ -158,10 +158,10 @@ func newSiteDistrust() *cobra.Command {
 			if err := c.call(cmd.Context(), "DELETE", "/api/atoll/v1/site/trusts/"+url.PathEscape(args[0]), nil, nil); err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.ErrOrStderr(), "site %s is trusted no longer\n", args[0])
-			return nil
+			return done(cmd, map[string]string{"id": args[0]}, "site %s is trusted no longer", args[0])
 		},
 	}
 	clientFlags(cmd)
+	formatFlag(cmd)
 	return cmd
 }
