@@ -238,6 +238,27 @@ func (n *Node) leadIndex(ctx context.Context) (uint64, error) {
 	return index, nil
 }
 
+// OwnIndex is ReadIndex for a leader that is the only voter, and so its own
+// majority: there is nobody to ask, and nothing to wait for. It is not ok on
+// every other node, and on a leader that is new.
+func (n *Node) OwnIndex() (uint64, bool) {
+	in := n.raft.Load()
+	if in == nil {
+		return 0, false
+	}
+	term := in.CurrentTerm()
+	if n.term.Load() != term || in.State() != raft.Leader || !in.loneVoter() {
+		return 0, false
+	}
+	index := in.CommitIndex()
+	// Another voter, made meanwhile, leads only with this node's vote, which
+	// changes the term before that one commits anything.
+	if in.State() != raft.Leader || in.CurrentTerm() != term {
+		return 0, false
+	}
+	return index, true
+}
+
 // confirmTerm returns once a majority of the voters, this node among them, has
 // said after the call that it knows no later term.
 func (n *Node) confirmTerm(ctx context.Context, in *instance, term uint64) error {

@@ -34,6 +34,11 @@ type Backend interface {
 // heard of.
 type contact interface{ LastContact() time.Time }
 
+// ownIndexer is what a Backend may also have: a read index that takes no message
+// to anybody, since this node alone decides what is committed. Reads then need
+// no round that they share.
+type ownIndexer interface{ OwnIndex() (uint64, bool) }
+
 // DB is a node's copy of the site's state and the way to change the site's.
 type DB struct {
 	engine kv.Engine
