@@ -222,32 +222,38 @@ func (e *bolt) Close() error {
 	return err
 }
 
-// boltTx is a bbolt transaction with its buckets at hand.
+// boltTx is a bbolt transaction with the buckets that were used so far at hand:
+// most reads need two of them, and opening one costs as much as reading a row.
 type boltTx struct {
 	tx      *bbolt.Tx
 	buckets [spaces]*bbolt.Bucket
 }
 
-func newBoltTx(tx *bbolt.Tx) *boltTx {
-	t := &boltTx{tx: tx}
-	for s := range spaces {
-		t.buckets[s] = tx.Bucket([]byte(s.String()))
-	}
-	if tx.Writable() {
+func newBoltTx(tx *bbolt.Tx) *boltTx { return &boltTx{tx: tx} }
+
+func (t *boltTx) bucket(s Space) *bbolt.Bucket {
+	b := t.buckets[s]
+	if b == nil {
+		b = t.tx.Bucket([]byte(s.String()))
 		// These only grow at their end: full pages need no room.
-		t.buckets[seen].FillPercent = 0.95
-		t.buckets[entries].FillPercent = 0.9
+		switch s {
+		case seen:
+			b.FillPercent = 0.95
+		case entries:
+			b.FillPercent = 0.9
+		}
+		t.buckets[s] = b
 	}
-	return t
+	return b
 }
 
 func (t *boltTx) Release() { _ = t.tx.Rollback() } // fails only when already released
 
-func (t *boltTx) Lookup(s Space, key []byte) []byte { return t.buckets[s].Get(key) }
+func (t *boltTx) Lookup(s Space, key []byte) []byte { return t.bucket(s).Get(key) }
 
 func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
 	return func(yield func([]byte, []byte) bool) {
-		c := t.buckets[s].Cursor()
+		c := t.bucket(s).Cursor()
 		for k, v := c.Seek(from); k != nil && (to == nil || bytes.Compare(k, to) < 0); k, v = c.Next() {
 			if !yield(k, v) {
 				return
@@ -256,6 +262,6 @@ func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
 	}
 }
 
-func (t *boltTx) Set(s Space, key, value []byte) error { return t.buckets[s].Put(key, value) }
+func (t *boltTx) Set(s Space, key, value []byte) error { return t.bucket(s).Put(key, value) }
 
-func (t *boltTx) Unset(s Space, key []byte) error { return t.buckets[s].Delete(key) }
+func (t *boltTx) Unset(s Space, key []byte) error { return t.bucket(s).Delete(key) }
