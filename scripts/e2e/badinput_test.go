@@ -199,7 +199,8 @@ func TestBadTokens(t *testing.T) {
 			t.Errorf("a token that is %s: %v; want the error to say %q", c.name, err, c.want)
 		}
 	}
-	third := lab.NewNode(host, built.atoll, data)
+	// Not under the name of the node that was up a moment ago.
+	third := lab.NewNode(host, built.atoll, data, "--name", "third")
 	t.Cleanup(third.Kill)
 	if err := third.Start(ctx, "--join", first.PeerAddr(), "--token", good); err != nil {
 		t.Errorf("a good token after bad ones: %v", err)

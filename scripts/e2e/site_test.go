@@ -90,6 +90,10 @@ func TestLastNodeServesPullsAndRefusesPushes(t *testing.T) {
 	// On the wire, since clients try again and again what may go well later.
 	w := s.wire(last)
 	manifest := w.get(ctx, "/v2/library/app/manifests/v1", http.StatusOK)
+	if manifest.header.Get("Atoll-Stale") == "" {
+		t.Error("an answer that no leader confirmed does not say how old it may be")
+	}
+	w.get(ctx, "/v2/library/app/manifests/nothing", http.StatusServiceUnavailable) // nobody can know
 	push := w.request(ctx, http.MethodPut, "/v2/library/app/manifests/v2", bytes.NewReader(manifest.body))
 	push.Header.Set("Content-Type", manifest.header.Get("Content-Type"))
 	refused := w.do(push)

@@ -162,7 +162,7 @@ func TestBlobIsReadWhileItArrives(t *testing.T) {
 	t.Parallel()
 	ctx := deadline(t, 3*time.Minute)
 	s := newSite(ctx, t, newLab(t), plan{name: "w", net: 79, nodes: 4})
-	data, d := randomBytes(t, 24<<20)
+	data, d := randomBytes(t, 48<<20)
 	w := s.wire(s.nodes[0])
 	w.pushBlob(ctx, "library/slow", data)
 	var lacking []*lab.Node
@@ -172,7 +172,7 @@ func TestBlobIsReadWhileItArrives(t *testing.T) {
 	})
 	node := lacking[0]
 
-	const rate = 2 << 20 // bytes a second
+	const rate = 6 << 20 // bytes a second
 	if err := node.Host.Shape(ctx, rate); err != nil {
 		t.Fatal(err)
 	}
