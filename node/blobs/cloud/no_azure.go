@@ -1,0 +1,5 @@
+//go:build !(azure || cloud)
+
+package cloud
+
+func openAzure() opener { return nil }

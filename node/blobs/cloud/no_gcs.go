@@ -1,0 +1,5 @@
+//go:build !(gcs || cloud)
+
+package cloud
+
+func openGCS() opener { return nil }
