@@ -30,7 +30,7 @@ const password = "Correct1Horse"
 // fast are timings at which a test need not wait long for a node to be missed.
 var fast = member.Timings{
 	Heartbeat: time.Second, Election: time.Second, Lease: 500 * time.Millisecond,
-	Ping: 100 * time.Millisecond, Live: time.Second,
+	Ping: 100 * time.Millisecond, Live: time.Second, LeaderWait: 5 * time.Second,
 }
 
 // running is a node of a test with a client of it.
