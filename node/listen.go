@@ -32,7 +32,7 @@ func listen(flag, addr string) (net.Listener, error) {
 	case errors.Is(err, syscall.EACCES):
 		return nil, fault.Wrap(err, fault.Denied, "this user may not listen on %s; choose a port above 1023 with %s", addr, flag)
 	}
-	return nil, fault.Wrap(err, fault.Invalid, "cannot listen on %s (%s): %v", addr, flag, err)
+	return nil, fault.Wrap(err, fault.Invalid, "cannot listen on %s (%s)", addr, flag)
 }
 
 // listenSocket makes the Unix socket of the data directory, which this process
@@ -49,7 +49,7 @@ func listenSocket(ctx context.Context, dir string) (net.Listener, error) {
 	}}
 	l, err := c.Listen(ctx, "unix", name)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Invalid, "cannot make the socket %s: %v (its path may have at most 107 characters)", name, err)
+		return nil, fault.Wrap(err, fault.Invalid, "cannot make the socket %s", name)
 	}
 	return l, os.Chmod(name, 0o600)
 }
@@ -75,7 +75,7 @@ func (n *Node) tlsConfig() (*tls.Config, error) {
 	case c.CertFile != "":
 		files := &fileCertificate{cert: c.CertFile, key: c.KeyFile}
 		if _, err := files.get(nil); err != nil {
-			return nil, fault.Wrap(err, fault.Invalid, "the certificate %s with the key %s cannot be used: %v", c.CertFile, c.KeyFile, err)
+			return nil, fault.Wrap(err, fault.Invalid, "the certificate %s with the key %s cannot be used", c.CertFile, c.KeyFile)
 		}
 		config.GetCertificate = files.get
 	case c.TLS == TLSOff, c.TLS == TLSDefault && loopback(c.Listen):

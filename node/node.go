@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"time"
@@ -101,6 +102,12 @@ func (c *Config) complete() error {
 	}
 	if c.Data == "" {
 		c.Data = DefaultDataDir()
+	}
+	if err := checkDir(c.Data); err != nil {
+		return err
+	}
+	if u, err := url.Parse(c.ExternalURL); c.ExternalURL != "" && (err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https") {
+		return fault.New(fault.Invalid, "--external-url %s is no URL such as https://registry.example", c.ExternalURL)
 	}
 	host, _, err := net.SplitHostPort(c.Listen)
 	if err != nil {
