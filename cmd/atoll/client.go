@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -80,6 +81,9 @@ func serverClient(server, ca string, saved logins) (*client, error) {
 		server = "https://" + server
 	}
 	server = strings.TrimRight(server, "/")
+	if u, err := url.Parse(server); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return nil, usageError{fmt.Errorf("--server %s is no URL of a node, such as https://registry.example:443", server)}
+	}
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	login := saved.Servers[server]
 	pem := []byte(login.CA)
