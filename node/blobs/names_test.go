@@ -15,6 +15,7 @@ func FuzzNames(f *testing.F) {
 	for _, seed := range []string{
 		"", ".", "..", "../../etc/passwd", "sha256:", "sha256:..", "a/b", "import-1", "a\x00b", ".tmp", "A.state", "-x",
 		"sha256:" + strings.Repeat("a", 64), "sha256:" + strings.Repeat("A", 64), "sha512:" + strings.Repeat("a", 128),
+		"sha512-" + strings.Repeat("a", 128), "sha384:" + strings.Repeat("a", 96),
 		"sha256:" + strings.Repeat("../", 21) + "x", strings.Repeat("0", 32), strings.Repeat("０", 32),
 	} {
 		f.Add(seed)
@@ -26,12 +27,21 @@ func FuzzNames(f *testing.F) {
 				t.Fatalf("%q becomes %q, which is not a name in %q", s, name, dir)
 			}
 		}
-		if hex, err := hexOf(digest.Digest(s)); err == nil {
-			if string(digestOf(hex)) != s || digest.Digest(s).Validate() != nil {
-				t.Fatalf("%q is taken for digest %q", s, digestOf(hex))
+		if k, err := keyOf(digest.Digest(s)); err == nil {
+			if string(k.digest()) != s || digest.Digest(s).Validate() != nil {
+				t.Fatalf("%q is taken for digest %q", s, k)
 			}
-			inside(blobName(hex), shardName(shardOf(hex)))
-			inside(partialName(hex), partialsDir)
+			inside(k.blob(), shardName(k.shard()))
+			inside(k.partial(), partialsDir)
+			if back, ok := keyIn(k.shard(), filepath.Base(k.blob())); !ok || back != k {
+				t.Fatalf("the file of %q is taken for %q, %v", k, back, ok)
+			}
+			if back, ok := keyOfPlain(k.plain()); !ok || back != k {
+				t.Fatalf("the plain name of %q is taken for %q, %v", k, back, ok)
+			}
+		}
+		if k, ok := keyOfPlain(s); ok && k.plain() != s {
+			t.Fatalf("%q is taken for %q", s, k)
 		}
 		if isUploadID(s) {
 			inside(uploadName(s), uploadsDir)
@@ -43,7 +53,7 @@ func FuzzNames(f *testing.F) {
 }
 
 func FuzzState(f *testing.F) {
-	good := encodeState(uploadState{1 << 33, bytes.Repeat([]byte{7}, 108)})
+	good := encodeState(uploadState{1 << 33, digest.SHA512, bytes.Repeat([]byte{7}, 108)})
 	f.Add(good)
 	f.Add(good[:len(good)-1])
 	f.Add([]byte(stateMagic))

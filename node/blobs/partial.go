@@ -2,9 +2,7 @@ package blobs
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -37,8 +35,7 @@ const (
 // concurrent use.
 type Partial struct {
 	s    *Store
-	d    digest.Digest
-	hex  string
+	key  key
 	size int64
 	file Handle
 
@@ -58,7 +55,7 @@ type Partial struct {
 // an earlier one left. One at a time: else fault.Conflict. fault.Limit when the
 // blob does not fit on the disk.
 func (s *Store) NewPartial(ctx context.Context, d digest.Digest, size int64) (*Partial, error) {
-	hexName, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return nil, err
 	}
@@ -69,15 +66,15 @@ func (s *Store) NewPartial(ctx context.Context, d digest.Digest, size int64) (*P
 		return nil, fault.New(fault.Invalid, "blob %s cannot have %d bytes", d, size).WithCode("SIZE_INVALID")
 	}
 	s.mu.Lock()
-	open := s.partials[hexName]
-	s.partials[hexName] = true
+	open := s.partials[k]
+	s.partials[k] = true
 	s.mu.Unlock()
 	if open {
 		return nil, fault.New(fault.Conflict, "blob %s is being fetched already", d)
 	}
-	p := &Partial{s: s, d: d, hex: hexName, size: size, have: make([]byte, (pieces(size)+7)/8)}
+	p := &Partial{s: s, key: k, size: size, have: make([]byte, (pieces(size)+7)/8)}
 	if err := p.open(); err != nil {
-		s.closePartial(hexName)
+		s.closePartial(k)
 		return nil, err
 	}
 	return p, nil
@@ -85,14 +82,14 @@ func (s *Store) NewPartial(ctx context.Context, d digest.Digest, size int64) (*P
 
 func pieces(size int64) int { return int((size + PieceSize - 1) / PieceSize) }
 
-func (s *Store) closePartial(hex string) {
+func (s *Store) closePartial(k key) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.partials, hex)
+	delete(s.partials, k)
 }
 
 func (p *Partial) open() error {
-	if b, err := p.s.read(partialName(p.hex) + haveSuffix); err == nil {
+	if b, err := p.s.read(p.key.partial() + haveSuffix); err == nil {
 		if have, err := decodeHave(b, p.size); err == nil {
 			p.have = have
 			for _, b := range have {
@@ -103,7 +100,7 @@ func (p *Partial) open() error {
 	if err := p.s.room(p.size - p.bytes()); err != nil {
 		return err
 	}
-	f, err := p.s.fs.OpenFile(partialName(p.hex), os.O_RDWR|os.O_CREATE)
+	f, err := p.s.fs.OpenFile(p.key.partial(), os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return p.failed(err, "opening")
 	}
@@ -113,7 +110,7 @@ func (p *Partial) open() error {
 		// it must not vouch for the new file.
 		clear(p.have)
 		p.marked = 0
-		err = p.s.fs.Remove(partialName(p.hex) + haveSuffix)
+		err = p.s.fs.Remove(p.key.partial() + haveSuffix)
 		if err == nil || errors.Is(err, fs.ErrNotExist) {
 			err = f.Truncate(p.size)
 		}
@@ -129,7 +126,7 @@ func (p *Partial) failed(err error, doing string) error {
 	if full(err) {
 		return noSpace(err)
 	}
-	return fmt.Errorf("%s the partial of blob %s: %w", doing, p.d, err)
+	return fmt.Errorf("%s the partial of blob %s: %w", doing, p.key, err)
 }
 
 // Size gives the size of the whole blob in bytes.
@@ -138,7 +135,7 @@ func (p *Partial) Size() int64 { return p.size }
 // WriteAt writes unverified bytes; MarkPiece says when a piece is good.
 func (p *Partial) WriteAt(b []byte, off int64) (int, error) {
 	if off < 0 || off > p.size-int64(len(b)) {
-		return 0, fault.New(fault.Invalid, "bytes %d to %d are not in blob %s of %d bytes", off, off+int64(len(b)), p.d, p.size)
+		return 0, fault.New(fault.Invalid, "bytes %d to %d are not in blob %s of %d bytes", off, off+int64(len(b)), p.key, p.size)
 	}
 	p.writing.RLock()
 	defer p.writing.RUnlock()
@@ -149,7 +146,7 @@ func (p *Partial) WriteAt(b []byte, off int64) (int, error) {
 		return 0, broken
 	}
 	if over {
-		return 0, fmt.Errorf("writing the partial of blob %s: %w", p.d, fs.ErrClosed)
+		return 0, fmt.Errorf("writing the partial of blob %s: %w", p.key, fs.ErrClosed)
 	}
 	n, err := p.file.WriteAt(b, off)
 	if err == nil && n < len(b) {
@@ -193,7 +190,7 @@ func (p *Partial) MarkPiece(i int) error {
 	p.mu.Lock()
 	if i < 0 || i >= pieces(p.size) {
 		p.mu.Unlock()
-		return fault.New(fault.Invalid, "blob %s has no piece %d", p.d, i)
+		return fault.New(fault.Invalid, "blob %s has no piece %d", p.key, i)
 	}
 	if bit := byte(1) << (i % 8); p.have[i/8]&bit == 0 {
 		p.have[i/8] |= bit
@@ -220,7 +217,7 @@ func (p *Partial) flush() error {
 	}
 	err := p.file.Sync()
 	if err == nil {
-		err = p.s.replace(partialName(p.hex)+haveSuffix, list)
+		err = p.s.replace(p.key.partial()+haveSuffix, list)
 	}
 	if err != nil {
 		// What a failed sync leaves in memory may look right and never reach the
@@ -244,14 +241,13 @@ func (p *Partial) Commit(ctx context.Context) (Info, error) {
 	broken, placed, complete := p.broken, p.placed, p.marked == pieces(p.size)
 	p.mu.Unlock()
 	if broken != nil || placed {
-		return Info{Digest: p.d, Size: p.size}, broken
+		return Info{Digest: p.key.digest(), Size: p.size}, broken
 	}
-	sum := sha256.New()
+	sum := p.key.algorithm().Hash()
 	if err := p.s.hash(ctx, sum, p.file, 0, p.size); err != nil {
 		return Info{}, p.failed(err, "verifying")
 	}
-	if got := hex.EncodeToString(sum.Sum(nil)); got != p.hex {
-		err := wrongDigest(digestOf(got), p.d, p.size)
+	if err := p.key.verify(sum, p.size); err != nil {
 		if complete {
 			p.drop(err)
 		}
@@ -259,7 +255,7 @@ func (p *Partial) Commit(ctx context.Context) (Info, error) {
 	}
 	err := p.file.Sync()
 	if err == nil {
-		err = p.s.place(partialName(p.hex), p.hex, p.size)
+		err = p.s.place(p.key.partial(), p.key, p.size)
 	}
 	if err != nil {
 		err = p.failed(err, "storing")
@@ -269,8 +265,8 @@ func (p *Partial) Commit(ctx context.Context) (Info, error) {
 	p.mu.Lock()
 	p.placed = true
 	p.mu.Unlock()
-	p.s.sweep(partialName(p.hex) + haveSuffix)
-	return Info{Digest: p.d, Size: p.size}, nil
+	p.s.sweep(p.key.partial() + haveSuffix)
+	return Info{Digest: p.key.digest(), Size: p.size}, nil
 }
 
 // drop forgets what the partial holds; err answers every later call.
@@ -278,8 +274,8 @@ func (p *Partial) drop(err error) {
 	p.mu.Lock()
 	p.broken = err
 	p.mu.Unlock()
-	p.s.sweep(partialName(p.hex) + haveSuffix) // before the file that it vouches for
-	p.s.sweep(partialName(p.hex))
+	p.s.sweep(p.key.partial() + haveSuffix) // before the file that it vouches for
+	p.s.sweep(p.key.partial())
 }
 
 // Close saves what is marked, for a later NewPartial, and closes the file.
@@ -293,7 +289,7 @@ func (p *Partial) Close() error {
 	if closed {
 		return nil
 	}
-	defer p.s.closePartial(p.hex)
+	defer p.s.closePartial(p.key)
 	var err error
 	if !placed && broken == nil {
 		err = p.flush()
@@ -306,7 +302,7 @@ func (p *Partial) Abort() error {
 	p.mu.Lock()
 	if done := p.closed || p.placed; !done {
 		p.mu.Unlock()
-		p.drop(fault.New(fault.Unavailable, "the fetch of blob %s was given up", p.d))
+		p.drop(fault.New(fault.Unavailable, "the fetch of blob %s was given up", p.key))
 	} else {
 		p.mu.Unlock()
 	}
@@ -321,13 +317,13 @@ func (s *Store) recoverPartials() error {
 	}
 	files := map[string]bool{}
 	for _, name := range names {
-		if isHex(name, 64) {
+		if _, ok := keyOfPlain(name); ok {
 			files[name] = true
 		}
 	}
 	for _, name := range names {
 		if !files[strings.TrimSuffix(name, haveSuffix)] {
-			s.sweep(partialName(name))
+			s.sweep(partialsDir + "/" + name)
 		}
 	}
 	return nil
@@ -342,28 +338,29 @@ func (s *Store) expirePartials(ctx context.Context, olderThan time.Duration) (n 
 		if ctx.Err() != nil {
 			return n, ctx.Err()
 		}
-		fi, err := s.fs.Stat(partialName(name))
-		if !isHex(name, 64) || err != nil || time.Since(fi.ModTime()) <= olderThan {
+		k, ok := keyOfPlain(name)
+		fi, err := s.fs.Stat(partialsDir + "/" + name)
+		if !ok || err != nil || time.Since(fi.ModTime()) <= olderThan {
 			continue
 		}
 		s.mu.Lock()
-		open := s.partials[name]
+		open := s.partials[k]
 		if !open {
-			s.partials[name] = true
+			s.partials[k] = true
 		}
 		s.mu.Unlock()
 		if open {
 			continue
 		}
-		s.sweep(partialName(name) + haveSuffix)
-		s.sweep(partialName(name))
-		s.closePartial(name)
+		s.sweep(k.partial() + haveSuffix)
+		s.sweep(k.partial())
+		s.closePartial(k)
 		n++
 	}
 	return n, nil
 }
 
-// What <hex>.have holds: the magic, the blob's size and the piece size (big
+// What <algorithm>-<hex>.have holds: the magic, the blob's size and the piece size (big
 // endian, 64 bits each), the bits, and CRC-32C of all before.
 const haveMagic = "atoll-pieces 1\n"
 

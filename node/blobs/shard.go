@@ -8,7 +8,7 @@ import (
 	"sync"
 )
 
-// shard is one of the 256 directories of blobs.
+// shard is one of the directories of blobs.
 type shard struct {
 	mu sync.Mutex
 	// renamed counts the renames into the directory and synced how many of them
@@ -24,16 +24,16 @@ type shard struct {
 // drops it when the blob is held. After a failure the blob is not visible,
 // unless it was before. It holds the blob's lock to the end, so that nobody
 // acknowledges a blob which a failed sync is about to take back.
-func (s *Store) place(from, hex string, size int64) error {
-	unlock, _ := s.locks.write(hex)
+func (s *Store) place(from string, k key, size int64) error {
+	unlock, _ := s.locks.write(k)
 	defer unlock()
-	entered, err := s.enter(from, hex, size)
+	entered, err := s.enter(from, k, size)
 	if err != nil {
 		return err
 	}
-	err = s.settle(shardOf(hex))
+	err = s.settle(k.shard())
 	if err != nil && entered {
-		err = errors.Join(err, s.unlink(hex))
+		err = errors.Join(err, s.unlink(k))
 	}
 	return err
 }
@@ -41,27 +41,27 @@ func (s *Store) place(from, hex string, size int64) error {
 // enter makes a verified and synced file visible and says whether it did: not
 // when the blob is held. It is durable once its shard is settled. The caller
 // holds the blob's lock.
-func (s *Store) enter(from, hex string, size int64) (entered bool, err error) {
-	sh := &s.shards[shardOf(hex)]
+func (s *Store) enter(from string, k key, size int64) (entered bool, err error) {
+	sh := &s.shards[k.shard()]
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	held, err := s.fs.Stat(blobName(hex))
+	held, err := s.fs.Stat(k.blob())
 	switch {
-	case err == nil && s.isUnfit(hex):
+	case err == nil && s.isUnfit(k):
 		// Damaged where it is; the new file is verified.
 	case err == nil && held.Size() == size:
 		s.sweep(from)
 		return false, nil
 	case err == nil:
 		// Not what was stored here: a broken file system. The new file is verified.
-		s.log.Error("a held blob had the wrong size and was replaced", "blob", digestOf(hex), "size", held.Size(), "want", size)
+		s.log.Error("a held blob had the wrong size and was replaced", "blob", k.digest(), "size", held.Size(), "want", size)
 	case !errors.Is(err, fs.ErrNotExist):
 		return false, err
 	}
-	if err := s.fs.Rename(from, blobName(hex)); err != nil {
+	if err := s.fs.Rename(from, k.blob()); err != nil {
 		return false, err
 	}
-	s.refit(hex)
+	s.refit(k)
 	sh.renamed++
 	if sh.counted {
 		sh.bytes += size
@@ -94,18 +94,18 @@ func (s *Store) settle(i int) error {
 }
 
 // unlink removes a blob's file; the caller holds the blob's lock.
-func (s *Store) unlink(hex string) error {
-	sh := &s.shards[shardOf(hex)]
+func (s *Store) unlink(k key) error {
+	sh := &s.shards[k.shard()]
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	held, err := s.fs.Stat(blobName(hex))
+	held, err := s.fs.Stat(k.blob())
 	if err != nil {
 		return err
 	}
-	if err := s.fs.Remove(blobName(hex)); err != nil {
+	if err := s.fs.Remove(k.blob()); err != nil {
 		return err
 	}
-	s.refit(hex)
+	s.refit(k)
 	if sh.counted {
 		sh.blobs, sh.bytes = sh.blobs-1, sh.bytes-held.Size()
 	}
@@ -143,19 +143,19 @@ func (s *Store) count(i int, u *Usage) error {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
 	if !sh.counted {
-		names, err := s.blobsIn(i)
+		keys, err := s.blobsIn(i)
 		if err != nil {
 			return err
 		}
 		var bytes int64
-		for _, name := range names {
-			fi, err := s.fs.Stat(blobName(name))
+		for _, k := range keys {
+			fi, err := s.fs.Stat(k.blob())
 			if err != nil {
 				return fmt.Errorf("measuring blobs: %w", err)
 			}
 			bytes += fi.Size()
 		}
-		sh.counted, sh.blobs, sh.bytes = true, len(names), bytes
+		sh.counted, sh.blobs, sh.bytes = true, len(keys), bytes
 	}
 	u.Blobs += sh.blobs
 	u.Bytes += sh.bytes
@@ -192,7 +192,7 @@ func (s *Store) sizes(dir string, sum *int64, depth int) error {
 // locks has one lock for each digest in use.
 type locks struct {
 	mu  sync.Mutex
-	all map[string]*lock
+	all map[key]*lock
 }
 
 type lock struct {
@@ -201,52 +201,52 @@ type lock struct {
 	pins  int // changed only while holding the read lock and locks.mu
 }
 
-func (l *locks) use(hex string) *lock {
+func (l *locks) use(d key) *lock {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.all == nil {
-		l.all = map[string]*lock{}
+		l.all = map[key]*lock{}
 	}
-	k := l.all[hex]
+	k := l.all[d]
 	if k == nil {
 		k = &lock{}
-		l.all[hex] = k
+		l.all[d] = k
 	}
 	k.users++
 	return k
 }
 
-func (l *locks) leave(hex string, k *lock, pins int) {
+func (l *locks) leave(d key, k *lock, pins int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	k.pins -= pins
 	if k.users--; k.users == 0 {
-		delete(l.all, hex)
+		delete(l.all, d)
 	}
 }
 
-func (l *locks) read(hex string) (unlock func()) {
-	k := l.use(hex)
+func (l *locks) read(d key) (unlock func()) {
+	k := l.use(d)
 	k.RLock()
-	return func() { k.RUnlock(); l.leave(hex, k, 0) }
+	return func() { k.RUnlock(); l.leave(d, k, 0) }
 }
 
-func (l *locks) write(hex string) (unlock func(), pinned bool) {
-	k := l.use(hex)
+func (l *locks) write(d key) (unlock func(), pinned bool) {
+	k := l.use(d)
 	k.Lock()
 	l.mu.Lock()
 	pinned = k.pins > 0
 	l.mu.Unlock()
-	return func() { k.Unlock(); l.leave(hex, k, 0) }, pinned
+	return func() { k.Unlock(); l.leave(d, k, 0) }, pinned
 }
 
 // pin waits for a removal under way, then forbids others.
-func (l *locks) pin(hex string) (release func()) {
-	k := l.use(hex)
+func (l *locks) pin(d key) (release func()) {
+	k := l.use(d)
 	k.RLock()
 	l.mu.Lock()
 	k.pins++
 	l.mu.Unlock()
 	k.RUnlock()
-	return sync.OnceFunc(func() { l.leave(hex, k, 1) })
+	return sync.OnceFunc(func() { l.leave(d, k, 1) })
 }

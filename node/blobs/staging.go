@@ -3,8 +3,6 @@ package blobs
 import (
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -59,7 +57,7 @@ func (g *Staging) failed(err error, doing string) error {
 // else it is fault.Invalid with code SIZE_INVALID or DIGEST_INVALID. A blob that
 // is staged is replaced by what is the same.
 func (g *Staging) Put(ctx context.Context, d digest.Digest, size int64, r io.Reader) error {
-	name, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return err
 	}
@@ -71,7 +69,7 @@ func (g *Staging) Put(ctx context.Context, d digest.Digest, size int64, r io.Rea
 	if err != nil {
 		return g.failed(err, "making a file in")
 	}
-	err = g.fill(ctx, f, d, size, r)
+	err = g.fill(ctx, f, k, size, r)
 	if err == nil {
 		if err = f.Sync(); err != nil {
 			err = g.failed(err, "syncing a file in")
@@ -81,7 +79,7 @@ func (g *Staging) Put(ctx context.Context, d digest.Digest, size int64, r io.Rea
 		err = g.failed(closing, "closing a file in")
 	}
 	if err == nil {
-		if err = g.s.fs.Rename(temp, g.dir+"/"+name); err != nil {
+		if err = g.s.fs.Rename(temp, g.dir+"/"+k.plain()); err != nil {
 			err = g.failed(err, "naming a file in")
 		}
 	}
@@ -91,10 +89,10 @@ func (g *Staging) Put(ctx context.Context, d digest.Digest, size int64, r io.Rea
 	return err
 }
 
-func (g *Staging) fill(ctx context.Context, f Handle, d digest.Digest, size int64, r io.Reader) error {
+func (g *Staging) fill(ctx context.Context, f Handle, k key, size int64, r io.Reader) error {
 	buf := g.s.buffers.Get().(*[bufferSize]byte)
 	defer g.s.buffers.Put(buf)
-	sum := sha256.New()
+	sum := k.algorithm().Hash()
 	var at int64
 	for {
 		if err := ctx.Err(); err != nil {
@@ -102,7 +100,7 @@ func (g *Staging) fill(ctx context.Context, f Handle, d digest.Digest, size int6
 		}
 		n, err := io.ReadFull(r, buf[:])
 		if at+int64(n) > size {
-			return fault.New(fault.Invalid, "blob %s is longer than the %d bytes announced", d, size).WithCode("SIZE_INVALID")
+			return fault.New(fault.Invalid, "blob %s is longer than the %d bytes announced", k, size).WithCode("SIZE_INVALID")
 		}
 		sum.Write(buf[:n])
 		wrote, werr := f.WriteAt(buf[:n], at)
@@ -117,26 +115,23 @@ func (g *Staging) fill(ctx context.Context, f Handle, d digest.Digest, size int6
 			break
 		}
 		if err != nil {
-			return fmt.Errorf("reading blob %s: %w", d, err)
+			return fmt.Errorf("reading blob %s: %w", k, err)
 		}
 	}
 	if at != size {
-		return fault.New(fault.Invalid, "blob %s has %d bytes, not the %d announced", d, at, size).WithCode("SIZE_INVALID")
+		return fault.New(fault.Invalid, "blob %s has %d bytes, not the %d announced", k, at, size).WithCode("SIZE_INVALID")
 	}
-	if got := digestOf(hex.EncodeToString(sum.Sum(nil))); got != d {
-		return wrongDigest(got, d, size)
-	}
-	return nil
+	return k.verify(sum, size)
 }
 
 // Has reports whether a blob is staged here; whether the store holds it already
 // is Store.Stat's answer.
 func (g *Staging) Has(d digest.Digest) (bool, error) {
-	name, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return false, err
 	}
-	_, err = g.s.fs.Stat(g.dir + "/" + name)
+	_, err = g.s.fs.Stat(g.dir + "/" + k.plain())
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -154,8 +149,8 @@ func (g *Staging) List() ([]digest.Digest, error) {
 	}
 	var staged []digest.Digest
 	for _, name := range names {
-		if isHex(name, 64) {
-			staged = append(staged, digestOf(name))
+		if k, ok := keyOfPlain(name); ok {
+			staged = append(staged, k.digest())
 		}
 	}
 	return staged, nil
@@ -163,11 +158,11 @@ func (g *Staging) List() ([]digest.Digest, error) {
 
 // Open opens a staged blob.
 func (g *Staging) Open(d digest.Digest) (File, int64, error) {
-	name, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return nil, 0, err
 	}
-	return g.s.open(g.dir+"/"+name, d)
+	return g.s.open(g.dir+"/"+k.plain(), d)
 }
 
 // Commit moves all that is staged among the blobs and ends the area. When it
@@ -182,11 +177,10 @@ func (g *Staging) Commit(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !isHex(name, 64) {
-			continue
-		}
-		if err := g.move(name); err != nil {
-			return g.failed(err, "moving blobs from")
+		if k, ok := keyOfPlain(name); ok {
+			if err := g.move(k); err != nil {
+				return g.failed(err, "moving blobs from")
+			}
 		}
 	}
 	// All shards, not only those used now: an earlier Commit of this area may
@@ -199,14 +193,15 @@ func (g *Staging) Commit(ctx context.Context) error {
 	return g.Discard()
 }
 
-func (g *Staging) move(name string) error {
-	unlock, _ := g.s.locks.write(name)
+func (g *Staging) move(k key) error {
+	unlock, _ := g.s.locks.write(k)
 	defer unlock()
-	fi, err := g.s.fs.Stat(g.dir + "/" + name)
+	staged := g.dir + "/" + k.plain()
+	fi, err := g.s.fs.Stat(staged)
 	if err != nil {
 		return err
 	}
-	_, err = g.s.enter(g.dir+"/"+name, name, fi.Size())
+	_, err = g.s.enter(staged, k, fi.Size())
 	return err
 }
 

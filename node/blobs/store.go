@@ -25,6 +25,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -80,19 +81,20 @@ type Store struct {
 	log     *slog.Logger
 	boot    string
 	locks   locks
-	shards  [256]shard
+	shards  []shard // shardsEach for each algorithm
 	buffers sync.Pool
 
 	mu       sync.Mutex
 	sessions map[string]*Upload
-	partials map[string]bool // open ones, by hex
-	unfit    map[string]bool // damaged and still in their place, by hex
+	partials map[key]bool // open ones
+	unfit    map[key]bool // damaged and still in their place
 }
 
 // Open opens the store in dir, making it when there is none, and puts in order
 // what a crash has left: nothing of it was ever visible or acknowledged.
 func Open(dir string, o Options) (*Store, error) {
-	s := &Store{fs: o.FS, o: o, log: o.Log, boot: o.Boot, sessions: map[string]*Upload{}, partials: map[string]bool{}, unfit: map[string]bool{}}
+	s := &Store{fs: o.FS, o: o, log: o.Log, boot: o.Boot, sessions: map[string]*Upload{}, partials: map[key]bool{}, unfit: map[key]bool{}}
+	s.shards = make([]shard, shardsEach*len(entry.Algorithms()))
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -159,7 +161,11 @@ func (s *Store) checkFormat() error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	for _, dir := range []string{"blobs", blobsDir, uploadsDir, partialsDir, stagingDir} {
+	parents := []string{blobsDir}
+	for _, algorithm := range entry.Algorithms() {
+		parents = append(parents, blobsDir+"/"+algorithm.String())
+	}
+	for _, dir := range slices.Concat(parents, []string{uploadsDir, partialsDir, stagingDir}) {
 		if err := s.fs.Mkdir(dir); err != nil {
 			return err
 		}
@@ -176,7 +182,8 @@ func (s *Store) checkFormat() error {
 			return fmt.Errorf("it holds blobs but no file %q to say in what format: restore that file, or give another directory", formatName)
 		}
 	}
-	for _, dir := range []string{blobsDir, "blobs", "."} {
+	slices.Reverse(parents)
+	for _, dir := range append(parents, ".") {
 		if err := s.fs.SyncDir(dir); err != nil {
 			return err
 		}
@@ -200,20 +207,20 @@ func (s *Store) Close() error {
 // Stat tells whether the store holds a blob durably; fault.NotFound with code
 // BLOB_UNKNOWN when it does not.
 func (s *Store) Stat(d digest.Digest) (Info, error) {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return Info{}, err
 	}
-	unlock := s.locks.read(hex)
+	unlock := s.locks.read(k)
 	defer unlock()
-	fi, err := s.fs.Stat(blobName(hex))
-	if err == nil && s.isUnfit(hex) {
+	fi, err := s.fs.Stat(k.blob())
+	if err == nil && s.isUnfit(k) {
 		err = fs.ErrNotExist
 	}
 	if err != nil {
 		return Info{}, s.failed(err, d, "looking at")
 	}
-	if err := s.settle(shardOf(hex)); err != nil {
+	if err := s.settle(k.shard()); err != nil {
 		return Info{}, s.failed(err, d, "syncing")
 	}
 	return Info{Digest: d, Size: fi.Size()}, nil
@@ -223,16 +230,16 @@ func (s *Store) Stat(d digest.Digest) (Info, error) {
 // the store does not hold it. A blob that is removed stays readable for those
 // who have it open.
 func (s *Store) OpenBlob(d digest.Digest) (File, int64, error) {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return nil, 0, err
 	}
-	unlock := s.locks.read(hex)
+	unlock := s.locks.read(k)
 	defer unlock()
-	if s.isUnfit(hex) {
+	if s.isUnfit(k) {
 		return nil, 0, s.failed(fs.ErrNotExist, d, "opening")
 	}
-	return s.open(blobName(hex), d)
+	return s.open(k.blob(), d)
 }
 
 func (s *Store) open(name string, d digest.Digest) (File, int64, error) {
@@ -248,51 +255,56 @@ func (s *Store) open(name string, d digest.Digest) (File, int64, error) {
 }
 
 // List gives up to n held blobs in the order of their digests, after the one
-// given ("" begins). It reads one of 256 directories at a time.
+// given ("" begins). It reads one of the directories of blobs at a time.
 func (s *Store) List(after digest.Digest, n int) ([]digest.Digest, error) {
-	last, first := "", 0
+	first := 0
 	if after != "" {
-		hex, err := hexOf(after)
+		k, err := keyOf(after)
 		if err != nil {
 			return nil, err
 		}
-		last, first = hex, shardOf(hex)
+		first = k.shard()
 	}
 	var found []digest.Digest
 	for i := first; i < len(s.shards) && len(found) < n; i++ {
-		names, err := s.blobsIn(i)
+		keys, err := s.blobsIn(i)
 		if err != nil {
 			return nil, err
 		}
-		at, _ := slices.BinarySearch(names, last+"\x00")
-		for _, name := range names[at:] {
+		at, _ := slices.BinarySearch(keys, key(after)+"\x00")
+		for _, k := range keys[at:] {
 			if len(found) == n {
 				break
 			}
-			found = append(found, digestOf(name))
+			found = append(found, k.digest())
 		}
 	}
 	return found, nil
 }
 
-func (s *Store) blobsIn(i int) ([]string, error) {
+// blobsIn lists the blobs of one directory, in order. What is not ours is left
+// alone and not shown, and what is damaged is not shown either.
+func (s *Store) blobsIn(i int) ([]key, error) {
 	names, err := s.fs.ReadDir(shardName(i))
 	if err != nil {
 		return nil, fmt.Errorf("listing blobs: %w", err)
 	}
-	// What is not ours is left alone and not shown.
-	return slices.DeleteFunc(names, func(name string) bool {
-		return !isHex(name, 64) || shardOf(name) != i || s.isUnfit(name)
-	}), nil
+	keys := make([]key, 0, len(names))
+	for _, name := range names {
+		if k, ok := keyIn(i, name); ok && !s.isUnfit(k) {
+			keys = append(keys, k)
+		}
+	}
+	return keys, nil
 }
 
 // Remove removes a blob; see RemoveIf.
 func (s *Store) Remove(d digest.Digest) error {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return err
 	}
-	return s.remove(d, hex, func() error { return nil })
+	return s.remove(k, func() error { return nil })
 }
 
 // RemoveIf removes a blob if allowed, asked under the blob's lock, answers nil:
@@ -300,24 +312,24 @@ func (s *Store) Remove(d digest.Digest) error {
 // unlink. A pinned blob is fault.Conflict, one not held fault.NotFound. The
 // unlink is not synced: after a power cut the blob may be held again.
 func (s *Store) RemoveIf(ctx context.Context, d digest.Digest, allowed func(context.Context) error) error {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return err
 	}
-	return s.remove(d, hex, func() error { return allowed(ctx) })
+	return s.remove(k, func() error { return allowed(ctx) })
 }
 
-func (s *Store) remove(d digest.Digest, hex string, allowed func() error) error {
-	unlock, pinned := s.locks.write(hex)
+func (s *Store) remove(k key, allowed func() error) error {
+	unlock, pinned := s.locks.write(k)
 	defer unlock()
 	if pinned {
-		return fault.New(fault.Conflict, "blob %s is being pushed", d)
+		return fault.New(fault.Conflict, "blob %s is being pushed", k)
 	}
 	if err := allowed(); err != nil {
 		return err
 	}
-	if err := s.unlink(hex); err != nil {
-		return s.failed(err, d, "removing")
+	if err := s.unlink(k); err != nil {
+		return s.failed(err, k.digest(), "removing")
 	}
 	return nil
 }
@@ -326,23 +338,25 @@ func (s *Store) remove(d digest.Digest, hex string, allowed func() error) error 
 // push pins before Commit and releases once the row is live, so that no
 // collection which saw the older row can unlink the file in between.
 func (s *Store) Pin(d digest.Digest) (release func()) {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return func() {}
 	}
-	return s.locks.pin(hex)
+	return s.locks.pin(k)
 }
 
 // Put stores what r gives as one blob; the failures are those of Upload. Nothing
 // of it can be resumed.
 func (s *Store) Put(ctx context.Context, d digest.Digest, r io.Reader) (Info, error) {
-	if _, err := hexOf(d); err != nil {
+	k, err := keyOf(d)
+	if err != nil {
 		return Info{}, err
 	}
 	u, err := s.NewUpload(ctx)
 	if err != nil {
 		return Info{}, err
 	}
+	u.Expect(k.algorithm())
 	if _, err := u.Append(ctx, r, 0); err != nil {
 		return Info{}, errors.Join(err, u.Cancel())
 	}

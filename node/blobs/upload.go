@@ -1,9 +1,9 @@
 package blobs
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"encoding"
 	"encoding/binary"
 	"encoding/hex"
@@ -20,6 +20,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -55,6 +56,9 @@ type Upload struct {
 	turn chan struct{} // holds one token; who has it may use the fields below
 	file Handle        // nil while parked
 	sum  hash.Hash     // of the first size bytes; nil until loaded
+	// algorithm is that of sum: sha256 unless the client said otherwise, since it
+	// names the digest only at the end.
+	algorithm digest.Algorithm
 	// saved is how many bytes the last checkpoint covers.
 	saved  int64
 	stated bool // there may be a file with a checkpoint
@@ -76,7 +80,7 @@ func (s *Store) NewUpload(ctx context.Context) (*Upload, error) {
 	var id [16]byte
 	rand.Read(id[:])
 	u := s.session(hex.EncodeToString(id[:]), 0)
-	u.sum = sha256.New()
+	u.sum = u.algorithm.Hash()
 	s.mu.Lock()
 	full := len(s.sessions) >= s.o.MaxSessions
 	if !full {
@@ -96,7 +100,19 @@ func (s *Store) NewUpload(ctx context.Context) (*Upload, error) {
 }
 
 func (s *Store) session(id string, size int64) *Upload {
-	return &Upload{s: s, id: id, turn: make(chan struct{}, 1), size: size, at: time.Now()}
+	return &Upload{s: s, id: id, turn: make(chan struct{}, 1), algorithm: digest.SHA256, size: size, at: time.Now()}
+}
+
+// Expect says, before the first byte, of which algorithm the digest will be.
+// Nothing depends on it but time: Commit with another one reads the bytes again.
+func (u *Upload) Expect(algorithm digest.Algorithm) {
+	if !u.tryAcquire() {
+		return
+	}
+	defer u.release()
+	if u.Size() == 0 && algorithm.Available() {
+		u.algorithm, u.sum = algorithm, algorithm.Hash()
+	}
 }
 
 // Upload finds a session; fault.NotFound with code BLOB_UPLOAD_UNKNOWN.
@@ -283,7 +299,7 @@ func (u *Upload) fill(ctx context.Context, r io.Reader, buf []byte) (n int, err 
 // DIGEST_INVALID and nothing is. A blob that is held already is a success. Only
 // a digest that is none (also DIGEST_INVALID) leaves the session open.
 func (u *Upload) Commit(ctx context.Context, want digest.Digest) (Info, error) {
-	hexWant, err := hexOf(want)
+	k, err := keyOf(want)
 	if err != nil {
 		return Info{}, err
 	}
@@ -294,25 +310,49 @@ func (u *Upload) Commit(ctx context.Context, want digest.Digest) (Info, error) {
 	if err := u.load(ctx); err != nil {
 		return Info{}, err
 	}
+	if err := u.turnTo(ctx, k.algorithm()); err != nil {
+		return Info{}, err
+	}
 	if err := ctx.Err(); err != nil {
 		return Info{}, err
 	}
 	defer u.end()
 	size := u.Size()
-	if got := hex.EncodeToString(u.sum.Sum(nil)); got != hexWant {
-		return Info{}, wrongDigest(digestOf(got), want, size)
+	if err := k.verify(u.sum, size); err != nil {
+		return Info{}, err
 	}
 	if err := u.file.Sync(); err != nil {
 		return Info{}, u.failed(err, "syncing")
 	}
-	if err := u.s.place(uploadName(u.id), hexWant, size); err != nil {
+	if err := u.s.place(uploadName(u.id), k, size); err != nil {
 		return Info{}, u.failed(err, "storing")
 	}
 	return Info{Digest: want, Size: size}, nil
 }
 
-func wrongDigest(got, want digest.Digest, size int64) error {
-	return fault.New(fault.Invalid, "the %d bytes have digest %s, not %s: send the blob again", size, got, want).WithCode("DIGEST_INVALID")
+// turnTo hashes the bytes again when the digest is of another algorithm than
+// was expected. A disk that cannot be read ends the session.
+func (u *Upload) turnTo(ctx context.Context, algorithm digest.Algorithm) error {
+	if u.algorithm == algorithm {
+		return nil
+	}
+	sum := algorithm.Hash()
+	if err := u.s.hash(ctx, sum, u.file, 0, u.Size()); err != nil {
+		if ctx.Err() == nil {
+			u.end()
+		}
+		return u.failed(err, "reading")
+	}
+	u.algorithm, u.sum = algorithm, sum
+	return nil
+}
+
+// verify holds the hash of size bytes against the digest.
+func (k key) verify(sum hash.Hash, size int64) error {
+	if got := digest.NewDigest(k.algorithm(), sum); got != k.digest() {
+		return fault.New(fault.Invalid, "the %d bytes have digest %s, not %s: send the blob again", size, got, k).WithCode("DIGEST_INVALID")
+	}
+	return nil
 }
 
 // Cancel ends the session and frees its space. One that has ended is no error.
@@ -419,9 +459,13 @@ func (u *Upload) load(ctx context.Context) error {
 }
 
 func (u *Upload) rehash(ctx context.Context) error {
-	u.sum = sha256.New()
 	u.saved = 0
-	if state, err := u.readState(); err == nil && state.size <= u.Size() {
+	state, err := u.readState()
+	if err == nil {
+		u.algorithm = state.algorithm
+	}
+	u.sum = u.algorithm.Hash()
+	if err == nil && state.size <= u.Size() {
 		if err := u.sum.(encoding.BinaryUnmarshaler).UnmarshalBinary(state.sum); err != nil {
 			u.sum.Reset() // of another version of Go: hash everything
 		} else {
@@ -481,14 +525,16 @@ func (u *Upload) checkpoint() error {
 		return err
 	}
 	u.saved, u.stated = u.Size(), true
-	return u.s.replace(uploadName(u.id)+stateSuffix, encodeState(uploadState{u.saved, sum}))
+	return u.s.replace(uploadName(u.id)+stateSuffix, encodeState(uploadState{u.saved, u.algorithm, sum}))
 }
 
 // uploadState is what <id>.state holds: the magic, the size (big endian, 64
-// bits), the state of the hash as Go marshals it, and CRC-32C of all before.
+// bits), the algorithm's name and a NUL, the state of the hash as Go marshals it,
+// and CRC-32C of all before.
 type uploadState struct {
-	size int64
-	sum  []byte
+	size      int64
+	algorithm digest.Algorithm
+	sum       []byte
 }
 
 const stateMagic = "atoll-upload 1\n"
@@ -497,6 +543,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func encodeState(st uploadState) []byte {
 	b := binary.BigEndian.AppendUint64([]byte(stateMagic), uint64(st.size))
+	b = append(b, st.algorithm...)
+	b = append(b, 0)
 	b = append(b, st.sum...)
 	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
@@ -513,10 +561,12 @@ func decodeState(b []byte) (uploadState, error) {
 	}
 	body = body[len(stateMagic):]
 	size := int64(binary.BigEndian.Uint64(body))
-	if size < 0 {
+	name, state, ok := bytes.Cut(body[8:], []byte{0})
+	algorithm, err := entry.ParseAlgorithm(string(name))
+	if size < 0 || !ok || err != nil {
 		return uploadState{}, errState
 	}
-	return uploadState{size, body[8:]}, nil
+	return uploadState{size, algorithm, state}, nil
 }
 
 func (u *Upload) readState() (uploadState, error) {

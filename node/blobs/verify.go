@@ -28,16 +28,16 @@ type Pace func(ctx context.Context, n int) error
 // fault.NotFound with code BLOB_UNKNOWN; any other error says nothing of the
 // blob. What it reads stays out of the page cache.
 func (s *Store) Verify(ctx context.Context, d digest.Digest, pace Pace) (Info, error) {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return Info{}, err
 	}
-	f, err := s.fs.OpenFile(blobName(hex), os.O_RDONLY)
+	f, err := s.fs.OpenFile(k.blob(), os.O_RDONLY)
 	if err != nil {
 		if !unreadable(err) {
 			return Info{}, s.failed(err, d, "opening")
 		}
-		return Info{}, errors.Join(damaged(d, err), s.setAside(hex, nil))
+		return Info{}, errors.Join(damaged(d, err), s.setAside(k, nil))
 	}
 	defer f.Close()
 	seen, err := f.Stat()
@@ -47,11 +47,11 @@ func (s *Store) Verify(ctx context.Context, d digest.Digest, pace Pace) (Info, e
 	err = s.compare(ctx, d, f, pace)
 	switch {
 	case errors.Is(err, ErrDamaged):
-		return Info{}, errors.Join(err, s.setAside(hex, seen))
+		return Info{}, errors.Join(err, s.setAside(k, seen))
 	case err != nil:
 		return Info{}, err
 	}
-	s.refit(hex)
+	s.refit(k)
 	return Info{Digest: d, Size: seen.Size()}, nil
 }
 
@@ -103,7 +103,7 @@ func Unreadable(err error) bool { return unreadable(err) }
 // Quarantine moves a blob aside that could not be read; f is what OpenBlob gave.
 // It does nothing when another file has taken the blob's place meanwhile.
 func (s *Store) Quarantine(d digest.Digest, f File) error {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return err
 	}
@@ -115,40 +115,40 @@ func (s *Store) Quarantine(d digest.Digest, f File) error {
 	if err != nil {
 		return fmt.Errorf("quarantining blob %s: %w", d, err)
 	}
-	return s.setAside(hex, info)
+	return s.setAside(k, info)
 }
 
 // setAside moves a blob's file into quarantine unless it is another one than was
 // seen (nil: whichever it is). Where the disk refuses that too, the file stays
 // and is no longer shown.
-func (s *Store) setAside(hex string, seen fs.FileInfo) error {
-	unlock, _ := s.locks.write(hex)
+func (s *Store) setAside(k key, seen fs.FileInfo) error {
+	unlock, _ := s.locks.write(k)
 	defer unlock()
-	sh := &s.shards[shardOf(hex)]
+	sh := &s.shards[k.shard()]
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	held, err := s.fs.Stat(blobName(hex))
+	held, err := s.fs.Stat(k.blob())
 	if errors.Is(err, fs.ErrNotExist) || err == nil && seen != nil && !sameFile(held, seen) {
 		return nil // removed, or stored anew
 	}
 	s.mu.Lock()
-	s.unfit[hex] = true
+	s.unfit[k] = true
 	s.mu.Unlock()
 	if err == nil {
 		err = s.fs.Mkdir(quarantineDir)
 	}
 	if err == nil {
-		err = s.fs.Rename(blobName(hex), quarantineName(hex))
+		err = s.fs.Rename(k.blob(), k.quarantined())
 	}
 	if err != nil {
-		return fmt.Errorf("quarantining blob %s: %w", digestOf(hex), err)
+		return fmt.Errorf("quarantining blob %s: %w", k, err)
 	}
-	s.refit(hex)
+	s.refit(k)
 	if sh.counted {
 		sh.blobs, sh.bytes = sh.blobs-1, sh.bytes-held.Size()
 	}
 	// Synced, or a power cut would show the blob again.
-	return errors.Join(s.fs.SyncDir(quarantineDir), s.fs.SyncDir(shardName(shardOf(hex))))
+	return errors.Join(s.fs.SyncDir(quarantineDir), s.fs.SyncDir(shardName(k.shard())))
 }
 
 func sameFile(a, b fs.FileInfo) bool {
@@ -159,16 +159,16 @@ func sameFile(a, b fs.FileInfo) bool {
 }
 
 // isUnfit reports whether a blob's file is in its place and not to be shown.
-func (s *Store) isUnfit(hex string) bool {
+func (s *Store) isUnfit(k key) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.unfit[hex]
+	return s.unfit[k]
 }
 
-func (s *Store) refit(hex string) {
+func (s *Store) refit(k key) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.unfit, hex)
+	delete(s.unfit, k)
 }
 
 // Quarantined lists the blobs in quarantine, in the order of their digests.
@@ -182,8 +182,8 @@ func (s *Store) Quarantined() ([]digest.Digest, error) {
 	}
 	var all []digest.Digest
 	for _, name := range names {
-		if isHex(name, 64) {
-			all = append(all, digestOf(name))
+		if k, ok := keyOfPlain(name); ok {
+			all = append(all, k.digest())
 		}
 	}
 	return all, nil
@@ -193,11 +193,11 @@ func (s *Store) Quarantined() ([]digest.Digest, error) {
 // have been to blame, and takes it back when it is whole. It answers as Verify
 // does; NotFound says that the blob is not in quarantine.
 func (s *Store) Reclaim(ctx context.Context, d digest.Digest, pace Pace) (Info, error) {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return Info{}, err
 	}
-	f, err := s.fs.OpenFile(quarantineName(hex), os.O_RDONLY)
+	f, err := s.fs.OpenFile(k.quarantined(), os.O_RDONLY)
 	if err != nil {
 		if unreadable(err) {
 			return Info{}, damaged(d, err)
@@ -210,7 +210,7 @@ func (s *Store) Reclaim(ctx context.Context, d digest.Digest, pace Pace) (Info, 
 	}
 	info, err := f.Stat()
 	if err == nil {
-		err = s.place(quarantineName(hex), hex, info.Size())
+		err = s.place(k.quarantined(), k, info.Size())
 	}
 	if err != nil {
 		return Info{}, s.failed(err, d, "taking back")
@@ -221,11 +221,11 @@ func (s *Store) Reclaim(ctx context.Context, d digest.Digest, pace Pace) (Info, 
 // Discard frees the space of a quarantined blob; one that is not there is no
 // error.
 func (s *Store) Discard(d digest.Digest) error {
-	hex, err := hexOf(d)
+	k, err := keyOf(d)
 	if err != nil {
 		return err
 	}
-	if err := s.fs.Remove(quarantineName(hex)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := s.fs.Remove(k.quarantined()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return s.failed(err, d, "discarding")
 	}
 	return nil

@@ -59,6 +59,7 @@ const (
 type FS struct {
 	mu       sync.Mutex
 	names    map[string]*node // as running programs see them
+	order    []string         // names in order; nil when they have changed
 	durable  map[string]*node // as a power cut leaves them
 	journal  []change         // between the two, in order
 	faults   map[int]Fault
@@ -181,7 +182,7 @@ func (f *FS) Restart(loss Loss, seed uint64) {
 	}
 	f.settle(kept)
 	f.journal = nil
-	f.names = maps.Clone(f.durable)
+	f.names, f.order = maps.Clone(f.durable), nil
 	seen := map[*node]bool{}
 	for _, name := range slices.Sorted(maps.Keys(f.names)) {
 		n := f.names[name]
@@ -257,9 +258,11 @@ func (f *FS) change(from, to string, n *node) {
 	f.journal = append(f.journal, change{from, to, n})
 	if from != "" {
 		delete(f.names, from)
+		f.order = nil
 	}
 	if to != "" {
 		f.names[to] = n
+		f.order = nil
 	}
 }
 
@@ -353,12 +356,19 @@ func (f *FS) below(dir string) []string {
 	if dir == "." {
 		prefix = ""
 	}
-	for name := range f.names {
-		if base, ok := strings.CutPrefix(name, prefix); ok && name != "." && !strings.Contains(base, "/") {
+	if f.order == nil {
+		f.order = slices.Sorted(maps.Keys(f.names))
+	}
+	first, _ := slices.BinarySearch(f.order, prefix)
+	for _, name := range f.order[first:] {
+		base, ok := strings.CutPrefix(name, prefix)
+		if !ok {
+			break
+		}
+		if name != "." && !strings.Contains(base, "/") {
 			names = append(names, base)
 		}
 	}
-	slices.Sort(names)
 	return names
 }
 
