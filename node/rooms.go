@@ -96,6 +96,7 @@ func newRooms(g ground) (*rooms, error) {
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
 		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Log: g.log, Registerer: g.metrics,
+		Settings: registry.DefineSettings(r.settings),
 	}); err != nil {
 		return nil, err
 	}

@@ -16,9 +16,9 @@ import (
 // Limits of a manifest. They bound the Txn that admits it and the work that a
 // hostile one can cause.
 const (
-	MaxManifest    = 4 << 20 // bytes of a manifest
-	MaxDescriptors = 1000    // blobs and child manifests that one manifest names
-	maxDepth       = 32      // nested JSON values
+	MaxManifest    = 16 << 20 // bytes of a manifest, from wherever it comes
+	MaxDescriptors = 1000     // blobs and child manifests that one manifest names
+	maxDepth       = 32       // nested JSON values
 )
 
 // Media types of Docker's schema 2, which the OCI specification grew from, and

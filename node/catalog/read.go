@@ -340,6 +340,12 @@ func (c *Catalog) referrersOf(v *table.View, q Referrers) (found []Manifest, mor
 	return found, false, nil
 }
 
+// Has reports whether there is a repository of that name.
+func (c *Catalog) Has(r table.Reader, project, repository string) (bool, error) {
+	_, _, ok, err := c.repositories.Get(r, project, repository)
+	return ok, err
+}
+
 // Any reports whether a project has a repository (project.Repositories).
 func (c *Catalog) Any(r table.Reader, project string) (bool, error) {
 	for _, err := range c.repositories.Scan(r, table.Range{Prefix: []string{project}, Limit: 1}) {

@@ -34,6 +34,10 @@ type call struct {
 	route  Route
 	who    access.Principal
 	scopes []string // that a token for this request must reach
+
+	// mirrored is the full name that a client of a mirror asked for, while route
+	// has that of the upstream's project; "" otherwise.
+	mirrored string
 }
 
 func newCall(w http.ResponseWriter, r *http.Request, idle time.Duration) *call {

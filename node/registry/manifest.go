@@ -13,6 +13,7 @@ import (
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/settings"
 )
 
 // Headers of our own.
@@ -118,6 +119,11 @@ func (g *Registry) putManifest(c *call) error {
 	if err != nil {
 		return err
 	}
+	release, err := g.manifestPlace(c)
+	if err != nil {
+		return err
+	}
+	defer release()
 	data, err := g.readManifest(c)
 	if err != nil {
 		return err
@@ -130,6 +136,9 @@ func (g *Registry) putManifest(c *call) error {
 	doc, err := catalog.ParseManifest(mediaType, data)
 	if err != nil {
 		return err
+	}
+	if most := g.settings.MaxLayers.Value(); len(doc.Layers) > most {
+		return fault.New(fault.Limit, "the manifest has %d layers and %d are allowed; join layers, or %s", len(doc.Layers), most, raise(nameMaxLayers)).WithCode(codeManifestInvalid)
 	}
 	copies, settled, err := g.settle(c, doc)
 	if err != nil {
@@ -192,18 +201,19 @@ func pushReference(c *call) (tags []string, want digest.Digest, err error) {
 
 // readManifest takes in a manifest, and no more than one may have.
 func (g *Registry) readManifest(c *call) ([]byte, error) {
-	tooLarge := fault.New(fault.Limit, "the manifest is larger than the %d bytes that this registry takes; push large content as blobs and name them in the manifest", g.maxManifest).WithCode(codeManifestInvalid)
-	if c.r.ContentLength > g.maxManifest {
+	most := g.settings.MaxManifest.Value()
+	tooLarge := fault.New(fault.Limit, "the manifest is larger than the %s that this registry takes; push large content as blobs and name them in the manifest, or %s", settings.FormatBytes(most), raise(nameMaxManifest)).WithCode(codeManifestInvalid)
+	if c.r.ContentLength > most {
 		return nil, tooLarge
 	}
 	var buffer bytes.Buffer
 	if c.r.ContentLength > 0 {
 		buffer.Grow(int(c.r.ContentLength) + bytes.MinRead)
 	}
-	if _, err := buffer.ReadFrom(io.LimitReader(c.r.Body, g.maxManifest+1)); err != nil {
+	if _, err := buffer.ReadFrom(io.LimitReader(c.r.Body, most+1)); err != nil {
 		return nil, c.readFault(err)
 	}
-	if int64(buffer.Len()) > g.maxManifest {
+	if int64(buffer.Len()) > most {
 		return nil, tooLarge
 	}
 	if buffer.Len() == 0 {

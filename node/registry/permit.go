@@ -56,6 +56,11 @@ func (g *Registry) permit(c *call, action string) error {
 	if err := g.identify(c); err != nil {
 		return err
 	}
+	if action == actionPull {
+		if err := g.mapMirror(c); err != nil {
+			return err
+		}
+	}
 	n := c.route.Name
 	p, found, err := g.projects.Lookup(c.r.Context(), n.Project)
 	if err != nil {
@@ -73,7 +78,7 @@ func (g *Registry) permit(c *call, action string) error {
 		return fault.New(fault.NotFound, "there is no project %s", n.Project).WithCode(codeNameUnknown)
 	case !found || !access.InProject(user, want, p):
 		return denied(c, action)
-	case !access.Granted(c.who, n.Full(), action):
+	case !c.reaches(p, action):
 		return narrow(n, action)
 	case action == actionPull:
 		return nil

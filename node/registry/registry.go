@@ -87,10 +87,8 @@ type Config struct {
 	Forwarder  Forwarder
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
+	Settings   *Settings
 
-	// MaxManifest bounds a manifest in bytes; 0 is catalog.MaxManifest, which is
-	// also the most that it can be.
-	MaxManifest int64
 	// Idle is how long a connection may go without a byte while a request or
 	// its answer is under way; 0 is two minutes.
 	Idle time.Duration
@@ -114,9 +112,13 @@ type Registry struct {
 	forwarder Forwarder
 	log       *slog.Logger
 
-	maxManifest int64
-	idle        time.Duration
-	uploadTTL   time.Duration
+	settings  *Settings
+	idle      time.Duration
+	uploadTTL time.Duration
+
+	uploads uploads
+	pacers  pacers
+	large   chan struct{} // a place for each large manifest that is taken in
 
 	early   chan digest.Digest // blobs whose second copy can begin before the manifest comes
 	metrics metrics
@@ -133,13 +135,15 @@ type metrics struct {
 // New makes a registry. It starts nothing.
 func New(c Config) (*Registry, error) {
 	if c.NodeID == "" || c.DB == nil || c.Catalog == nil || c.Projects == nil || c.Journal == nil || c.Store == nil ||
-		c.Records == nil || c.Auth == nil || c.Log == nil || c.Registerer == nil {
+		c.Records == nil || c.Auth == nil || c.Log == nil || c.Registerer == nil || c.Settings == nil {
 		return nil, errors.New("registry: a part that it is made of is missing")
 	}
 	g := &Registry{
 		node: c.NodeID, db: c.DB, catalog: c.Catalog, projects: c.Projects, journal: c.Journal, store: c.Store,
 		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, log: c.Log,
-		maxManifest: c.MaxManifest, idle: c.Idle, uploadTTL: c.UploadTTL,
+		settings: c.Settings, idle: c.Idle, uploadTTL: c.UploadTTL,
+		uploads: uploads{byUser: map[string]map[string]bool{}}, pacers: pacers{all: map[string]*pacer{}},
+		large: make(chan struct{}, largeManifests),
 		early: make(chan digest.Digest, copyQueue),
 		metrics: metrics{
 			uploads: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -158,9 +162,6 @@ func New(c Config) (*Registry, error) {
 				Name: "atoll_registry_expired_uploads_total", Help: "Upload sessions that were abandoned and removed.",
 			}),
 		},
-	}
-	if g.maxManifest <= 0 || g.maxManifest > catalog.MaxManifest {
-		g.maxManifest = catalog.MaxManifest
 	}
 	if g.idle == 0 {
 		g.idle = defaultIdle
@@ -260,6 +261,7 @@ func (g *Registry) Run(ctx context.Context) error {
 
 func (g *Registry) expire(ctx context.Context) {
 	n, err := g.store.Expire(ctx, g.uploadTTL)
+	g.uploads.pruneAll(g.alive)
 	g.metrics.expired.Add(float64(n))
 	if n > 0 {
 		g.log.Info("removed abandoned uploads", "count", n, "idle_longer_than", g.uploadTTL)

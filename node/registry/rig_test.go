@@ -27,6 +27,7 @@ import (
 	"github.com/atoll-registry/atoll/node/journal"
 	"github.com/atoll-registry/atoll/node/project"
 	"github.com/atoll-registry/atoll/node/registry"
+	"github.com/atoll-registry/atoll/node/settings"
 )
 
 const password = "Correct1Horse"
@@ -42,6 +43,8 @@ type site struct {
 	catalog  *catalog.Catalog
 	identity *identity.Identity
 	gates    *gate
+	tuning   *settings.Settings
+	settings *registry.Settings
 
 	mu    sync.Mutex
 	nodes map[string]*node
@@ -142,6 +145,8 @@ func newSite(t testing.TB) *site {
 	db := tabletest.Open(t)
 	s := &site{t: t, db: db, nodes: map[string]*node{}, gates: &gate{}}
 	log := slog.New(slog.DiscardHandler)
+	s.tuning = settings.New(db, log)
+	s.settings = registry.DefineSettings(s.tuning)
 	s.records = blobs.NewRecords(db)
 	s.journal = journal.New(db, plainSealer{})
 	s.projects = project.New(db, s.journal)
@@ -172,7 +177,7 @@ func (s *site) start(id, dir string, change ...func(*registry.Config)) *node {
 	n := &node{site: s, id: id, dir: dir, store: store, copies: &copies{count: 2, called: make(chan struct{}, 1)}}
 	c := registry.Config{
 		NodeID: id, DB: s.db, Catalog: s.catalog, Projects: s.projects, Journal: s.journal, Store: store,
-		Records: s.records, Auth: s.identity, Copies: n.copies, Fetcher: n, Forwarder: n,
+		Records: s.records, Auth: s.identity, Copies: n.copies, Fetcher: n, Forwarder: n, Settings: s.settings,
 		Log: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	}
 	for _, fn := range change {

@@ -52,7 +52,7 @@ func (g *Registry) startUpload(c *call) error {
 	if q.Has("digest") {
 		return g.uploadWhole(c, q.Get("digest"))
 	}
-	u, err := g.store.NewUpload(c.r.Context())
+	u, err := g.newUpload(c)
 	if err != nil {
 		return err
 	}
@@ -65,11 +65,12 @@ func (g *Registry) uploadWhole(c *call, want string) error {
 	if err != nil {
 		return err
 	}
-	u, err := g.store.NewUpload(c.r.Context())
+	u, err := g.newUpload(c)
 	if err != nil {
 		return err
 	}
 	if _, err := g.take(c, u); err != nil {
+		g.uploads.drop(who(c.who), u.ID())
 		return errors.Join(err, u.Cancel()) // no client can know the session
 	}
 	return g.commit(c, u, d)
@@ -101,7 +102,11 @@ func (g *Registry) session(c *call) (*blobs.Upload, error) {
 	if node := reference[:cut]; node != g.node {
 		return nil, g.forward(c, node)
 	}
-	return g.store.Upload(reference[cut+1:])
+	u, err := g.store.Upload(reference[cut+1:])
+	if err == nil {
+		g.uploads.hold(who(c.who), u.ID()) // it may be of an earlier process
+	}
+	return u, err
 }
 
 func uploadUnknown(id string) error {
@@ -152,6 +157,7 @@ func (g *Registry) cancelUpload(c *call) error {
 	if err := u.Cancel(); err != nil {
 		return err
 	}
+	g.uploads.drop(who(c.who), u.ID())
 	return c.empty(http.StatusNoContent)
 }
 
@@ -205,7 +211,15 @@ func (g *Registry) take(c *call, u *blobs.Upload) (int64, error) {
 	if length >= 0 {
 		source = io.LimitReader(source, length)
 	}
-	n, err := u.Append(c.r.Context(), source, at)
+	in, done := g.intake(c, u, source)
+	defer done()
+	if in.announced(max(length, c.r.ContentLength)) {
+		return 0, g.tooLarge(c, u)
+	}
+	n, err := u.Append(c.r.Context(), in, at)
+	if in.over {
+		return 0, g.tooLarge(c, u)
+	}
 	if err != nil {
 		if at >= 0 && at != u.Size()-n && !fault.Is(err, fault.NotFound) {
 			return 0, g.outOfOrder(c, u, at) // another request was faster
@@ -259,6 +273,7 @@ func (g *Registry) commit(c *call, u *blobs.Upload, d digest.Digest) error {
 	release := g.store.Pin(d)
 	defer release()
 	info, err := u.Commit(c.r.Context(), d)
+	g.uploads.drop(who(c.who), u.ID())
 	if err != nil {
 		g.metrics.uploads.WithLabelValues("refused").Inc()
 		return err
