@@ -3,12 +3,15 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -43,6 +46,7 @@ func TestMain(m *testing.M) {
 //	field VAR FILE KEY         a variable from a JSON file
 //	damage cut|flip|newer FILE what may happen to a bundle on its way
 //	names ADDR CA NAME...      the server's certificate is good for the names
+//	selfsigned CERT KEY NAME   make a certificate that no site signed
 //	challenge URL CA [HOST]    print how the registry, asked as HOST, wants a login
 func TestScripts(t *testing.T) {
 	var scripts atomic.Int32
@@ -71,9 +75,10 @@ func TestScripts(t *testing.T) {
 					ts.Fatalf("%s is not %s", args[0], args[1])
 				}
 			},
-			"damage":    damage,
-			"names":     names,
-			"challenge": challenge,
+			"damage":     damage,
+			"names":      names,
+			"challenge":  challenge,
+			"selfsigned": selfsigned,
 		},
 	})
 }
@@ -104,7 +109,7 @@ func serving(ts *testscript.TestScript, dir string, deadline time.Time) {
 	}}
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	end := time.NewTimer(min(20*time.Second, time.Until(deadline)))
+	end := time.NewTimer(min(time.Minute, time.Until(deadline)))
 	defer end.Stop()
 	for {
 		resp, err := client.Get("http://atoll/api/atoll/v1/site")
@@ -190,6 +195,21 @@ func names(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Check(err)
 		conn.Close()
 	}
+}
+
+func selfsigned(ts *testscript.TestScript, _ bool, args []string) {
+	public, private, err := ed25519.GenerateKey(nil)
+	ts.Check(err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), DNSNames: args[2:],
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	cert, err := x509.CreateCertificate(nil, template, template, public, private)
+	ts.Check(err)
+	key, err := x509.MarshalPKCS8PrivateKey(private)
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}), 0o644))
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o600))
 }
 
 func challenge(ts *testscript.TestScript, _ bool, args []string) {
