@@ -13,6 +13,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/blobs/blobstest"
 	"github.com/atoll-registry/atoll/node/blobs/faultfs"
@@ -27,9 +28,22 @@ type history struct {
 }
 
 func (h *history) success(content []byte) {
-	d := digest.FromBytes(content)
+	d := digestOf(content)
 	h.stored[d] = content
 	delete(h.removed, d)
+}
+
+// digestOf is the digest that scenarios give a content: by one algorithm or the
+// other, as its first byte has it.
+func digestOf(content []byte) digest.Digest {
+	return entry.Algorithms()[content[0]%2].FromBytes(content)
+}
+
+// of512 gives n bytes that digestOf addresses by sha512.
+func of512(seed uint64, n int) []byte {
+	content := blobstest.Content(seed, n)
+	content[0] |= 1
+	return content
 }
 
 type scenario func(ctx context.Context, s *blobs.Store, h *history) error
@@ -45,7 +59,7 @@ var scenarios = map[string]scenario{
 	},
 	"stat": func(ctx context.Context, s *blobs.Store, h *history) error {
 		content := blobstest.Content(2, 3000)
-		d := digest.FromBytes(content)
+		d := digestOf(content)
 		if _, err := s.Stat(d); err == nil {
 			h.success(content) // a push asks first, and then sends only the manifest
 			return nil
@@ -58,8 +72,8 @@ var scenarios = map[string]scenario{
 		if err := store(ctx, s, h, content); err != nil {
 			return err
 		}
-		h.removed[digest.FromBytes(content)] = true
-		if err := s.Remove(digest.FromBytes(content)); err != nil {
+		h.removed[digestOf(content)] = true
+		if err := s.Remove(digestOf(content)); err != nil {
 			return err
 		}
 		return store(ctx, s, h, content)
@@ -69,7 +83,7 @@ var scenarios = map[string]scenario{
 }
 
 func store(ctx context.Context, s *blobs.Store, h *history, content []byte) error {
-	_, err := s.Put(ctx, digest.FromBytes(content), bytes.NewReader(content))
+	_, err := s.Put(ctx, digestOf(content), bytes.NewReader(content))
 	if err == nil {
 		h.success(content)
 	}
@@ -78,11 +92,12 @@ func store(ctx context.Context, s *blobs.Store, h *history, content []byte) erro
 
 // chunks pushes in three parts, with a checkpoint after the first.
 func chunks(ctx context.Context, s *blobs.Store, h *history) error {
-	content := blobstest.Content(4, 5000)
+	content := of512(4, 5000)
 	u, err := s.NewUpload(ctx)
 	if err != nil {
 		return err
 	}
+	u.Expect(digest.SHA512)
 	h.upload = u.ID()
 	if _, err := u.Append(ctx, bytes.NewReader(content[:2000]), 0); err != nil {
 		return err
@@ -95,7 +110,7 @@ func chunks(ctx context.Context, s *blobs.Store, h *history) error {
 			return err
 		}
 	}
-	if _, err := u.Commit(ctx, digest.FromBytes(content)); err != nil {
+	if _, err := u.Commit(ctx, digestOf(content)); err != nil {
 		return err
 	}
 	h.success(content)
@@ -114,7 +129,7 @@ func fetch(ctx context.Context, s *blobs.Store, h *history) error {
 		return p.MarkPiece(i)
 	}
 	for _, round := range [][]int{{1}, {0}} {
-		p, err := s.NewPartial(ctx, digest.FromBytes(content), int64(len(content)))
+		p, err := s.NewPartial(ctx, digestOf(content), int64(len(content)))
 		if err != nil {
 			return err
 		}
@@ -138,9 +153,9 @@ func stage(ctx context.Context, s *blobs.Store, h *history) error {
 	if err != nil {
 		return err
 	}
-	contents := [][]byte{blobstest.Content(6, 1000), blobstest.Content(7, 2000)}
+	contents := [][]byte{blobstest.Content(6, 1000), of512(7, 2000)}
 	for _, content := range contents {
-		if err := g.Put(ctx, digest.FromBytes(content), int64(len(content)), bytes.NewReader(content)); err != nil {
+		if err := g.Put(ctx, digestOf(content), int64(len(content)), bytes.NewReader(content)); err != nil {
 			return err
 		}
 	}
@@ -158,7 +173,7 @@ func verify(t *testing.T, s *blobs.Store, h *history) {
 	t.Helper()
 	for d, content := range h.stored {
 		if !h.removed[d] {
-			blobstest.Check(t, s, content)
+			blobstest.CheckAs(t, s, d, content)
 		}
 	}
 	visible, err := s.List("", 1<<20)
@@ -171,7 +186,7 @@ func verify(t *testing.T, s *blobs.Store, h *history) {
 			t.Fatal(err)
 		}
 		b, err := io.ReadAll(f)
-		if got := digest.FromBytes(b); err != nil || got != d {
+		if got := d.Algorithm().FromBytes(b); err != nil || got != d {
 			t.Fatalf("visible blob %s has the bytes of %s (%d, %v)", d, got, len(b), err)
 		}
 		f.Close()
@@ -184,7 +199,7 @@ func verify(t *testing.T, s *blobs.Store, h *history) {
 // checkPartial checks that a reopened partial vouches only for what it has.
 func checkPartial(t *testing.T, s *blobs.Store, content []byte) {
 	t.Helper()
-	p, err := s.NewPartial(t.Context(), digest.FromBytes(content), int64(len(content)))
+	p, err := s.NewPartial(t.Context(), digestOf(content), int64(len(content)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,14 +225,14 @@ func resume(t *testing.T, s *blobs.Store, h *history) {
 	if err != nil {
 		return
 	}
-	content := blobstest.Content(4, 5000)
+	content := of512(4, 5000)
 	if u.Size() > 5000 {
 		t.Fatalf("the session holds %d bytes of 5000", u.Size())
 	}
 	if _, err := u.Append(t.Context(), bytes.NewReader(content[u.Size():]), u.Size()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := u.Commit(t.Context(), digest.FromBytes(content)); err != nil {
+	if _, err := u.Commit(t.Context(), digestOf(content)); err != nil {
 		t.Fatal(err)
 	}
 	h.success(content)
@@ -382,10 +397,10 @@ func TestTornWritesAreNotVouchedFor(t *testing.T) {
 		}
 		h := newHistory()
 		h.upload, h.partial = u.ID(), content
-		if _, err := u.Append(t.Context(), bytes.NewReader(blobstest.Content(4, 5000)[:2000]), 0); err != nil {
+		if _, err := u.Append(t.Context(), bytes.NewReader(of512(4, 5000)[:2000]), 0); err != nil {
 			t.Fatal(err)
 		}
-		p, err := s.NewPartial(t.Context(), digest.FromBytes(content), int64(len(content)))
+		p, err := s.NewPartial(t.Context(), digestOf(content), int64(len(content)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -400,7 +415,7 @@ func TestTornWritesAreNotVouchedFor(t *testing.T) {
 		if u, err := s.Upload(u.ID()); err == nil && u.Size() > 0 {
 			resumed++
 		}
-		if p, err := s.NewPartial(t.Context(), digest.FromBytes(content), int64(len(content))); err != nil {
+		if p, err := s.NewPartial(t.Context(), digestOf(content), int64(len(content))); err != nil {
 			t.Fatal(err)
 		} else {
 			n, _ := p.Held()

@@ -10,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/iotest"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
 )
@@ -25,6 +27,7 @@ import (
 type Upload interface {
 	ID() string
 	Size() int64
+	Expect(algorithm digest.Algorithm)
 	Progress() (size int64, at time.Time)
 	Append(ctx context.Context, r io.Reader, at int64) (int64, error)
 	Commit(ctx context.Context, want digest.Digest) (blobs.Info, error)
@@ -51,10 +54,16 @@ func Content(seed uint64, n int) []byte {
 	return b
 }
 
-// Check fails the test unless the store holds exactly this content.
+// Check fails the test unless the store holds exactly this content, by sha256.
 func Check[U Upload](t *testing.T, s Store[U], want []byte) {
 	t.Helper()
-	d := digest.FromBytes(want)
+	CheckAs(t, s, digest.FromBytes(want), want)
+}
+
+// CheckAs fails the test unless the store holds exactly this content under the
+// digest.
+func CheckAs[U Upload](t *testing.T, s Store[U], d digest.Digest, want []byte) {
+	t.Helper()
 	info, err := s.Stat(d)
 	if err != nil || info.Size != int64(len(want)) || info.Digest != d {
 		t.Fatalf("Stat of a held blob of %d bytes: %+v, %v", len(want), info, err)
@@ -97,6 +106,7 @@ func Run[U Upload](t *testing.T, backend func(t *testing.T) (open func() Store[U
 	t.Helper()
 	tests := map[string]func(t *testing.T, open func() Store[U]){
 		"push":       testPush[U],
+		"algorithms": testAlgorithms[U],
 		"chunks":     testChunks[U],
 		"digest":     testDigest[U],
 		"sessions":   testSessions[U],
@@ -159,6 +169,55 @@ func testPush[U Upload](t *testing.T, open func() Store[U]) {
 	Check(t, s, content)
 }
 
+// The same bytes under two algorithms are two blobs, and a session takes either
+// digest in the end, whatever it was told to expect.
+func testAlgorithms[U Upload](t *testing.T, open func() Store[U]) {
+	s := open()
+	i := uint64(0)
+	for _, expected := range []digest.Algorithm{"", digest.SHA256, digest.SHA512, digest.SHA384, "md5"} {
+		for _, algorithm := range entry.Algorithms() {
+			content := Content(i, 300<<10)
+			i++
+			d := algorithm.FromBytes(content)
+			u := begin(t, s)
+			u.Expect(expected)
+			add(t, u, content[:1000], 0)
+			u.Expect(digest.SHA256) // too late: there are bytes
+			u.Expect(digest.SHA512)
+			add(t, u, content[1000:], 1000)
+			if info, err := u.Commit(t.Context(), d); err != nil || info != (blobs.Info{Digest: d, Size: 300 << 10}) {
+				t.Fatalf("Commit as %s of a session that expects %q: %+v, %v", d, expected, info, err)
+			}
+			CheckAs(t, s, d, content)
+			for _, other := range entry.Algorithms() {
+				if other != algorithm {
+					CheckAbsent(t, s, other.FromBytes(content))
+				}
+			}
+		}
+	}
+	content := Content(50, 70<<10)
+	d256, d512 := digest.SHA256.FromBytes(content), digest.SHA512.FromBytes(content)
+	for _, d := range []digest.Digest{d256, d512} {
+		if _, err := s.Put(t.Context(), d, bytes.NewReader(content)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = open()
+	CheckAs(t, s, d256, content)
+	CheckAs(t, s, d512, content)
+	if err := s.Remove(d256); err != nil {
+		t.Fatal(err)
+	}
+	CheckAbsent(t, s, d256)
+	CheckAs(t, s, d512, content)
+	for _, wrong := range []digest.Digest{digest.SHA512.FromString("something else"), digest.SHA384.FromBytes(content)} {
+		if _, err := s.Put(t.Context(), wrong, bytes.NewReader(content)); !Code(err, fault.Invalid, "DIGEST_INVALID") {
+			t.Fatalf("Put as %s: %v", wrong, err)
+		}
+	}
+}
+
 func testChunks[U Upload](t *testing.T, open func() Store[U]) {
 	s := open()
 	content := Content(1, 600<<10)
@@ -187,7 +246,7 @@ func testDigest[U Upload](t *testing.T, open func() Store[U]) {
 	wrong := digest.FromString("something else")
 	u := begin(t, s)
 	add(t, u, content, 0)
-	for _, d := range []digest.Digest{"", "sha256:", "sha256:../../x", "md5:d41d8cd98f00b204e9800998ecf8427e", "sha256:" + digest.Digest(bytes.Repeat([]byte{'A'}, 64))} {
+	for _, d := range []digest.Digest{"", "sha256:", "sha256:../../x", "md5:d41d8cd98f00b204e9800998ecf8427e", "sha256:" + digest.Digest(strings.Repeat("A", 64)), "sha512:" + digest.Digest(strings.Repeat("a", 64)), digest.SHA384.FromBytes(content)} {
 		if _, err := u.Commit(t.Context(), d); !Code(err, fault.Invalid, "DIGEST_INVALID") {
 			t.Fatalf("Commit as %q: %v", d, err)
 		}
@@ -266,7 +325,9 @@ func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 func testRestart[U Upload](t *testing.T, open func() Store[U]) {
 	s := open()
 	content := Content(4, 1<<20)
-	u, small := begin(t, s), begin(t, s)
+	u, small, long := begin(t, s), begin(t, s), begin(t, s)
+	long.Expect(digest.SHA512)
+	add(t, long, content[:700<<10], 0)
 	add(t, u, content[:600<<10+5], 0)
 	add(t, u, content[600<<10+5:600<<10+10], 600<<10+5)
 	add(t, small, content[:10], 0)
@@ -287,8 +348,17 @@ func testRestart[U Upload](t *testing.T, open func() Store[U]) {
 		t.Fatal(err)
 	}
 	commit(t, small, content[:10])
+	if long, err = s.Upload(long.ID()); err != nil {
+		t.Fatal(err)
+	}
+	d512 := digest.SHA512.FromBytes(content)
+	add(t, long, content[700<<10:], 700<<10)
+	if _, err := long.Commit(t.Context(), d512); err != nil {
+		t.Fatal(err)
+	}
 	s = open()
 	Check(t, s, content[:10])
+	CheckAs(t, s, d512, content)
 	if _, err := s.Upload(small.ID()); !Code(err, fault.NotFound, "BLOB_UPLOAD_UNKNOWN") {
 		t.Fatalf("a committed session after a restart: %v", err)
 	}
@@ -360,7 +430,7 @@ func testList[U Upload](t *testing.T, open func() Store[U]) {
 	var want []digest.Digest
 	for i := range 60 {
 		content := fmt.Append(nil, "blob ", i)
-		want = append(want, digest.FromBytes(content))
+		want = append(want, entry.Algorithms()[i%2].FromBytes(content))
 		if _, err := s.Put(t.Context(), want[i], bytes.NewReader(content)); err != nil {
 			t.Fatal(err)
 		}
@@ -382,8 +452,11 @@ func testList[U Upload](t *testing.T, open func() Store[U]) {
 			t.Fatalf("pages of %d give %d blobs, want %d in the order of their digests", page, len(got), len(want))
 		}
 	}
-	if got, err := s.List(digest.Digest("sha256:"+string(bytes.Repeat([]byte{'f'}, 64))), 1); err != nil || len(got) != 0 {
+	if got, err := s.List(digest.Digest("sha512:"+strings.Repeat("f", 128)), 1); err != nil || len(got) != 0 {
 		t.Fatalf("List after the last: %v, %v", got, err)
+	}
+	if got, err := s.List(digest.Digest("sha256:"+strings.Repeat("f", 64)), 1); err != nil || len(got) != 1 || got[0].Algorithm() != digest.SHA512 {
+		t.Fatalf("List after the last of sha256: %v, %v", got, err)
 	}
 	if _, err := s.List("sha256:..", 1); !fault.Is(err, fault.Invalid) {
 		t.Fatalf("List after what is no digest: %v", err)
