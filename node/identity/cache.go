@@ -4,6 +4,8 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/binary"
+	"hash"
+	"io"
 	"sync"
 	"time"
 )
@@ -12,8 +14,8 @@ import (
 // them: whoever reads this memory, or a dump of it, does not find the secrets.
 // It holds at most size entries; when it is full, some other entry goes.
 type cache[V any] struct {
-	secret [32]byte
-	size   int
+	macs sync.Pool // of hash.Hash, keyed: to key one costs more than to use it
+	size int
 
 	mu      sync.Mutex
 	entries map[cacheKey]cached[V]
@@ -27,17 +29,22 @@ type cached[V any] struct {
 }
 
 func newCache[V any](secret [32]byte, size int) *cache[V] {
-	return &cache[V]{secret: secret, size: size, entries: make(map[cacheKey]cached[V])}
+	return &cache[V]{
+		macs: sync.Pool{New: func() any { return hmac.New(sha256.New, secret[:]) }},
+		size: size, entries: make(map[cacheKey]cached[V]),
+	}
 }
 
 // key is the MAC of the parts, each with its length in front.
 func (c *cache[V]) key(parts ...string) (k cacheKey) {
-	mac := hmac.New(sha256.New, c.secret[:])
+	mac := c.macs.Get().(hash.Hash)
+	defer c.macs.Put(mac)
+	mac.Reset()
 	var length [8]byte
 	for _, part := range parts {
 		binary.BigEndian.PutUint64(length[:], uint64(len(part)))
 		mac.Write(length[:])
-		mac.Write([]byte(part))
+		io.WriteString(mac, part)
 	}
 	mac.Sum(k[:0])
 	return k
