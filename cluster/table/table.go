@@ -102,6 +102,17 @@ func (t *Table[T]) Get(r Reader, key ...string) (v T, meta Meta, ok bool, err er
 	return v, Meta{row.Created, row.Revision}, err == nil, err
 }
 
+// Meta says when a row was written without reading its value: whoever keeps what
+// a value amounts to knows by the Revision whether it still does.
+func (t *Table[T]) Meta(v *View, key ...string) (Meta, bool, error) {
+	k, err := rowKey(t.name, key)
+	if err != nil {
+		return Meta{}, false, err
+	}
+	row, ok, err := v.row(k)
+	return Meta{row.Created, row.Revision}, ok, err
+}
+
 func (t *Table[T]) decode(key, value []byte) (v T, err error) {
 	if err := t.codec.dec.Unmarshal(value, &v); err != nil {
 		return v, fmt.Errorf("row %s is unreadable for this version: %w", readable(key), err)

@@ -93,14 +93,15 @@ type Projects struct {
 	logs    *table.Table[logRow]
 	repos   Repositories
 
-	mu    sync.Mutex
-	names map[int64]string // id to name: a hint that is checked when used
+	mu     sync.Mutex
+	names  map[int64]string // id to name: a hint that is checked when used
+	access map[string]known // by name: checked by its revision when used
 }
 
 // New defines the tables on db. Attach the repositories before use.
 func New(db *table.DB, j *journal.Journal) *Projects {
 	return &Projects{
-		db: db, journal: j, names: map[int64]string{},
+		db: db, journal: j, names: map[int64]string{}, access: map[string]known{},
 		rows: table.Define[row](db, "project"),
 		logs: table.Define[logRow](db, "project_log"),
 	}
@@ -418,9 +419,56 @@ func (p *Projects) All(v *table.View) ([]Project, error) {
 	return all, nil
 }
 
+// known is what a decision about access needs of a row at a revision.
+type known struct {
+	revision uint64
+	project  access.Project
+}
+
+// maxKnown bounds what is kept in memory of projects.
+const maxKnown = 10000
+
 // Lookup gives what a decision about access needs. An absence is confirmed:
 // while no leader answers it is a fault Unavailable.
 func (p *Projects) Lookup(ctx context.Context, name string) (access.Project, bool, error) {
+	var now known
+	var here bool
+	err := p.db.View(func(v *table.View) (err error) {
+		now, here, err = p.accessOf(v, name)
+		return err
+	})
+	if err != nil || here {
+		return now.project, here, err
+	}
 	found, ok, err := p.resolve(ctx, "="+name)
 	return access.Project{Name: found.Name, Public: found.Public}, ok, err
+}
+
+// accessOf reads a row unless what it says is known: every request to the
+// registry asks.
+func (p *Projects) accessOf(v *table.View, name string) (known, bool, error) {
+	p.mu.Lock()
+	k, ok := p.access[name]
+	p.mu.Unlock()
+	if ok {
+		meta, here, err := p.rows.Meta(v, name)
+		if err != nil || here && meta.Revision == k.revision {
+			return k, here, err
+		}
+	}
+	if len(name) > 255 || !nameForm.MatchString(name) {
+		return known{}, false, nil
+	}
+	r, meta, here, err := p.rows.Get(v, name)
+	if err != nil || !here {
+		return known{}, false, err
+	}
+	k = known{meta.Revision, access.Project{Name: name, Public: r.Public}}
+	p.mu.Lock()
+	if len(p.access) >= maxKnown {
+		clear(p.access)
+	}
+	p.access[name] = k
+	p.mu.Unlock()
+	return k, true, nil
 }
