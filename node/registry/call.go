@@ -22,6 +22,8 @@ const (
 	// been refused, so that a client that reads only after writing hears why.
 	drainBytes = 128 << 20
 	drainTime  = 30 * time.Second
+	// buffered is how much of an answer net/http takes without sending it.
+	buffered = 2 << 10
 	// drainFree is what net/http itself reads of a body that was left.
 	drainFree = 256 << 10
 )
@@ -210,7 +212,9 @@ func (w *writer) Write(p []byte) (int, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	w.move()
+	if w.stream || w.written+int64(len(p)) > buffered {
+		w.move()
+	}
 	n, err := w.ResponseWriter.Write(p)
 	w.written += int64(n)
 	w.rest()

@@ -4,6 +4,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -86,10 +87,11 @@ func (m *Middleware) finish(r *http.Request, rec *record, resp *response, took t
 	m.sent.WithLabelValues(route).Add(float64(resp.bytes))
 
 	level := slog.LevelInfo
-	for _, q := range quiet {
-		if route == q && status < 400 {
-			level = slog.LevelDebug
-		}
+	if status < 400 && slices.Contains(quiet[:], route) {
+		level = slog.LevelDebug
+	}
+	if !m.log.Enabled(r.Context(), level) {
+		return
 	}
 	// The path without the query: queries may hold what is not for logs.
 	m.log.LogAttrs(r.Context(), level, "request",
