@@ -104,7 +104,20 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 
 func advise(out Status, s member.Status) []string {
 	advice := []string{}
-	if !s.Quorum {
+	voters, up := 0, 0
+	for _, n := range out.Nodes {
+		if n.Voter {
+			voters++
+			if n.Up {
+				up++
+			}
+		}
+	}
+	switch {
+	case s.Quorum:
+	case up > voters/2:
+		advice = append(advice, "no leader at the moment: the nodes that are up are electing one; pulls go on, pushes wait for it")
+	default:
 		advice = append(advice, "no quorum: pulls go on, pushes are refused; bring back enough of the nodes that are down")
 	}
 	for _, n := range out.Nodes {
