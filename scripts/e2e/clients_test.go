@@ -223,9 +223,9 @@ func oras(ctx context.Context, b bench) {
 }
 
 // containerd finds the registry by hosts.toml: as itself, and as the mirror of
-// another registry, whose names are then ours.
+// another registry, whose content is in the project of that registry's name.
 func containerd(ctx context.Context, b bench) {
-	b.pushAll(ctx, b.push, b.img, "library/mirrored", "v1")
+	b.pushAll(ctx, b.push, b.img, "docker.io/library/mirrored", "v1")
 	b.pushAll(ctx, b.push, b.img, "ctr/app", "v1")
 	dir := b.t.TempDir()
 	host := fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\", \"push\"]\n  ca = %q\n", "https://"+b.use.Registry(), b.ca())
@@ -262,8 +262,9 @@ func containerd(ctx context.Context, b bench) {
 		return err == nil
 	})
 	hosts := filepath.Join(dir, "hosts")
-	ctr("images", "pull", "--snapshotter", "native", "--hosts-dir", hosts, "docker.io/library/mirrored:v1")
-	ctr("images", "pull", "--snapshotter", "native", "--all-platforms", "--hosts-dir", hosts, "--user", "admin:"+lab.Password, b.use.Registry()+"/ctr/app:v1")
+	for _, image := range []string{"docker.io/library/mirrored:v1", b.use.Registry() + "/ctr/app:v1"} {
+		ctr("images", "pull", "--snapshotter", "native", "--all-platforms", "--hosts-dir", hosts, "--user", "admin:"+lab.Password, image)
+	}
 	if list := ctr("images", "ls"); strings.Count(list, b.img.Index.String()) != 2 {
 		b.t.Errorf("ctr has\n%s\nwant two images with the digest %s", list, b.img.Index)
 	}
