@@ -269,6 +269,17 @@ func (r *Records) Referred(from table.Reader, d digest.Digest, place ...string) 
 	return false, nil
 }
 
+// Referrers lists up to n artifacts of a repository that need the blob.
+func (r *Records) Referrers(from table.Reader, d digest.Digest, p Place, n int) (artifacts []digest.Digest, err error) {
+	for row, err := range r.refs.Scan(from, table.Range{Prefix: []string{d.String(), p.Project, p.Repository}, Limit: n}) {
+		if err != nil {
+			return nil, err
+		}
+		artifacts = append(artifacts, digest.Digest(row.Key[3]))
+	}
+	return artifacts, nil
+}
+
 // SetRoot records the root of a blob's piece tree, computed by somebody who has
 // verified the digest. It is set once: another root for the same digest is
 // ErrRootDiffers and must raise an alarm.

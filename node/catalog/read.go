@@ -11,6 +11,7 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -51,10 +52,8 @@ func (c *Catalog) Resolve(ctx context.Context, project, repository, reference st
 		if err := servable(a, reference); err != nil {
 			return err
 		}
-		for _, g := range c.gates {
-			if err := g.AdmitPull(ctx, v, Pull{Project: project, Repository: repository, Reference: reference, Digest: a.Digest}); err != nil {
-				return err
-			}
+		if err := c.admitPull(ctx, v, Pull{Project: project, Repository: repository, Reference: reference, Digest: a.Digest}); err != nil {
+			return err
 		}
 		row, _, _, err := c.manifests.Get(v, a.Digest.String())
 		m = Manifest{Artifact: a, Bytes: row.Bytes}
@@ -69,6 +68,52 @@ func (c *Catalog) Resolve(ctx context.Context, project, repository, reference st
 		}
 	}
 	return m, fresh, nil
+}
+
+// maxOwners bounds the artifacts that are asked about for one blob.
+const maxOwners = 64
+
+// AdmitBlob refuses the content of a blob, p.Digest, that in its repository only
+// manifests name which are not served to the actor: it says why the last of them
+// is not. A blob that no manifest names is on its way in and is let through, and
+// so is every blob, at no cost, while there is no gate.
+func (c *Catalog) AdmitBlob(ctx context.Context, p Pull) error {
+	if len(c.gates) == 0 {
+		return nil
+	}
+	return c.db.View(func(v *table.View) error {
+		owners, err := c.records.Referrers(v, p.Digest, blobs.Place{Project: p.Project, Repository: p.Repository}, maxOwners)
+		if err != nil {
+			return err
+		}
+		var refused error
+		for _, owner := range owners {
+			key := []string{p.Project, p.Repository, owner.String()}
+			row, meta, ok, err := c.artifacts.Get(v, key...)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				continue
+			}
+			if refused = servable(row.artifact(key, meta), owner.String()); refused == nil {
+				refused = c.admitPull(ctx, v, Pull{Project: p.Project, Repository: p.Repository, Reference: owner.String(), Digest: owner, Actor: p.Actor})
+			}
+			if refused == nil {
+				return nil
+			}
+		}
+		return refused
+	})
+}
+
+func (c *Catalog) admitPull(ctx context.Context, v *table.View, p Pull) error {
+	for _, g := range c.gates {
+		if err := g.AdmitPull(ctx, v, p); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func servable(a Artifact, reference string) error {

@@ -5,11 +5,13 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -27,10 +29,20 @@ func (g *Registry) getBlob(c *call) error {
 	if err != nil {
 		return err
 	}
+	// Whether it is here a client that pushes must learn, so HEAD asks no gate.
+	if c.r.Method != http.MethodHead {
+		if err := g.admitBlob(c, c.route.Name, d); err != nil {
+			return err
+		}
+	}
 	h := c.w.Header()
-	h.Set("Content-Type", "application/octet-stream")
 	h.Set("Docker-Content-Digest", d.String())
 	h.Set("Etag", strconv.Quote(d.String()))
+	if unchanged(c.r, d) { // known without the file, which may be on another node
+		c.w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	h.Set("Content-Type", "application/octet-stream")
 	file, _, err := g.store.OpenBlob(d)
 	switch {
 	case err == nil:
@@ -45,6 +57,29 @@ func (g *Registry) getBlob(c *call) error {
 		return nil
 	}
 	return g.sendRemote(c, d, row.Size)
+}
+
+// admitBlob refuses a blob that only manifests name which a gate holds back.
+func (g *Registry) admitBlob(c *call, n Name, d digest.Digest) error {
+	return g.catalog.AdmitBlob(c.r.Context(), catalog.Pull{Project: n.Project, Repository: n.Repository, Digest: d, Actor: c.who.Name})
+}
+
+// unchanged reports whether the request's If-None-Match names the content (RFC
+// 9110, section 13.1.2). An entity tag here is a digest in quotes, so that no
+// tag has a comma in it.
+func unchanged(r *http.Request, d digest.Digest) bool {
+	if r.Header["If-None-Match"] == nil || r.Header["If-Match"] != nil {
+		return false
+	}
+	for _, line := range r.Header["If-None-Match"] {
+		for tag := range strings.SplitSeq(line, ",") {
+			tag = strings.TrimPrefix(strings.TrimSpace(tag), "W/")
+			if tag == "*" || tag == strconv.Quote(d.String()) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // sendRemote serves a blob that other nodes hold.

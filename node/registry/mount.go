@@ -29,6 +29,14 @@ func (g *Registry) mount(c *call, from Name, d digest.Digest) (bool, error) {
 		if tokenOnly && from.Project != "" {
 			return false, narrow(source, actionPull)
 		}
+		if may && source.Full() != c.route.Name.Full() {
+			// Else a mount would be a way around the gates of the source.
+			err = g.admitBlob(c, source, d)
+			may = err == nil
+			if kind := fault.KindOf(err); err != nil && (kind == fault.Internal || kind == fault.Unavailable) {
+				return false, err
+			}
+		}
 		if !may {
 			continue
 		}

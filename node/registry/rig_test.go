@@ -94,11 +94,15 @@ func (b *big) Read(_ context.Context, d digest.Digest) ([]byte, error) {
 type gate struct {
 	mu         sync.Mutex
 	push, pull error
+	hold       bool
 }
 
 func (g *gate) AdmitPush(context.Context, *table.Tx, catalog.Push) (catalog.Verdict, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.hold {
+		return catalog.Hold, g.push
+	}
 	return catalog.Allow, g.push
 }
 
@@ -106,6 +110,12 @@ func (g *gate) AdmitPull(context.Context, *table.View, catalog.Pull) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.pull
+}
+
+func (g *gate) holding(hold bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.hold = hold
 }
 
 func (g *gate) refuse(push, pull error) {
