@@ -30,10 +30,6 @@ import (
 	"github.com/atoll-registry/atoll/node/telemetry"
 )
 
-// minFree is the free space below which pushes are refused, so that the
-// metadata can always be written: 256 MiB.
-const minFree = 256 << 20
-
 // rooms are the parts of a node, in the order in which they are built.
 type rooms struct {
 	settings *settings.Settings
@@ -66,7 +62,11 @@ type ground struct {
 func newRooms(g ground) (*rooms, error) {
 	r := &rooms{settings: settings.New(g.db, g.log)}
 	var err error
-	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{MinFree: minFree, Log: g.log}); err != nil {
+	minFree := settings.Define(r.settings, settings.Spec[int64]{
+		Name: "storage.min-free", Default: "256MiB", Kind: settings.Bytes(16<<20, 1<<40, false),
+		Summary: "the free space of a node's disk below which it takes no content, so that the metadata can always be written; pulls go on",
+	})
+	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{LowWater: minFree.Value, Log: g.log}); err != nil {
 		return nil, err
 	}
 	r.records = blobs.NewRecords(g.db)
@@ -91,7 +91,7 @@ func newRooms(g ground) (*rooms, error) {
 	r.projects.Attach(r.catalog)
 	r.offline = offline.New(offline.Config{
 		DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records,
-		Copies: r.peers, Fetcher: r.peers, Trusts: r.sites, MinFree: minFree, Log: g.log,
+		Copies: r.peers, Fetcher: r.peers, Trusts: r.sites, MinFree: minFree.Value, Log: g.log,
 	})
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,

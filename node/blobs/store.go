@@ -35,6 +35,9 @@ type Options struct {
 	// MinFree is the low-water mark in bytes: with less free space writes are
 	// refused and reads go on. 0 is none.
 	MinFree int64
+	// LowWater, if it is set, is asked before each look at the free space and
+	// wins over MinFree: a mark that moves while the store is open.
+	LowWater func() int64
 	// MaxUpload bounds one blob in bytes; 0 is unbounded.
 	MaxUpload int64
 	// MaxSessions bounds the upload sessions under way; 0 is 4096.
@@ -417,18 +420,22 @@ func noSpace(err error) error {
 // room refuses a write of need bytes that would take the disk below the
 // low-water mark.
 func (s *Store) room(need int64) error {
-	if s.o.MinFree <= 0 {
+	least := s.o.MinFree
+	if s.o.LowWater != nil {
+		least = s.o.LowWater()
+	}
+	if least <= 0 {
 		return nil
 	}
 	free, _, err := s.fs.Space()
 	if err != nil {
 		return fmt.Errorf("asking for the free space: %w", err)
 	}
-	if free-need >= s.o.MinFree {
+	if free-need >= least {
 		return nil
 	}
 	return fault.New(fault.Limit, "the disk of this node has %d MiB free and %d MiB of them are kept in reserve: "+
-		"nothing this large can be pushed until space is freed; pulls go on", free>>20, s.o.MinFree>>20).WithCode(CodeNoSpace)
+		"nothing this large can be pushed until space is freed; pulls go on", free>>20, least>>20).WithCode(CodeNoSpace)
 }
 
 func (s *Store) read(name string) ([]byte, error) {

@@ -43,7 +43,7 @@ type Trusts interface {
 	KeyChain(r table.Reader, site string) (entry.KeyChain, error)
 }
 
-// Config of Offline. All fields but MinFree are needed.
+// Config of Offline. All fields are needed.
 type Config struct {
 	DB       *table.DB
 	Journal  *journal.Journal
@@ -54,7 +54,7 @@ type Config struct {
 	Copies   blobs.Copies
 	Fetcher  Fetcher
 	Trusts   Trusts
-	MinFree  int64 // bytes that an import leaves free
+	MinFree  func() int64 // bytes that an import leaves free
 	Log      *slog.Logger
 }
 

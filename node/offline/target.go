@@ -127,7 +127,7 @@ func (s storage) Open(ctx context.Context, d digest.Digest) (io.ReadCloser, erro
 // Free implements airgap.Blobs.
 func (s storage) Free(context.Context) (int64, error) {
 	free, _, err := s.Store.Free()
-	return max(0, free-s.MinFree), err
+	return max(0, free-s.MinFree()), err
 }
 
 // Stage implements airgap.Blobs.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -161,24 +162,24 @@ func TestUploadRate(t *testing.T) {
 	}
 }
 
-// Below the low-water mark pushes are refused and pulls go on.
+// Below the low-water mark pushes are refused and pulls go on, without a restart.
 func TestLowWaterMark(t *testing.T) {
-	s := newSite(t)
-	dir := t.TempDir()
-	n := s.start("n1", dir)
+	var mark atomic.Int64
+	store, err := blobs.Open(t.TempDir(), blobs.Options{LowWater: mark.Load})
+	must(t, err)
+	defer func() { must(t, store.Close()) }()
+	n := single(t, func(c *registry.Config) { c.Store = store })
 	layer := n.pushBlob("app", random(1000))
 	manifest := n.pushImage("app", "v1")
-	n.stop()
-	store, err := blobs.Open(dir, blobs.Options{MinFree: 1 << 60})
-	must(t, err)
-	n = s.start("n1", dir, func(c *registry.Config) { c.Store = store })
+	mark.Store(1 << 60)
 	n.do("POST", "/v2/app/blobs/uploads/", nil).want(507, "INSUFFICIENT_STORAGE").says("reserve", "until space is freed", "pulls go on")
 	n.do("POST", "/v2/app/blobs/uploads/?digest="+digest.FromString("x").String(), []byte("x")).want(507, "INSUFFICIENT_STORAGE")
 	n.do("GET", "/v2/app/blobs/"+layer.Digest.String(), nil).want(200)
 	if got := n.do("GET", "/v2/app/manifests/v1", nil).want(200); !bytes.Equal(got.body, manifest) {
 		t.Errorf("the manifest is %s", got.body)
 	}
-	must(t, store.Close())
+	mark.Store(0)
+	n.pushBlob("app", random(1000))
 }
 
 // Pushes of one blob at the same time leave one file.

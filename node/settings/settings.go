@@ -74,13 +74,6 @@ type Setting[T any] struct{ current atomic.Pointer[T] }
 // Value is what is in force now. Whoever gets a map or a list must not change it.
 func (s *Setting[T]) Value() T { return *s.current.Load() }
 
-// Fixed is a setting that nobody changes.
-func Fixed[T any](value T) *Setting[T] {
-	s := &Setting[T]{}
-	s.current.Store(&value)
-	return s
-}
-
 // New defines the table of settings.
 func New(db *table.DB, log *slog.Logger) *Settings {
 	return &Settings{db: db, rows: table.Define[row](db, tableName), log: log, refused: map[string]string{}}
