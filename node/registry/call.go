@@ -114,6 +114,16 @@ func (c *call) json(status int, value any) error {
 	return nil
 }
 
+// whole answers with content of which no part was asked for.
+func (c *call) whole(data []byte) error {
+	h := c.w.Header()
+	h.Set("Accept-Ranges", "bytes")
+	h.Set("Content-Length", strconv.Itoa(len(data)))
+	c.w.WriteHeader(http.StatusOK)
+	_, _ = c.w.Write(data) // a failed write means that the client is gone
+	return nil
+}
+
 // refuse sends the answer to a request that may still be sending. The answer
 // goes out at once, then what follows is read for a while: a client that is cut
 // off while it writes often never reads why.

@@ -48,11 +48,7 @@ func (g *Registry) getManifest(c *call) error {
 	h.Set("Docker-Content-Digest", m.Digest.String())
 	h.Set("Etag", strconv.Quote(m.Digest.String()))
 	if plain(c.r) {
-		h.Set("Accept-Ranges", "bytes")
-		h.Set("Content-Length", strconv.Itoa(len(m.Bytes)))
-		c.w.WriteHeader(http.StatusOK)
-		_, _ = c.w.Write(m.Bytes) // a failed write means that the client is gone
-		return nil
+		return c.whole(m.Bytes)
 	}
 	return g.send(c, bytes.NewReader(m.Bytes))
 }
