@@ -12,7 +12,7 @@ import (
 func TestDocumentOfAllRooms(t *testing.T) {
 	n := start(t, config(t))
 	var doc map[string]any
-	n.as("", "", "GET", "/api/openapi.json", nil).want(200).decode(&doc)
+	n.as(login{}, "GET", "/api/openapi.json", nil).want(200).decode(&doc)
 	routes := n.rooms.kernel.Routes()
 	for _, problem := range resttest.CheckDocument(doc, routes) {
 		t.Error(problem)
@@ -72,22 +72,22 @@ func TestHarborsShapes(t *testing.T) {
 	resttest.Shape(t, "getArtifact", 404, n.do("GET", repository+"/artifacts/none", nil).want(404).Body)
 
 	var version struct{ Version string }
-	n.as("", "", "GET", "/api/version", nil).want(200).decode(&version)
+	n.as(login{}, "GET", "/api/version", nil).want(200).decode(&version)
 	if version.Version != "v2.0" {
 		t.Errorf("version of the API is %q", version.Version)
 	}
-	if got := n.as("", "", "GET", "/api/v2.0/ping", nil).want(200).Body; string(got) != "Pong" {
+	if got := n.as(login{}, "GET", "/api/v2.0/ping", nil).want(200).Body; string(got) != "Pong" {
 		t.Errorf("ping: %q", got)
 	}
 	var health struct{ Status string }
-	n.as("", "", "GET", "/api/v2.0/health", nil).want(200).decode(&health)
+	n.as(login{}, "GET", "/api/v2.0/health", nil).want(200).decode(&health)
 	if health.Status != "healthy" {
 		t.Errorf("health: %q", health.Status)
 	}
 
 	// A private project with content: hidden, and not deleted.
-	n.as("", "", "GET", "/api/v2.0/projects/shop", nil).want(401)
-	n.as("", "", "GET", "/api/v2.0/projects/library/repositories", nil).want(200)
+	n.as(login{}, "GET", "/api/v2.0/projects/shop", nil).want(401)
+	n.as(login{}, "GET", "/api/v2.0/projects/library/repositories", nil).want(200)
 	n.do("DELETE", "/api/v2.0/projects/shop", nil).want(412)
 	n.do("DELETE", repository, nil).want(200)
 	n.do("DELETE", "/api/v2.0/projects/shop", nil).want(200)
@@ -97,7 +97,7 @@ func TestHarborsShapes(t *testing.T) {
 func TestMetrics(t *testing.T) {
 	n := start(t, config(t))
 	n.push("library/app", "v1", []byte("a layer"))
-	text := string(n.as("", "", "GET", "/metrics", nil).want(200).Body)
+	text := string(n.as(login{}, "GET", "/metrics", nil).want(200).Body)
 	for _, name := range []string{"atoll_peers_underreplicated_blobs 0", "atoll_cluster_leader_bool 1", "atoll_http_request_duration_seconds_count"} {
 		if !strings.Contains(text, name) {
 			t.Errorf("no %q in the metrics", name)
@@ -110,11 +110,11 @@ func TestMetrics(t *testing.T) {
 	c := config(t)
 	c.Listen, c.TLS = "0.0.0.0:0", TLSOff
 	open := start(t, c)
-	a := open.as("", "", "GET", "/metrics", nil).want(401)
+	a := open.as(login{}, "GET", "/metrics", nil).want(401)
 	if a.Header.Get("WWW-Authenticate") == "" || !json.Valid(a.Body) {
 		t.Errorf("the refusal is %v %s", a.Header, a.Body)
 	}
-	open.as("admin", "guess", "GET", "/metrics", nil).want(401)
+	open.as(login{"admin", "guess"}, "GET", "/metrics", nil).want(401)
 	open.do("GET", "/metrics", nil).want(200)
 }
 

@@ -165,18 +165,21 @@ func (a answer) decode(into any) {
 // do asks as admin.
 func (r *running) do(method, path string, body []byte, header ...string) answer {
 	r.t.Helper()
-	return r.as("admin", password, method, path, body, header...)
+	return r.as(login{"admin", password}, method, path, body, header...)
 }
 
-// as asks as a user, "" for nobody. Headers come as name, value.
-func (r *running) as(user, secret, method, path string, body []byte, header ...string) answer {
+// login is who asks; the zero value is nobody.
+type login struct{ user, secret string }
+
+// as asks as somebody. Headers come as name, value.
+func (r *running) as(who login, method, path string, body []byte, header ...string) answer {
 	r.t.Helper()
 	q, err := http.NewRequestWithContext(r.t.Context(), method, r.URL+path, bytes.NewReader(body))
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	if user != "" {
-		q.SetBasicAuth(user, secret)
+	if who.user != "" {
+		q.SetBasicAuth(who.user, who.secret)
 	}
 	for i := 0; i+1 < len(header); i += 2 {
 		q.Header.Set(header[i], header[i+1])

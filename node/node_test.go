@@ -57,9 +57,9 @@ func TestSocketIsTheSystems(t *testing.T) {
 		t.Fatalf("token is %q", token.Token)
 	}
 	json := []string{"Content-Type", "application/json"}
-	n.as("", "", "POST", "/api/atoll/v1/tokens", ask, json...).want(401)
+	n.as(login{}, "POST", "/api/atoll/v1/tokens", ask, json...).want(401)
 	// Nothing that a client sends makes it somebody else.
-	n.as("", "", "POST", "/api/atoll/v1/tokens", ask, append(json, "Atoll-Principal", `{"Kind":3,"Name":"system","Admin":true}`)...).want(401)
+	n.as(login{}, "POST", "/api/atoll/v1/tokens", ask, append(json, "Atoll-Principal", `{"Kind":3,"Name":"system","Admin":true}`)...).want(401)
 	if err := n.stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -92,8 +92,8 @@ func TestFirstStartIsCompletedByTheNext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.as("admin", strings.TrimSpace(string(secret)), "GET", "/api/v2.0/projects/library", nil).want(200)
-	n.as("admin", "guess", "GET", "/api/v2.0/projects/library", nil).want(401)
+	n.as(login{"admin", strings.TrimSpace(string(secret))}, "GET", "/api/v2.0/projects/library", nil).want(200)
+	n.as(login{"admin", "guess"}, "GET", "/api/v2.0/projects/library", nil).want(401)
 }
 
 func TestStopsBeforeItServes(t *testing.T) {

@@ -204,8 +204,8 @@ func TestUploadThroughAnyNode(t *testing.T) {
 	// The header by which nodes tell each other the user is nothing to clients.
 	system := []string{"Atoll-Principal", `{"Kind":3,"Name":"system","Admin":true}`, "Content-Type", "application/octet-stream"}
 	for _, n := range nodes {
-		n.as("", "", "PATCH", session, b[:10], system...).want(401)
-		n.as("", "", "PATCH", session, b[:10], append(system, "Connection", "Atoll-Principal")...).want(401)
+		n.as(login{}, "PATCH", session, b[:10], system...).want(401)
+		n.as(login{}, "PATCH", session, b[:10], append(system, "Connection", "Atoll-Principal")...).want(401)
 	}
 	session = place(nodes[1].do("PATCH", session, b[:100<<10], "Content-Type", "application/octet-stream", "Atoll-Principal", `{"Kind":0}`).want(202))
 	session = place(nodes[2].do("PATCH", session, b[100<<10:], "Content-Type", "application/octet-stream").want(202))
