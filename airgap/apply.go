@@ -143,7 +143,7 @@ func (i *importer) read(ctx context.Context, d digest.Digest) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read staged manifest %s: %w", d, err)
 	}
-	if digest.FromBytes(data) != d {
+	if d.Algorithm().FromBytes(data) != d {
 		return nil, fmt.Errorf("staged manifest %s changed on disk: check the disk, then run the import again", d)
 	}
 	return data, nil

@@ -12,6 +12,7 @@ package transfer
 
 import (
 	"context"
+	_ "crypto/sha512" // blobs may be named by it; pieces have sha256 whatever their blob has
 	"errors"
 	"fmt"
 	"io"

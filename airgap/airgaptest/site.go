@@ -481,7 +481,7 @@ func (a *area) Put(_ context.Context, blob airgap.Blob, r io.Reader) error {
 	if err := a.site.spend(); err != nil {
 		return err
 	}
-	if digest.FromBytes(data) != blob.Digest || int64(len(data)) != blob.Size {
+	if blob.Digest.Algorithm().FromBytes(data) != blob.Digest || int64(len(data)) != blob.Size {
 		return fmt.Errorf("stage %s: another content", blob.Digest)
 	}
 	a.site.Puts++

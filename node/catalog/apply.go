@@ -118,7 +118,7 @@ func (c *Catalog) ready(ctx context.Context, project string, log entry.LogID, en
 
 // matching checks that a manifest is what its entry says.
 func matching(e entry.Entry, body []byte) (*Document, error) {
-	if digest.FromBytes(body) != e.Digest || int64(len(body)) != e.Size {
+	if e.Digest.Algorithm().FromBytes(body) != e.Digest || int64(len(body)) != e.Size {
 		return nil, fault.New(fault.Invalid, "the manifest that came with it is not %s of %d bytes", e.Digest, e.Size).WithCode("DIGEST_INVALID")
 	}
 	doc, err := ParseManifest(e.MediaType, body)

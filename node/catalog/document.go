@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -288,7 +289,7 @@ func descriptor(raw json.RawMessage, name string) (v1.Descriptor, error) {
 	if err := json.Unmarshal(fields["digest"], &text); err != nil {
 		return v1.Descriptor{}, fmt.Errorf("%s has no digest", name)
 	}
-	if d.Digest, err = ParseDigest(text); err != nil {
+	if d.Digest, err = entry.ParseDigest(text); err != nil {
 		return v1.Descriptor{}, fmt.Errorf("%s: %w", name, err)
 	}
 	if err := json.Unmarshal(fields["size"], &d.Size); err != nil || d.Size < 0 {
@@ -301,18 +302,6 @@ func descriptor(raw json.RawMessage, name string) (v1.Descriptor, error) {
 		}
 	}
 	return d, nil
-}
-
-// ParseDigest reads the digest of content; sha256 is the algorithm taken.
-func ParseDigest(s string) (digest.Digest, error) {
-	d := digest.Digest(s)
-	if strings.HasPrefix(s, "sha256:") && d.Validate() == nil {
-		return d, nil
-	}
-	if len(s) > 100 {
-		s = s[:100] + "..."
-	}
-	return "", fmt.Errorf("%q is not a digest; write sha256: and 64 lower-case hexadecimal digits", s)
 }
 
 // checkJSON walks the body once and refuses what bounded, unambiguous JSON does

@@ -77,11 +77,13 @@ func checkPush(p *Push) (Document, error) {
 	if err != nil {
 		return Document{}, err
 	}
-	real := digest.FromBytes(p.Bytes)
 	if p.Digest == "" {
-		p.Digest = real
+		p.Digest = digest.FromBytes(p.Bytes)
 	}
-	if p.Digest != real {
+	if _, err := entry.ParseDigest(p.Digest.String()); err != nil {
+		return Document{}, fault.Wrap(err, fault.Invalid, "the push names the manifest by %.140q, which is not a digest that is taken", p.Digest.String()).WithCode("DIGEST_INVALID")
+	}
+	if real := p.Digest.Algorithm().FromBytes(p.Bytes); p.Digest != real {
 		return Document{}, fault.New(fault.Invalid, "the manifest's digest is %s, not %s as the push says; it changed on the way", real, p.Digest).WithCode("DIGEST_INVALID")
 	}
 	p.MediaType = doc.MediaType

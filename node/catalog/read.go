@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -130,7 +131,7 @@ func servable(a Artifact, reference string) error {
 // find reads the artifact that a tag or a digest names, servable or not. A tag
 // that is held back counts as its artifact being so.
 func (c *Catalog) find(r table.Reader, project, repository, reference string) (Artifact, error) {
-	d, err := ParseDigest(reference)
+	d, err := entry.ParseDigest(reference)
 	withheld := false
 	if err != nil {
 		if CheckTag(reference) != nil {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/blobs"
@@ -113,7 +114,7 @@ func (c *Catalog) listAll(ctx context.Context, in *listAllInput) (page rest.Page
 	var blob digest.Digest
 	if term, ok := in.Q.Find("blob_digest"); ok {
 		want = access.RepositoryPull
-		if blob, err = ParseDigest(term.Values[0]); err != nil {
+		if blob, err = entry.ParseDigest(term.Values[0]); err != nil {
 			return page, fault.New(fault.Invalid, "blob_digest: %v", err)
 		}
 	}

@@ -112,8 +112,9 @@ func accessoryType(artifactType string) string {
 	return "subject.accessory"
 }
 
-// cosignTag is the tag under which older cosign keeps a signature.
-func cosignTag(d digest.Digest) string { return "sha256-" + d.Encoded() + ".sig" }
+// cosignTag is the tag under which older cosign keeps a signature. No tag is as
+// long as that of a sha512 digest, so that none is found.
+func cosignTag(d digest.Digest) string { return d.Algorithm().String() + "-" + d.Encoded() + ".sig" }
 
 // shape of what an artifact's answer holds beside itself.
 type shape struct {

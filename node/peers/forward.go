@@ -13,6 +13,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -148,7 +149,7 @@ type message interface{ check() error }
 
 func (q heldRequest) check() error {
 	for _, b := range q.Blobs {
-		if err := b.Digest.Validate(); err != nil {
+		if _, err := entry.ParseDigest(b.Digest.String()); err != nil {
 			return fmt.Errorf("blob %q: %w", b.Digest, err)
 		}
 		if b.Size < 0 {
@@ -158,7 +159,10 @@ func (q heldRequest) check() error {
 	return nil
 }
 
-func (q rootRequest) check() error { return q.Digest.Validate() }
+func (q rootRequest) check() error {
+	_, err := entry.ParseDigest(q.Digest.String())
+	return err
+}
 
 func decodeMessage[Q any](body io.Reader) (q Q, err error) {
 	data, err := io.ReadAll(io.LimitReader(body, maxPeerMessage+1))

@@ -139,7 +139,7 @@ func (g *Registry) putManifest(c *call) error {
 	if err != nil {
 		return err
 	}
-	d := digest.FromBytes(data)
+	d := algorithmOf(want).FromBytes(data)
 	if want != "" && want != d {
 		return fault.New(fault.Invalid, "the manifest was sent as %s but its digest is %s; it changed on the way, or the client computed it over other bytes", want, d).WithCode(codeDigestInvalid)
 	}
@@ -183,6 +183,15 @@ func (g *Registry) putManifest(c *call) error {
 	return c.empty(http.StatusCreated)
 }
 
+// algorithmOf gives the algorithm by which a manifest is addressed: that of the
+// digest under which it was sent, and sha256 when it was sent under a tag.
+func algorithmOf(want digest.Digest) digest.Algorithm {
+	if want == "" {
+		return digest.Canonical
+	}
+	return want.Algorithm()
+}
+
 // pushReference reads under what a manifest is to be: a tag, or a digest with
 // any number of tags in the query. tags has "" for a digest alone.
 func pushReference(c *call) (tags []string, want digest.Digest, err error) {
@@ -190,9 +199,6 @@ func pushReference(c *call) (tags []string, want digest.Digest, err error) {
 		return []string{c.route.Reference}, "", catalog.CheckTag(c.route.Reference)
 	}
 	if want, err = parseDigest(c.route.Reference); err != nil {
-		return nil, "", err
-	}
-	if err = storable(want); err != nil {
 		return nil, "", err
 	}
 	tags = c.r.URL.Query()["tag"]

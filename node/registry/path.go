@@ -5,6 +5,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -165,29 +166,13 @@ func validComponent(s string) bool {
 	return s != "" && separators == 0
 }
 
-// parseDigest reads a digest that a client sent. Every algorithm of the image
-// specification is a digest; which of them can be stored is another question.
+// parseDigest reads a digest that a client sent.
 func parseDigest(s string) (digest.Digest, error) {
-	algorithm, hex, _ := strings.Cut(s, ":")
-	size := 0
-	switch algorithm {
-	case "sha256":
-		size = 64
-	case "sha512":
-		size = 128
+	d, err := entry.ParseDigest(s)
+	if err != nil {
+		return "", fault.Wrap(err, fault.Invalid, "%.140q is not a digest; write sha256: and 64, or sha512: and 128, lower-case hexadecimal digits", s).WithCode(codeDigestInvalid)
 	}
-	if size == 0 || len(hex) != size || strings.Trim(hex, "0123456789abcdef") != "" {
-		return "", fault.New(fault.Invalid, "%.80q is not a digest; write sha256: and 64 lower-case hexadecimal digits", s).WithCode(codeDigestInvalid)
-	}
-	return digest.Digest(s), nil
-}
-
-// storable refuses digests of algorithms that this registry does not write.
-func storable(d digest.Digest) error {
-	if strings.HasPrefix(d.String(), "sha256:") {
-		return nil
-	}
-	return fault.New(fault.Invalid, "content is stored under sha256 here; push it with a sha256 digest").WithCode(codeDigestInvalid)
+	return d, nil
 }
 
 // isDigest tells the two kinds of reference apart: no tag holds a colon.

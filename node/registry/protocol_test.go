@@ -140,7 +140,7 @@ func TestPullManifest(t *testing.T) {
 		n.do("HEAD", c.path, nil).want(c.status)
 	}
 	if sum := digest.FromString("x").String(); n.do("GET", "/v2/app/manifests/sha512:"+sum[7:]+sum[7:], nil).status != 404 {
-		t.Error("a manifest under an algorithm that is not stored here is not there")
+		t.Error("a manifest under the other algorithm is not there")
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -25,8 +26,9 @@ const headerForwarded = "Atoll-Forwarded"
 // that is here already, or by taking the whole blob in at once.
 func (g *Registry) startUpload(c *call) error {
 	q := c.r.URL.Query()
-	if algorithm := q.Get("digest-algorithm"); algorithm != "" && algorithm != "sha256" {
-		return fault.New(fault.Invalid, "content is stored under sha256 here, not under %.40q", algorithm).WithCode(codeDigestInvalid)
+	algorithm, err := uploadAlgorithm(q)
+	if err != nil {
+		return err
 	}
 	if q.Has("mount") {
 		d, err := parseDigest(q.Get("mount"))
@@ -56,7 +58,21 @@ func (g *Registry) startUpload(c *call) error {
 	if err != nil {
 		return err
 	}
+	u.Expect(algorithm)
 	return g.answerSession(c, u, http.StatusAccepted)
+}
+
+// uploadAlgorithm reads by which algorithm the client will name the blob, which
+// saves reading it again. Clients that do not say it mean sha256.
+func uploadAlgorithm(q url.Values) (digest.Algorithm, error) {
+	if !q.Has("digest-algorithm") {
+		return digest.Canonical, nil
+	}
+	algorithm, err := entry.ParseAlgorithm(q.Get("digest-algorithm"))
+	if err != nil {
+		return "", fault.Wrap(err, fault.Invalid, "%.40q is not a digest algorithm that is taken; use sha256 or sha512", q.Get("digest-algorithm")).WithCode(codeDigestInvalid)
+	}
+	return algorithm, nil
 }
 
 // uploadWhole takes a blob in with the request that names it.
@@ -69,6 +85,7 @@ func (g *Registry) uploadWhole(c *call, want string) error {
 	if err != nil {
 		return err
 	}
+	u.Expect(d.Algorithm())
 	if _, err := g.take(c, u); err != nil {
 		g.uploads.drop(who(c.who), u.ID())
 		return errors.Join(err, u.Cancel()) // no client can know the session
@@ -81,11 +98,7 @@ func blobDigest(s string) (digest.Digest, error) {
 	if s == "" {
 		return "", fault.New(fault.Invalid, "the blob's digest is missing; send it as the query parameter digest").WithCode(codeDigestInvalid)
 	}
-	d, err := parseDigest(s)
-	if err == nil {
-		err = storable(d)
-	}
-	return d, err
+	return parseDigest(s)
 }
 
 // session finds the upload session of a request. A session of another node is

@@ -33,11 +33,14 @@ func NewStore() *Store {
 	return &Store{blobs: make(map[digest.Digest][]byte), partials: make(map[digest.Digest]*partial)}
 }
 
-// Put makes the store hold a blob.
-func (s *Store) Put(content []byte) {
+// Put makes the store hold a blob under its sha256.
+func (s *Store) Put(content []byte) { s.PutAs(digest.SHA256, content) }
+
+// PutAs makes the store hold a blob under its digest by the algorithm.
+func (s *Store) PutAs(algorithm digest.Algorithm, content []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.blobs[digest.FromBytes(content)] = content
+	s.blobs[algorithm.FromBytes(content)] = content
 }
 
 // Bytes of a blob that the store holds; nil when it does not.
@@ -174,7 +177,7 @@ func (p *partial) Commit(context.Context) error {
 	defer p.store.mu.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if got := digest.FromBytes(p.data); got != p.digest {
+	if got := p.digest.Algorithm().FromBytes(p.data); got != p.digest {
 		return fmt.Errorf("store: bytes are %s: %w", got, transfer.ErrDigest)
 	}
 	p.store.blobs[p.digest] = p.data
