@@ -66,8 +66,9 @@ type Copies interface {
 	// Ensure brings every blob to as many members as the site's policy wants and
 	// that are live, and gives on how many members all of ds are durable, this
 	// one included if it holds them. Fewer than wanted is no error; fault.Unavailable
-	// means that no member holds one of them. It is safe for concurrent use and
-	// to be repeated.
+	// means that no member holds one of them. A blob in a Backend, which no member's
+	// loss takes with it, counts as durable on as many as are wanted. It is safe for
+	// concurrent use and to be repeated.
 	Ensure(ctx context.Context, ds []digest.Digest) (copies int, err error)
 }
 

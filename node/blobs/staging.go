@@ -194,13 +194,16 @@ func (g *Staging) Commit(ctx context.Context) error {
 }
 
 func (g *Staging) move(k key) error {
-	unlock, _ := g.s.locks.write(k)
-	defer unlock()
 	staged := g.dir + "/" + k.plain()
 	fi, err := g.s.fs.Stat(staged)
 	if err != nil {
 		return err
 	}
+	if g.s.Shared() {
+		return g.s.place(staged, k, fi.Size())
+	}
+	unlock, _ := g.s.locks.write(k)
+	defer unlock()
 	_, err = g.s.enter(staged, k, fi.Size())
 	return err
 }
@@ -243,4 +246,81 @@ func (s *Store) recoverStaging() error {
 		}
 	}
 	return nil
+}
+
+// linker is an FS that can give a file of the system a second name.
+type linker interface {
+	Link(file, name string) error
+}
+
+func (d disk) Link(file, name string) error { return os.Link(file, d.path(name)) }
+
+// adopted is the staging area of Take. It is never committed.
+const adopted = stagingDir + "/adopted"
+
+// Take makes a blob of a file outside the store, which stays as it is. With link
+// the two share their space if the disk can do that, and the file must never be
+// written to again; linked says whether they do. The failures are those of Put;
+// what was stored was verified here.
+func (s *Store) Take(ctx context.Context, d digest.Digest, file string, link bool) (info Info, linked bool, err error) {
+	k, err := keyOf(d)
+	if err != nil {
+		return Info{}, false, err
+	}
+	if to, can := s.fs.(linker); can && link && !s.Shared() {
+		temp := adopted + "/" + rand.Text() + tempSuffix
+		if err := s.fs.Mkdir(adopted); err != nil {
+			return Info{}, false, s.failed(err, d, "linking")
+		}
+		if err := to.Link(file, temp); err == nil {
+			info, err = s.takeLink(ctx, k, temp)
+			return info, err == nil, err
+		}
+		// Another file system, or another user's file: a copy will do.
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return Info{}, false, err
+	}
+	defer f.Close()
+	info, err = s.Put(ctx, d, f)
+	return info, false, err
+}
+
+func (s *Store) takeLink(ctx context.Context, k key, temp string) (Info, error) {
+	size, err := s.prove(ctx, k, temp)
+	if err == nil {
+		if err = s.place(temp, k, size); err != nil {
+			err = s.failed(err, k.digest(), "storing")
+		}
+	}
+	if err != nil {
+		s.sweep(temp)
+		return Info{}, err
+	}
+	return Info{Digest: k.digest(), Size: size}, nil
+}
+
+// prove hashes a file, makes it durable and gives its size.
+func (s *Store) prove(ctx context.Context, k key, name string) (int64, error) {
+	f, err := s.fs.OpenFile(name, os.O_RDONLY)
+	if err != nil {
+		return 0, s.failed(err, k.digest(), "opening")
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, s.failed(err, k.digest(), "opening")
+	}
+	sum := k.algorithm().Hash()
+	if err := s.hash(ctx, sum, f, 0, fi.Size()); err != nil {
+		return 0, s.failed(err, k.digest(), "reading")
+	}
+	if err := k.verify(sum, fi.Size()); err != nil {
+		return 0, err
+	}
+	if err := f.Sync(); err != nil {
+		return 0, s.failed(err, k.digest(), "syncing")
+	}
+	return fi.Size(), nil
 }

@@ -20,10 +20,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -44,7 +46,9 @@ type Options struct {
 	MaxSessions int
 	// Boot identifies the run of the kernel; "" asks the kernel.
 	Boot string
-	Log  *slog.Logger // nil discards
+	// Backend is where committed blobs go; nil: the store's directory.
+	Backend Backend
+	Log     *slog.Logger // nil discards
 }
 
 // Info is what the store knows of a blob that it holds.
@@ -53,7 +57,8 @@ type Info struct {
 	Size   int64
 }
 
-// Usage is what the store occupies, in bytes.
+// Usage is what the store occupies of the node's disk, in bytes: not what is in a
+// Backend.
 type Usage struct {
 	Blobs    int   // number of blobs held
 	Bytes    int64 // by blobs held
@@ -76,8 +81,8 @@ const (
 	kernelBootID = "/proc/sys/kernel/random/boot_id"
 )
 
-// Store is a content store in one directory, which must be its alone. It is safe
-// for concurrent use.
+// Store is a content store in one directory, which must be its alone, and in a
+// Backend if there is one. It is safe for concurrent use.
 type Store struct {
 	fs      FS
 	o       Options
@@ -86,6 +91,9 @@ type Store struct {
 	locks   locks
 	shards  []shard // shardsEach for each algorithm
 	buffers sync.Pool
+
+	shelves  atomic.Pointer[shelves]
+	shipping singleflight.Group // of blobs into the backend
 
 	mu       sync.Mutex
 	sessions map[string]*Upload
@@ -98,6 +106,7 @@ type Store struct {
 func Open(dir string, o Options) (*Store, error) {
 	s := &Store{fs: o.FS, o: o, log: o.Log, boot: o.Boot, sessions: map[string]*Upload{}, partials: map[key]bool{}, unfit: map[key]bool{}}
 	s.shards = make([]shard, shardsEach*len(entry.Algorithms()))
+	s.shelves.Store(&shelves{home: o.Backend})
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -216,33 +225,33 @@ func (s *Store) Stat(d digest.Digest) (Info, error) {
 	}
 	unlock := s.locks.read(k)
 	defer unlock()
-	fi, err := s.fs.Stat(k.blob())
-	if err == nil && s.isUnfit(k) {
-		err = fs.ErrNotExist
-	}
-	if err != nil {
+	info := Info{Digest: d}
+	if err := s.find(func(from shelf) (err error) {
+		info.Size, err = from.Stat(d)
+		return err
+	}); err != nil {
 		return Info{}, s.failed(err, d, "looking at")
 	}
-	if err := s.settle(k.shard()); err != nil {
-		return Info{}, s.failed(err, d, "syncing")
-	}
-	return Info{Digest: d, Size: fi.Size()}, nil
+	return info, nil
 }
 
 // OpenBlob opens a blob for reading; fault.NotFound with code BLOB_UNKNOWN when
 // the store does not hold it. A blob that is removed stays readable for those
 // who have it open.
-func (s *Store) OpenBlob(d digest.Digest) (File, int64, error) {
+func (s *Store) OpenBlob(d digest.Digest) (f File, size int64, err error) {
 	k, err := keyOf(d)
 	if err != nil {
 		return nil, 0, err
 	}
 	unlock := s.locks.read(k)
 	defer unlock()
-	if s.isUnfit(k) {
-		return nil, 0, s.failed(fs.ErrNotExist, d, "opening")
+	if err := s.find(func(from shelf) (err error) {
+		f, size, err = from.Open(d)
+		return err
+	}); err != nil {
+		return nil, 0, s.failed(err, d, "opening")
 	}
-	return s.open(k.blob(), d)
+	return f, size, nil
 }
 
 func (s *Store) open(name string, d digest.Digest) (File, int64, error) {
@@ -260,6 +269,10 @@ func (s *Store) open(name string, d digest.Digest) (File, int64, error) {
 // List gives up to n held blobs in the order of their digests, after the one
 // given ("" begins). It reads one of the directories of blobs at a time.
 func (s *Store) List(after digest.Digest, n int) ([]digest.Digest, error) {
+	return merge(s.all(), after, n)
+}
+
+func (s *Store) listOwn(after digest.Digest, n int) ([]digest.Digest, error) {
 	first := 0
 	if after != "" {
 		k, err := keyOf(after)
@@ -314,10 +327,16 @@ func (s *Store) Remove(d digest.Digest) error {
 // no Commit, Stat or OpenBlob of the blob runs between the answer and the
 // unlink. A pinned blob is fault.Conflict, one not held fault.NotFound. The
 // unlink is not synced: after a power cut the blob may be held again.
+//
+// Pins and locks are this node's, so in a Backend, where other nodes push too,
+// nothing is removed: fault.Conflict.
 func (s *Store) RemoveIf(ctx context.Context, d digest.Digest, allowed func(context.Context) error) error {
 	k, err := keyOf(d)
 	if err != nil {
 		return err
+	}
+	if s.Shared() {
+		return fault.New(fault.Conflict, "blob %s stays: it is in a storage that other nodes may be pushing it to", d)
 	}
 	return s.remove(k, func() error { return allowed(ctx) })
 }
@@ -331,7 +350,7 @@ func (s *Store) remove(k key, allowed func() error) error {
 	if err := allowed(); err != nil {
 		return err
 	}
-	if err := s.unlink(k); err != nil {
+	if err := s.removeAll(k.digest()); err != nil {
 		return s.failed(err, k.digest(), "removing")
 	}
 	return nil

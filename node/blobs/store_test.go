@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -47,6 +48,61 @@ func TestConformanceDisk(t *testing.T) {
 		dir := t.TempDir()
 		return func() blobstest.Store[*blobs.Upload] { return open(t, dir, blobs.Options{}) }
 	})
+}
+
+// A blob that is removed is read to its end by those who have it open.
+func TestRemovedWhileRead(t *testing.T) {
+	s := open(t, t.TempDir(), blobs.Options{})
+	content := blobstest.Content(9, 1<<20)
+	d := put(t, s, content)
+	f, _, err := s.OpenBlob(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := s.Remove(d); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(f); err != nil || !bytes.Equal(got, content) {
+		t.Fatalf("a removed blob reads as %d bytes, %v", len(got), err)
+	}
+}
+
+// A file of another registry becomes a blob: by a link where that works, by a copy
+// else, and only when its bytes are right.
+func TestTake(t *testing.T) {
+	dir := t.TempDir()
+	content := blobstest.Content(11, 1<<20)
+	d := digest.FromBytes(content)
+	file := filepath.Join(dir, "data")
+	write := func(b []byte) {
+		if err := os.WriteFile(file, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, link := range []bool{true, false} {
+		s := open(t, filepath.Join(dir, fmt.Sprint(link)), blobs.Options{})
+		write(append(bytes.Clone(content[:1<<19]), content[:1<<19]...))
+		if _, _, err := s.Take(t.Context(), d, file, link); !blobstest.Code(err, fault.Invalid, "DIGEST_INVALID") {
+			t.Fatalf("damaged content is taken: %v", err)
+		}
+		blobstest.CheckAbsent(t, s, d)
+		write(content)
+		for range 2 { // the second finds it held
+			if info, linked, err := s.Take(t.Context(), d, file, link); err != nil || linked != link || info.Size != 1<<20 {
+				t.Fatalf("Take with link %v: %+v, linked %v, %v", link, info, linked, err)
+			}
+		}
+		blobstest.Check(t, s, content)
+		if u, err := s.Usage(t.Context()); err != nil || u.Staging != 0 || u.Uploads != 0 {
+			t.Fatalf("Take leaves files: %+v, %v", u, err)
+		}
+	}
+	s := open(t, "/", blobs.Options{FS: faultfs.New()}) // cannot link
+	if _, linked, err := s.Take(t.Context(), d, file, true); err != nil || linked {
+		t.Fatalf("Take without links: linked %v, %v", linked, err)
+	}
+	blobstest.Check(t, s, content)
 }
 
 func TestConformanceMemory(t *testing.T) {

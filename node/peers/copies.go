@@ -97,6 +97,9 @@ func (p *Peers) plan(ds []digest.Digest) ([]*copyPlan, error) {
 		switch {
 		case err == nil:
 			c.holders, c.blob.Size = 1, info.Size
+			if p.Store.Shelved(d) {
+				c.holders = Durability // in a storage that no node's loss takes with it
+			}
 		case fault.Is(err, fault.NotFound):
 			if c.blob.Size, err = p.sizeOf(d); err != nil {
 				return nil, err

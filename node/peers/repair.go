@@ -194,7 +194,8 @@ func (p *Peers) repairBlob(ctx context.Context, b row, view overview) error {
 	if !first {
 		return nil
 	}
-	if b.Root == nil && b.Size > transfer.PieceSize {
+	// What all nodes read from one storage does not travel between them.
+	if b.Root == nil && b.Size > transfer.PieceSize && !p.Store.Shelved(b.digest) {
 		if err := p.commitRoot(ctx, b.digest); err != nil {
 			return err
 		}
