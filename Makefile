@@ -6,6 +6,9 @@ export GOFLAGS = -buildvcs=false
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS  = -s -w -X main.version=$(VERSION)
 TOOLS    = $(CURDIR)/.cache/bin
+# With this a test that lacks one of the installed tools fails instead of being
+# skipped.
+TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
 .PHONY: build run test test-unit test-race test-e2e fuzz demo bench bench-long testdeps clean
 
@@ -19,7 +22,8 @@ run: build
 test: testdeps build
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
-	CGO_ENABLED=1 go test -race -timeout 12m $$(go list ./... | grep -v /scripts/)
+	$(TESTED) CGO_ENABLED=1 go test -race -timeout 12m $$(go list ./... | grep -v /scripts/)
+	$(TESTED) CGO_ENABLED=1 go test -race -timeout 5m -tags s3 -run S3 ./node/blobs/cloud
 	PATH="$(TOOLS):$$PATH" go test -count=1 -timeout 12m ./scripts/...
 
 # The quick part, with nothing installed.
