@@ -252,7 +252,7 @@ func (n *Node) build(who member.Identity) (err error) {
 	}, who); err != nil {
 		return err
 	}
-	n.rooms, err = newRooms(ground{n.config, n.log, metrics, n.db, n.member, n.network})
+	n.rooms, err = newRooms(ground{n.config, n.url(), n.log, metrics, n.db, n.member, n.network})
 	return err
 }
 
@@ -276,7 +276,7 @@ func (n *Node) Run(ctx context.Context) error {
 	run, fail := context.WithCancelCause(ctx)
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
 	cluster := startFloor(run, fail, n.member.Run)
-	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.registry.Run)
+	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.registry.Run)
 
 	err := n.settle(run)
 	if err == nil {
@@ -384,12 +384,8 @@ func (n *Node) adminPassword() (string, error) {
 }
 
 func (n *Node) announce() {
-	scheme := "https"
-	if n.publicTLS == nil {
-		scheme = "http"
-	}
 	started := Started{
-		URL: scheme + "://" + n.reachable(), PeerAddr: n.config.Advertise, Data: n.config.Data, Founded: n.founded,
+		URL: n.url(), PeerAddr: n.config.Advertise, Data: n.config.Data, Founded: n.founded,
 	}
 	file := filepath.Join(n.config.Data, PasswordName)
 	if _, err := os.Stat(file); err == nil {
@@ -399,6 +395,14 @@ func (n *Node) announce() {
 	if n.config.Started != nil {
 		n.config.Started(started)
 	}
+}
+
+// url is where clients find the registry.
+func (n *Node) url() string {
+	if n.publicTLS == nil {
+		return "http://" + n.reachable()
+	}
+	return "https://" + n.reachable()
 }
 
 // reachable is the registry's address as others can use it: when it is all of the

@@ -32,24 +32,26 @@ import (
 
 // rooms are the parts of a node, in the order in which they are built.
 type rooms struct {
-	settings *settings.Settings
-	store    *blobs.Store
-	records  *blobs.Records
-	journal  *journal.Journal
-	projects *project.Projects
-	identity *identity.Identity
-	peers    *peers.Peers
-	catalog  *catalog.Catalog
-	registry *registry.Registry
-	sites    *sites.Sites
-	offline  *offline.Offline
-	kernel   *rest.Kernel
-	http     http.Handler
+	settings  *settings.Settings
+	store     *blobs.Store
+	records   *blobs.Records
+	journal   *journal.Journal
+	projects  *project.Projects
+	identity  *identity.Identity
+	peers     *peers.Peers
+	endpoints *peers.Endpoints
+	catalog   *catalog.Catalog
+	registry  *registry.Registry
+	sites     *sites.Sites
+	offline   *offline.Offline
+	kernel    *rest.Kernel
+	http      http.Handler
 }
 
 // ground is what the rooms stand on.
 type ground struct {
 	config  Config
+	url     string // where clients find this node
 	log     *slog.Logger
 	metrics *prometheus.Registry
 	db      *table.DB
@@ -83,6 +85,7 @@ func newRooms(g ground) (*rooms, error) {
 	}); err != nil {
 		return nil, err
 	}
+	r.endpoints = peers.NewEndpoints(g.db, g.member, g.url, !loopback(g.config.Listen), g.log)
 	if r.catalog, err = catalog.New(catalog.Config{
 		DB: g.db, Records: r.records, Journal: r.journal, Projects: r.projects, Big: bigManifests{r, g.db},
 	}); err != nil {
@@ -124,6 +127,7 @@ func (r *rooms) register(g ground) {
 	r.projects.Operations(r.kernel)
 	r.catalog.Operations(r.kernel)
 	r.peers.Operations(r.kernel)
+	r.endpoints.Operations(r.kernel)
 	r.sites.Operations(r.kernel)
 	r.offline.Operations(r.kernel)
 }
