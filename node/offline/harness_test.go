@@ -184,7 +184,7 @@ func newSite(t testing.TB, id string) *site {
 	db := table.New(s.reads, log)
 	store, err := blobs.Open(filepath.Join(s.dir, "content"), blobs.Options{})
 	must(t, err)
-	c := Config{DB: db, Store: store, Records: blobs.NewRecords(db), Journal: journal.New(db, plainSealer{}), Copies: s.copies, Fetcher: &s.elsewhere, Trusts: &s.trusts, Log: log}
+	c := Config{DB: db, Store: store, Records: blobs.NewRecords(db), Journal: journal.New(db, plainSealer{}), Copies: s.copies, Fetcher: &s.elsewhere, Trusts: &s.trusts, MinFree: func() int64 { return 0 }, Log: log}
 	c.Projects = project.New(db, c.Journal)
 	c.Catalog, err = catalog.New(catalog.Config{DB: db, Records: c.Records, Journal: c.Journal, Projects: c.Projects, Big: big{s}})
 	must(t, err)

@@ -72,6 +72,8 @@ func TestExportWhilePushesGoOn(t *testing.T) {
 	from, to, _ := pair(t)
 	ctx, stop := context.WithCancel(t.Context())
 	var pushing sync.WaitGroup
+	defer pushing.Wait()
+	defer stop()
 	pushed := make(chan struct{})
 	last := 0
 	pushing.Go(func() {
@@ -138,7 +140,7 @@ func TestImportGoesOnAfterACrash(t *testing.T) {
 					t.Fatalf("a crash was answered with %d %s", status, text)
 				}
 				if len(asked) != 2 || to.live(asked[0]) || to.live(asked[1]) {
-					t.Fatalf("asked for copies of %v; their rows are there: %v", asked, to.live(asked[0]))
+					t.Fatalf("asked for copies of %v, want two without rows", asked)
 				}
 			}
 			to.backend.SetLeader(true)
