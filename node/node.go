@@ -276,7 +276,7 @@ func (n *Node) Run(ctx context.Context) error {
 	run, fail := context.WithCancelCause(ctx)
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
 	cluster := startFloor(run, fail, n.member.Run)
-	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.registry.Run)
+	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run, n.rooms.registry.Run)
 
 	err := n.settle(run)
 	if err == nil {

@@ -25,6 +25,7 @@ import (
 	"github.com/atoll-registry/atoll/node/project"
 	"github.com/atoll-registry/atoll/node/registry"
 	"github.com/atoll-registry/atoll/node/rest"
+	"github.com/atoll-registry/atoll/node/scrub"
 	"github.com/atoll-registry/atoll/node/settings"
 	"github.com/atoll-registry/atoll/node/sites"
 	"github.com/atoll-registry/atoll/node/telemetry"
@@ -41,6 +42,7 @@ type rooms struct {
 	peers     *peers.Peers
 	endpoints *peers.Endpoints
 	catalog   *catalog.Catalog
+	scrub     *scrub.Scrub
 	registry  *registry.Registry
 	sites     *sites.Sites
 	offline   *offline.Offline
@@ -96,9 +98,16 @@ func newRooms(g ground) (*rooms, error) {
 		DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records,
 		Copies: r.peers, Fetcher: r.peers, Trusts: r.sites, MinFree: minFree.Value, Log: g.log,
 	})
+	if r.scrub, err = scrub.New(scrub.Config{
+		Node: g.member.Self(), Dir: g.config.Data, DB: g.db, Store: r.store, Records: r.records, Peers: r.peers,
+		Settings: r.settings, Log: g.log, Registerer: g.metrics,
+	}); err != nil {
+		return nil, err
+	}
+	r.peers.Unreadable(r.scrub.Unreadable)
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
-		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Log: g.log, Registerer: g.metrics,
+		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Guardian: r.scrub, Log: g.log, Registerer: g.metrics,
 		Settings: registry.DefineSettings(r.settings),
 	}); err != nil {
 		return nil, err
@@ -128,6 +137,7 @@ func (r *rooms) register(g ground) {
 	r.catalog.Operations(r.kernel)
 	r.peers.Operations(r.kernel)
 	r.endpoints.Operations(r.kernel)
+	r.scrub.Operations(r.kernel)
 	r.sites.Operations(r.kernel)
 	r.offline.Operations(r.kernel)
 }

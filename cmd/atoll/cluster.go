@@ -55,7 +55,7 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		row(w, name, n.Addr, state, role, n.Lag)
 	}
 	w.Flush()
-	fmt.Fprintf(w, "\nblobs: %d, lacking copies: %d\n", s.Blobs, s.UnderReplicated)
+	fmt.Fprintf(w, "\nblobs: %d, lacking copies: %d, lost: %d\n", s.Blobs, s.UnderReplicated, s.Lost)
 	for _, line := range s.Advice {
 		fmt.Fprintln(w, line)
 	}

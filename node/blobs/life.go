@@ -2,6 +2,7 @@ package blobs
 
 import (
 	"context"
+	"iter"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -135,4 +136,48 @@ func (r *Records) Unlinkable(ctx context.Context, d digest.Digest) error {
 		return fault.New(fault.Precondition, "blob %s stays: it is not gone", d)
 	}
 	return nil
+}
+
+// MarkLost records that no node which is up holds the blob. One that is marked,
+// gone or unknown stays as it is.
+func (r *Records) MarkLost(ctx context.Context, d digest.Digest) error {
+	_, err := r.db.Update(ctx, func(tx *table.Tx) error {
+		b, ok, err := r.Get(tx, d)
+		if err != nil || !ok || b.State == Gone || b.Lost != 0 {
+			return err
+		}
+		b.Lost, b.Copies = time.Now().Unix(), 0
+		return r.blobs.Put(tx, b, d.String())
+	})
+	return err
+}
+
+// Found takes the mark of MarkLost away again; the caller's node holds the blob.
+func (r *Records) Found(ctx context.Context, d digest.Digest) error {
+	_, err := r.db.Update(ctx, func(tx *table.Tx) error {
+		b, ok, err := r.Get(tx, d)
+		if err != nil || !ok || b.Lost == 0 {
+			return err
+		}
+		b.Lost, b.Copies = 0, max(b.Copies, 1)
+		return r.blobs.Put(tx, b, d.String())
+	})
+	return err
+}
+
+// LostBlobs lists blobs that are marked lost, in the order of their digests.
+func (r *Records) LostBlobs(v *table.View) iter.Seq2[table.Row[Blob], error] {
+	return r.blobs.Lookup(v, "lost", table.Range{Prefix: []string{"lost"}})
+}
+
+// CountLost counts what LostBlobs lists.
+func (r *Records) CountLost(v *table.View) (int, error) {
+	n := 0
+	for _, err := range r.LostBlobs(v) {
+		if err != nil {
+			return 0, err
+		}
+		n++
+	}
+	return n, nil
 }

@@ -40,6 +40,10 @@ type Blob struct {
 	Copies int `cbor:"copies"`
 	// At is when State was last set, in Unix seconds of the node that set it.
 	At int64 `cbor:"at"`
+	// Lost is since when no node that was up has been known to hold the blob, in
+	// Unix seconds; 0 while one is. The row stays as it is otherwise: a push of the
+	// blob, or a node that comes back with it, mends everything that needs it.
+	Lost int64 `cbor:"lost,omitempty"`
 }
 
 // Link is the row that lets a repository see a blob.
@@ -91,6 +95,11 @@ func NewRecords(db *table.DB) *Records {
 				return nil
 			}
 			return [][]string{{copiesKey(b.Copies)}}
+		}}, table.Index[Blob]{Name: "lost", Version: 1, Keys: func(_ []string, b Blob) [][]string {
+			if b.Lost == 0 || b.State == Gone {
+				return nil
+			}
+			return [][]string{{"lost"}}
 		}}),
 		links: table.Define(db, "link", table.Index[Link]{Name: "digest", Version: 1, Keys: func(key []string, _ Link) [][]string {
 			if len(key) != 3 {
@@ -125,8 +134,8 @@ func (r *Records) Live(tx *table.Tx, d digest.Digest, size int64) error {
 		return r.blobs.Put(tx, Blob{Size: size, State: Live, Copies: 1, At: time.Now().Unix()}, d.String())
 	case b.Size != size:
 		return fmt.Errorf("recording blob %s with %d bytes over %d: %w", d, size, b.Size, ErrSizeDiffers)
-	case b.State == Gone:
-		b.Copies = 1 // the other nodes may have unlinked theirs
+	case b.State == Gone || b.Lost != 0:
+		b.Copies, b.Lost = 1, 0 // the other nodes may have unlinked theirs
 	case b.State == Live:
 		return nil
 	}

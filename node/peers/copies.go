@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/transfer"
@@ -209,6 +210,22 @@ func (p *Peers) hold(ctx context.Context, request heldRequest) error {
 		})
 	}
 	return group.Wait()
+}
+
+// Bring makes this node hold a blob durably, fetched from other nodes if it must
+// be; transfer.ErrNoHolder when none that is up has it.
+func (p *Peers) Bring(ctx context.Context, d digest.Digest, size int64) error {
+	return p.obtain(ctx, heldBlob{d, size})
+}
+
+// Belongs reports whether this node is one of those that should hold a blob.
+func (p *Peers) Belongs(d digest.Digest) (bool, error) {
+	var all []member.Member
+	err := p.DB.View(func(v *table.View) (err error) {
+		all, err = p.Roster.Members(v)
+		return err
+	})
+	return slices.Contains(homes(d, ids(all), replicas), p.Roster.Self()), err
 }
 
 // obtain makes this node hold a blob durably.

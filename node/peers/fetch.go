@@ -100,13 +100,23 @@ func (p *Peers) askForRoot(ctx context.Context, d digest.Digest) []byte {
 // source is what this node offers to its peers.
 type source struct{ *Peers }
 
-// content gives a blob's file the length that transfer asks for.
+// content gives a blob's file the length that transfer asks for, and notes when
+// the disk cannot read it.
 type content struct {
 	blobs.File
-	size int64
+	size       int64
+	unreadable func(error)
 }
 
 func (c content) Size() int64 { return c.size }
+
+func (c content) ReadAt(p []byte, off int64) (int, error) {
+	n, err := c.File.ReadAt(p, off)
+	if blobs.Unreadable(err) {
+		c.unreadable(err)
+	}
+	return n, err
+}
 
 // Open implements transfer.Source.
 func (s source) Open(_ context.Context, d digest.Digest) (transfer.Content, error) {
@@ -117,7 +127,11 @@ func (s source) Open(_ context.Context, d digest.Digest) (transfer.Content, erro
 	if err != nil {
 		return nil, err
 	}
-	return content{file, size}, nil
+	return content{file, size, func(cause error) {
+		if s.unreadable != nil {
+			s.unreadable(d, file, cause)
+		}
+	}}, nil
 }
 
 // Pieces implements transfer.Source.

@@ -36,6 +36,7 @@ type Status struct {
 	Nodes           []NodeStatus `json:"nodes"`
 	Blobs           int          `json:"blobs"`
 	UnderReplicated int          `json:"under_replicated"`
+	Lost            int          `json:"lost"` // blobs that no node which is up holds
 	// Advice says in words what is wrong and what to do; empty when all is well.
 	Advice []string `json:"advice"`
 }
@@ -95,6 +96,9 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		if out.Blobs, err = p.Records.Count(v); err != nil {
 			return err
 		}
+		if out.Lost, err = p.Records.CountLost(v); err != nil {
+			return err
+		}
 		out.UnderReplicated, err = p.Records.CountUnderReplicated(v, min(Durability, len(s.Members)))
 		return err
 	})
@@ -130,6 +134,9 @@ func advise(out Status, s member.Status) []string {
 		advice = append(advice, "one node: add two more (atoll token create, then atoll serve --join there), so that one may fail")
 	case 2:
 		advice = append(advice, "two nodes: if the first fails, pushes wait for it; add a third")
+	}
+	if out.Lost > 0 {
+		advice = append(advice, fmt.Sprintf("no node that is up holds %d of the blobs: bring back the nodes that are down; if all are up, push the images again that atoll scrub status names", out.Lost))
 	}
 	if out.UnderReplicated > 0 {
 		advice = append(advice, fmt.Sprintf("%d blobs are on fewer nodes than they should be; they are copied as soon as nodes are up", out.UnderReplicated))

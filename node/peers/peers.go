@@ -88,6 +88,8 @@ type Peers struct {
 	api     http.Handler // what forwarded requests are served by
 	metrics metrics
 
+	unreadable func(d digest.Digest, file blobs.File, cause error) // may be nil
+
 	mu      sync.Mutex
 	failing map[string]bool // nodes that could not take their last copy
 
@@ -188,6 +190,12 @@ func (p *Peers) others() []member.Member {
 // ServeForwarded sets what serves requests that another node passed on. It must
 // be called before Run.
 func (p *Peers) ServeForwarded(api http.Handler) { p.api = api }
+
+// Unreadable sets who is told when the disk could not read a blob for a peer. It
+// must be called before Run.
+func (p *Peers) Unreadable(tell func(d digest.Digest, file blobs.File, cause error)) {
+	p.unreadable = tell
+}
 
 // Run serves the peers, repairs copies and fills in piece roots until ctx ends.
 func (p *Peers) Run(ctx context.Context) error {

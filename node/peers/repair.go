@@ -191,6 +191,11 @@ func (p *Peers) repairBlob(ctx context.Context, b row, view overview) error {
 			return err
 		}
 	}
+	if b.Lost != 0 {
+		if err := p.Records.Found(ctx, b.digest); err != nil {
+			return err
+		}
+	}
 	if !first {
 		return nil
 	}

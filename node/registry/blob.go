@@ -2,6 +2,8 @@ package registry
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"strconv"
@@ -43,23 +45,20 @@ func (g *Registry) getBlob(c *call) error {
 		return nil
 	}
 	h.Set("Content-Type", "application/octet-stream")
-	file, size, err := g.store.OpenBlob(d)
+	file, err := g.openHeld(d, row)
 	switch {
 	case err == nil:
 		defer file.Close()
-		if size <= smallBlob && plain(c.r) {
-			return c.sendSmall(file, size)
-		}
-		return g.send(c, file)
-	case !fault.Is(err, fault.NotFound):
+		return g.sendHeld(c, d, row, file)
+	case !fault.Is(err, fault.NotFound) && !blobs.Unreadable(err):
 		return err
-	case c.r.Method == http.MethodHead:
+	case c.r.Method == http.MethodHead && row.Lost == 0:
 		h.Set("Accept-Ranges", "bytes")
 		h.Set("Content-Length", strconv.FormatInt(row.Size, 10))
 		c.w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	return g.sendRemote(c, d, row.Size)
+	return g.sendRemote(c, d, row)
 }
 
 // admitBlob refuses a blob that only manifests name which a gate holds back.
@@ -99,11 +98,8 @@ func (c *call) sendSmall(content io.Reader, size int64) error {
 }
 
 // sendRemote serves a blob that other nodes hold.
-func (g *Registry) sendRemote(c *call, d digest.Digest, size int64) error {
-	if g.fetcher == nil {
-		return fault.New(fault.Unavailable, "no node that answers holds blob %s; try again when more nodes of the site are up", d)
-	}
-	content, err := g.fetcher.Open(c.r.Context(), d, size)
+func (g *Registry) sendRemote(c *call, d digest.Digest, row blobs.Blob) error {
+	content, err := g.openRemote(c, d, row)
 	if err != nil {
 		return err
 	}
@@ -206,4 +202,99 @@ func (g *Registry) deleteBlob(c *call) error {
 		return err
 	}
 	return c.empty(http.StatusAccepted)
+}
+
+// openRemote opens a blob that this node does not hold. One that is marked lost
+// and that nobody gives is unknown, in HEAD too: a client that hears so pushes
+// it, which mends every image that needs it. Without the mark it may be back in
+// a moment, with a node that restarts.
+func (g *Registry) openRemote(c *call, d digest.Digest, row blobs.Blob) (io.ReadSeekCloser, error) {
+	err := error(fault.New(fault.Unavailable, "no node that answers holds blob %s; try again when more nodes of the site are up", d))
+	if g.fetcher != nil {
+		var content io.ReadSeekCloser
+		if content, err = g.fetcher.Open(c.r.Context(), d, row.Size); err == nil {
+			return content, nil
+		}
+	}
+	if !fault.Is(err, fault.Unavailable) || c.r.Context().Err() != nil {
+		return nil, err
+	}
+	if row.Lost == 0 {
+		if g.guardian != nil {
+			g.guardian.Suspect(d)
+		}
+		return nil, err
+	}
+	fresh, confirming := g.db.Confirmed(c.r.Context(), func(v *table.View) (err error) {
+		row, _, err = g.records.Get(v, d)
+		return err
+	})
+	if confirming != nil || fresh.Stale || row.Lost == 0 {
+		return nil, err
+	}
+	return nil, fault.Wrap(err, fault.NotFound, "blob %s is lost: no node that is up holds it; push it again", d).WithCode(codeBlobUnknown)
+}
+
+// openHeld opens this node's file of a blob. One of another size is damaged, and
+// as good as none.
+func (g *Registry) openHeld(d digest.Digest, row blobs.Blob) (blobs.File, error) {
+	file, size, err := g.store.OpenBlob(d)
+	if err != nil || size == row.Size {
+		return file, err
+	}
+	if g.guardian != nil {
+		g.guardian.Unreadable(d, file, fmt.Errorf("its file has %d bytes and not %d", size, row.Size))
+	}
+	return nil, errors.Join(fault.New(fault.NotFound, "blob %s is damaged on this node", d).WithCode(codeBlobUnknown), file.Close())
+}
+
+// sendHeld serves a blob from this node's file. Should the disk fail to read it,
+// the blob is quarantined, and what the client still lacks comes from another
+// node.
+func (g *Registry) sendHeld(c *call, d digest.Digest, row blobs.Blob, file blobs.File) error {
+	var err error
+	if row.Size <= smallBlob && plain(c.r) {
+		err = c.sendSmall(file, row.Size)
+		c.w.failed = err
+	} else {
+		err = g.send(c, file)
+	}
+	if !blobs.Unreadable(c.w.failed) {
+		return err
+	}
+	if g.guardian != nil {
+		g.guardian.Unreadable(d, file, c.w.failed)
+	}
+	if !c.w.begun() {
+		return g.sendRemote(c, d, row)
+	}
+	first, known := firstByte(c.w)
+	promised, lengthErr := strconv.ParseInt(c.w.Header().Get("Content-Length"), 10, 64)
+	if !known || lengthErr != nil || g.fetcher == nil {
+		return err
+	}
+	content, openErr := g.openRemote(c, d, row)
+	if openErr != nil {
+		return fmt.Errorf("%w, and not from elsewhere: %w", err, openErr)
+	}
+	defer content.Close()
+	g.metrics.remote.Inc()
+	if _, err := content.Seek(first+c.w.written, io.SeekStart); err != nil {
+		return err
+	}
+	_, err = io.CopyN(c.w, content, promised-c.w.written)
+	return err
+}
+
+// firstByte tells where in the content an answer that has begun starts; false
+// when it is in several parts.
+func firstByte(w *writer) (at int64, known bool) {
+	switch w.status {
+	case http.StatusOK:
+		return 0, true
+	case http.StatusPartialContent:
+		n, err := fmt.Sscanf(w.Header().Get("Content-Range"), "bytes %d-", &at)
+		return at, n == 1 && err == nil
+	}
+	return 0, false
 }

@@ -206,6 +206,7 @@ type writer struct {
 	pace
 	status  int
 	written int64
+	failed  error // why ReadFrom ended early
 	buffer  []byte
 }
 
@@ -235,7 +236,8 @@ func (w *writer) Write(p []byte) (int, error) {
 // stays one LimitedReader around what it was given: the only wrapping that
 // sendfile sees through. What may still be arriving goes out as it comes, since
 // a source that pauses is not a client that does.
-func (w *writer) ReadFrom(src io.Reader) (int64, error) {
+func (w *writer) ReadFrom(src io.Reader) (n int64, err error) {
+	defer func() { w.failed = err }()
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}

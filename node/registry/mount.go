@@ -67,6 +67,10 @@ func (g *Registry) linkFrom(ctx context.Context, from, to Name, d digest.Digest)
 		if err != nil || !linked {
 			return err
 		}
+		if row, _, err := g.records.Get(tx, d); err != nil || row.Lost != 0 {
+			linked = false // the client has it, and the site has not
+			return err
+		}
 		err := g.records.Link(tx, to.Project, to.Repository, d)
 		if fault.Is(err, fault.NotFound) {
 			linked = false // collected in the meantime

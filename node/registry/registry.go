@@ -54,6 +54,16 @@ type Fetcher interface {
 	Open(ctx context.Context, d digest.Digest, size int64) (io.ReadSeekCloser, error)
 }
 
+// Guardian is told of content that this node should give and cannot. Both
+// methods return at once and are safe for concurrent use.
+type Guardian interface {
+	// Unreadable: the disk could not read the file f of a held blob. When it
+	// returns the blob is not held any more.
+	Unreadable(d digest.Digest, f blobs.File, cause error)
+	// Suspect: no node that is up gave a blob whose row is live.
+	Suspect(d digest.Digest)
+}
+
 // Forwarder passes requests on to the node that owns what they are about.
 type Forwarder interface {
 	// Forward has the node answer the request, for the principal in the request's
@@ -85,6 +95,7 @@ type Config struct {
 	Copies     blobs.Copies
 	Fetcher    Fetcher
 	Forwarder  Forwarder
+	Guardian   Guardian // nil: nobody is told
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	Settings   *Settings
@@ -110,6 +121,7 @@ type Registry struct {
 	copies    blobs.Copies
 	fetcher   Fetcher
 	forwarder Forwarder
+	guardian  Guardian
 	log       *slog.Logger
 
 	settings  *Settings
@@ -140,7 +152,7 @@ func New(c Config) (*Registry, error) {
 	}
 	g := &Registry{
 		node: c.NodeID, db: c.DB, catalog: c.Catalog, projects: c.Projects, journal: c.Journal, store: c.Store,
-		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, log: c.Log,
+		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, guardian: c.Guardian, log: c.Log,
 		settings: c.Settings, idle: c.Idle, uploadTTL: c.UploadTTL,
 		uploads: uploads{byUser: map[string]map[string]bool{}}, pacers: pacers{all: map[string]*pacer{}},
 		large: make(chan struct{}, largeManifests),

@@ -90,6 +90,7 @@ var layers = [...]layer{
 	{folder: "node/offline", may: under3, tests: helpers},
 	{folder: "node/sites", may: under3, tests: helpers},
 	{folder: "node/peers", may: under3, tests: helpers},
+	{folder: "node/scrub", may: under3, tests: helpers},
 	{folder: "node/search", may: under3, tests: helpers},
 	{folder: "node/console", may: under3, tests: helpers},
 
