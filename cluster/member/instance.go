@@ -28,6 +28,7 @@ type instance struct {
 	layer     *layer
 	transport *transport
 	store     *raftboltdb.BoltStore
+	packed    *kv.Packed
 	machine   *machine
 	progress  *progress
 
@@ -89,13 +90,22 @@ func (n *Node) open() (_ *instance, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the snapshots: %w", err)
 	}
-	cached, err := raft.NewLogCache(128, store)
+	packed, err := kv.NewPacked(store)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			packed.Close()
+		}
+	}()
+	cached, err := raft.NewLogCache(128, packed)
 	if err != nil {
 		return nil, err
 	}
 	in := &instance{
 		self: raft.ServerID(n.Self()), layer: newLayer(n.cfg.Network, n.cfg.Advertise),
-		store: store, machine: &machine{Machine: n.db.Machine()}, progress: newProgress(),
+		store: store, packed: packed, machine: &machine{Machine: n.db.Machine()}, progress: newProgress(),
 	}
 	in.transport = &transport{progress: in.progress, NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Logger: log, Stream: in.layer, MaxPool: 3, MaxRPCsInFlight: 1, Timeout: n.cfg.Timings.RPC,
@@ -209,6 +219,7 @@ func (in *instance) stop(n *Node) {
 	if err := ended.Error(); err != nil {
 		n.log.Warn("stopping the consensus", "error", err)
 	}
+	in.packed.Close()
 	if err := in.store.Close(); err != nil {
 		n.log.Warn("closing the log", "error", err)
 	}
@@ -237,12 +248,17 @@ func within(d time.Duration, answer func() error) error {
 	}
 }
 
+// snapshotShare is how much log there may be since the last snapshot, as a part
+// of the state. A snapshot is compressed to about as much, so that each byte of
+// the log costs one more to be forgotten.
+const snapshotShare = 4
+
 // snapshotWhenDue takes a snapshot whenever the log since the last one
-// outweighs the state.
+// outweighs its share of the state.
 func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
 	for sleep(ctx, n.cfg.Timings.Ping) {
 		logged := in.machine.bytes.Load()
-		if logged < max(n.cfg.Snapshots.MinBytes, in.machine.Size()) {
+		if logged < max(n.cfg.Snapshots.MinBytes, in.machine.Size()/snapshotShare) {
 			continue
 		}
 		start := time.Now()
