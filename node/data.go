@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"syscall"
 
 	"github.com/atoll-registry/atoll/node/fault"
 )
@@ -32,14 +31,15 @@ func lockData(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Invalid, "the data directory %s cannot be used", dir)
 	}
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		lock.Close()
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fault.New(fault.Conflict, "another node runs with the data directory %s; stop it, or give this one a directory of its own with --data", dir)
-		}
+	taken, err := tryLock(lock)
+	if taken {
+		return lock, nil
+	}
+	lock.Close()
+	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", dir, err)
 	}
-	return lock, nil
+	return nil, fault.New(fault.Conflict, "another node runs with the data directory %s; stop it, or give this one a directory of its own with --data", dir)
 }
 
 // syncDir makes the entries of a directory durable.

@@ -45,7 +45,7 @@ func listenSocket(ctx context.Context, dir string) (net.Listener, error) {
 	// The mode is set before the socket has its name (Linux takes it from there),
 	// so that nobody can connect in between; Chmod is for other systems.
 	c := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
-		return raw.Control(func(fd uintptr) { _ = syscall.Fchmod(int(fd), 0o600) })
+		return raw.Control(ownerOnly)
 	}}
 	l, err := c.Listen(ctx, "unix", name)
 	if err != nil {
