@@ -90,6 +90,42 @@ func TestImport(t *testing.T) {
 	}
 }
 
+// An index over images that are named by either algorithm arrives as it left, and
+// an update with it.
+func TestImportOfBothAlgorithms(t *testing.T) {
+	a, b := pair(t)
+	var children []digest.Digest
+	for _, a.Algorithm = range entry.Algorithms() {
+		children = append(children, a.Image("lib", "mixed", "", "shared layer", a.Algorithm.String()))
+	}
+	var indexes []digest.Digest
+	for _, a.Algorithm = range entry.Algorithms() {
+		indexes = append(indexes, a.Index("lib", "mixed", a.Algorithm.String(), children...))
+	}
+	first := export(t, a, nil)
+	if report := accept(t, b, first); !report.Verified || report.Blobs.Copied != report.Blobs.Total || !report.Projects[0].StateCompared {
+		t.Errorf("report: %+v", report)
+	}
+	for _, d := range append(children, indexes...) {
+		if !b.Holds("lib", d) {
+			t.Errorf("%s is not held", d)
+		}
+	}
+	later := a.Image("lib", "mixed", "later", "shared layer", "a layer more")
+	if report := accept(t, b, export(t, a, nil)); report.Blobs.Copied == 0 || !b.Holds("lib", later) {
+		t.Errorf("the update: %+v", report)
+	}
+	b.Lose(digest.SHA512.FromString("shared layer"))
+	if report := accept(t, b, export(t, a, nil)); report.Blobs.Copied != 1 {
+		t.Errorf("the lost blob: %+v", report)
+	}
+	damaged := bytes.Clone(first)
+	damaged[bytes.LastIndex(damaged, []byte("shared layer"))] ^= 1
+	c := airgaptest.New(t, "site-c", 30)
+	c.Trust(a, "lib")
+	refused(t, c, damaged, airgap.ErrAltered, nil)
+}
+
 func TestImportTwice(t *testing.T) {
 	a, b := pair(t)
 	data := export(t, a, nil)

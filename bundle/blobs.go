@@ -62,7 +62,10 @@ func (b *Reader) NextBlob() (*Blob, error) {
 	if err != nil {
 		return nil, b.fail(err)
 	}
-	s, _ := hex32(file.SHA256)
+	s, err := sumOf(file.Digest())
+	if err != nil {
+		return nil, b.fail(err)
+	}
 	if err := b.graph.add(s, data); err != nil {
 		return nil, b.fail(altered("%s: %v", file.Path, err).Because(err))
 	}
@@ -87,7 +90,7 @@ func (b *Reader) Reach(want func(entry.LogID) bool) (map[digest.Digest]bool, err
 	}
 	out := make(map[digest.Digest]bool, len(reached))
 	for _, ref := range reached {
-		out[digest.NewDigestFromEncoded(digest.SHA256, ref.sum.hex())] = true
+		out[ref.sum.digest()] = true
 	}
 	return out, nil
 }
@@ -99,7 +102,7 @@ func (b *Reader) settle() error {
 	if err != nil {
 		return altered("%v", err)
 	}
-	absent := map[string]bool{}
+	absent := map[digest.Digest]bool{}
 	for _, a := range b.manifest.Absent {
 		absent[a] = true
 	}
@@ -109,12 +112,13 @@ func (b *Reader) settle() error {
 	}
 	blobs := b.manifest.Files[len(b.Claims().fixedFiles()):]
 	for _, ref := range reached {
-		if absent[ref.sum.hex()] {
-			delete(absent, ref.sum.hex())
+		d := ref.sum.digest()
+		if absent[d] {
+			delete(absent, d)
 			continue
 		}
-		if len(blobs) == 0 || blobs[0].SHA256 != ref.sum.hex() || blobRank(blobs[0].Role) != int(ref.rank) {
-			return altered("blob sha256:%s is named by a manifest, but is not in the bundle in its place", ref.sum.hex())
+		if len(blobs) == 0 || blobs[0].Digest() != d || blobRank(blobs[0].Role) != int(ref.rank) {
+			return altered("blob %s is named by a manifest, but is not in the bundle in its place", d)
 		}
 		blobs = blobs[1:]
 	}

@@ -272,6 +272,72 @@ func TestIncremental(t *testing.T) {
 	}
 }
 
+// Content is carried under the algorithm by which it is named, and the same bytes
+// under both are two files.
+func TestBothAlgorithms(t *testing.T) {
+	s := newSite(t, "site-a", 10)
+	log := s.log("p1", s.mixed(), 0)
+	data, written := s.write(s.spec(log))
+	blobs, b, err := readAll(bytes.NewReader(data), s.trusted)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(blobs) != len(s.content) {
+		t.Errorf("%d blobs of %d", len(blobs), len(s.content))
+	}
+	for d, content := range s.content {
+		if !bytes.Equal(blobs[string(d)], content) {
+			t.Errorf("blob %s differs", d)
+		}
+	}
+	if len(written.Images) != 4 || len(b.Absent()) != 0 {
+		t.Errorf("images %+v, absent %v", written.Images, b.Absent())
+	}
+	files := map[string]digest.Digest{}
+	r := tar.NewReader(bytes.NewReader(data))
+	for h, err := r.Next(); err != io.EOF; h, err = r.Next() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		content, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		algorithm := digest.SHA256
+		if strings.HasPrefix(h.Name, "blobs/sha512/") {
+			algorithm = digest.SHA512
+		}
+		files[h.Name] = algorithm.FromBytes(content)
+	}
+	count := map[digest.Algorithm]int{}
+	for _, f := range b.Files() {
+		if files[f.Path] != f.Digest() {
+			t.Errorf("%s is not what the manifest says", f.Path)
+		}
+		if blobRank(f.Role) >= 0 {
+			count[f.Digest().Algorithm()]++
+		}
+	}
+	if count[digest.SHA256] == 0 || count[digest.SHA256] != count[digest.SHA512] {
+		t.Errorf("blobs by algorithm: %v", count)
+	}
+
+	// What is absent is named by its algorithm too.
+	absent := []digest.Digest{digest.SHA256.FromString("the same layer"), digest.SHA512.FromString("the same layer")}
+	delete(s.content, absent[1])
+	delete(s.content, absent[0])
+	data, _ = s.write(s.spec(log))
+	if _, b, err := readAll(bytes.NewReader(data), s.trusted); err != nil || !slices.Equal(b.Absent(), absent) {
+		t.Errorf("absent: %v", err)
+	}
+	flipped := bytes.Clone(data)
+	at := bytes.Index(flipped, []byte("the bill of materials"))
+	flipped[bytes.LastIndex(flipped, []byte("the bill of materials"))] ^= 1
+	if _, _, err := readAll(bytes.NewReader(flipped), s.trusted); at < 0 || !errors.Is(err, ErrAltered) {
+		t.Errorf("a flipped bit: %v", err)
+	}
+}
+
 func TestAbsentBlobsAreNamed(t *testing.T) {
 	s := newSite(t, "site-a", 10)
 	entries := s.project()
@@ -352,7 +418,7 @@ func TestWriterRefuses(t *testing.T) {
 }
 
 func TestHeader(t *testing.T) {
-	for _, path := range []string{"oci-layout", dirBlobs + strings.Repeat("a", 64), dirJournal + strings.Repeat("s", 64) + "/" + strings.Repeat("i", 64) + "/" + strings.Repeat("p", 64) + ".checkpoint"} {
+	for _, path := range []string{"oci-layout", dirBlobs + "sha256/" + strings.Repeat("a", 64), dirJournal + strings.Repeat("s", 64) + "/" + strings.Repeat("i", 64) + "/" + strings.Repeat("p", 64) + ".checkpoint"} {
 		have, err := header(path, 1234)
 		if err != nil {
 			t.Fatal(err)
@@ -375,6 +441,16 @@ func TestHeader(t *testing.T) {
 		}
 		h, err := tar.NewReader(bytes.NewReader(head)).Next()
 		if err != nil || h.Size != size || h.Name != "blobs/sha256/x" {
+			t.Errorf("size %d: %+v, %v", size, h, err)
+		}
+	}
+	long := "blobs/sha512/" + strings.Repeat("a", 128)
+	for _, size := range []int64{0, 1234, maxUSTAR, maxUSTAR + 1} {
+		head, err := header(long, size)
+		if err != nil || len(head) != 3*blockSize {
+			t.Fatalf("%d bytes, %v", len(head), err)
+		}
+		if h, err := tar.NewReader(bytes.NewReader(head)).Next(); err != nil || h.Size != size || h.Name != long {
 			t.Errorf("size %d: %+v, %v", size, h, err)
 		}
 	}

@@ -1,7 +1,9 @@
 package bundle
 
 import (
+	"bytes"
 	"cmp"
+	"crypto/sha512"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -69,21 +71,30 @@ func (l *ledger) add(value []byte) (entry.Entry, error) {
 	return e, nil
 }
 
-// sum is a SHA-256 in its short form: maps of them are what memory goes to.
-type sum [32]byte
+// sum is a digest in its short form: maps of them are what memory goes to.
+type sum struct {
+	algorithm uint8             // its place in entry.Algorithms
+	hash      [sha512.Size]byte // zero after the end of a shorter one
+}
 
 func sumOf(d digest.Digest) (s sum, err error) {
-	if err := d.Validate(); err != nil {
-		return s, fmt.Errorf("digest %q: %w", string(d), err)
+	if _, err := entry.ParseDigest(d.String()); err != nil {
+		return s, err
 	}
-	if d.Algorithm() != digest.SHA256 {
-		return s, fmt.Errorf("digest %s: a bundle of format %d carries sha256 only", d, Version)
-	}
-	_, err = hex.Decode(s[:], []byte(d.Encoded()))
+	s.algorithm = uint8(slices.Index(entry.Algorithms(), d.Algorithm()))
+	_, err = hex.Decode(s.hash[:], []byte(d.Encoded()))
 	return s, err
 }
 
-func (s sum) hex() string { return hex.EncodeToString(s[:]) }
+func (s sum) digest() digest.Digest {
+	a := entry.Algorithms()[s.algorithm]
+	return digest.NewDigestFromBytes(a, s.hash[:a.Size()])
+}
+
+// compare orders sums as their digests are ordered.
+func (s sum) compare(t sum) int {
+	return cmp.Or(cmp.Compare(s.algorithm, t.algorithm), bytes.Compare(s.hash[:], t.hash[:]))
+}
 
 // reference is how one manifest, or an entry, names a blob.
 //
@@ -140,13 +151,13 @@ func (g *graph) add(s sum, manifest []byte) error {
 		Manifests []descriptor `json:"manifests"`
 	}
 	if err := json.Unmarshal(manifest, &parsed); err != nil {
-		return fmt.Errorf("manifest sha256:%s: %w", s.hex(), err)
+		return fmt.Errorf("manifest %s: %w", s.digest(), err)
 	}
 	edges := []reference{}
 	name := func(d descriptor, role string) error {
 		target, err := sumOf(d.Digest)
 		if err != nil {
-			return fmt.Errorf("manifest sha256:%s: %w", s.hex(), err)
+			return fmt.Errorf("manifest %s: %w", s.digest(), err)
 		}
 		edges = append(edges, reference{sum: target, rank: int8(blobRank(role))})
 		return nil
@@ -196,10 +207,7 @@ func (g *graph) reach() ([]reference, error) {
 		}
 	}
 	return slices.SortedFunc(maps.Values(found), func(a, b reference) int {
-		if d := cmp.Compare(a.rank, b.rank); d != 0 {
-			return d
-		}
-		return slices.Compare(a.sum[:], b.sum[:])
+		return cmp.Or(cmp.Compare(a.rank, b.rank), a.sum.compare(b.sum))
 	}), nil
 }
 

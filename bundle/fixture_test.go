@@ -21,8 +21,8 @@ import (
 
 type memory map[digest.Digest][]byte
 
-func (m memory) put(data string) (digest.Digest, int64) {
-	d := digest.FromString(data)
+func (m memory) put(by digest.Algorithm, data string) (digest.Digest, int64) {
+	d := by.FromString(data)
 	m[d] = []byte(data)
 	return d, int64(len(data))
 }
@@ -53,10 +53,11 @@ type site struct {
 	root, online ed25519.PrivateKey
 	chain        entry.KeyChain
 	content      memory
+	by           digest.Algorithm // of what is put next
 }
 
 func newSite(t testing.TB, id string, seed byte) *site {
-	s := &site{t: t, origin: Origin{Site: id, Incarnation: "inc1", Name: "Site " + id}, root: seeded(seed), online: seeded(seed + 1), content: memory{}}
+	s := &site{t: t, origin: Origin{Site: id, Incarnation: "inc1", Name: "Site " + id}, root: seeded(seed), online: seeded(seed + 1), content: memory{}, by: digest.SHA256}
 	document := entry.KeyDocument{Site: id, Serial: 1, Issued: 1_700_000_000, Threshold: 1, Root: []entry.Key{s.key(s.root)}, Online: []entry.OnlineKey{{Key: s.key(s.online), State: entry.KeyActive}}}
 	signed, err := document.Sign(s.root)
 	if err != nil {
@@ -92,7 +93,7 @@ func (s *site) json(v any) (digest.Digest, int64) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return s.content.put(string(data))
+	return s.content.put(s.by, string(data))
 }
 
 func desc(mediaType string, d digest.Digest, size int64) object {
@@ -101,7 +102,7 @@ func desc(mediaType string, d digest.Digest, size int64) object {
 
 // image stores an image manifest of one layer and gives its artifact entry.
 func (s *site) image(repository, layer string, more object) entry.Entry {
-	l, lsize := s.content.put(layer)
+	l, lsize := s.content.put(s.by, layer)
 	c, csize := s.json(object{"architecture": "amd64", "os": "linux", "rootfs": object{"type": "layers", "diff_ids": []digest.Digest{l}}, "config": object{}})
 	m := object{"schemaVersion": 2, "mediaType": typeManifest, "config": desc(typeConfig, c, csize), "layers": []object{desc(typeLayer, l, lsize)}}
 	for k, v := range more {
@@ -139,6 +140,25 @@ func (s *site) project() []entry.Entry {
 		{Kind: entry.TagDelete, At: 1_700_000_103, Repository: "app", Tag: "tmp"},
 		{Kind: entry.ArtifactDelete, At: 1_700_000_104, Repository: "app", Digest: gone.Digest},
 	}
+}
+
+// mixed is a project whose content is addressed by both algorithms: images of
+// either, and an index of either over both.
+func (s *site) mixed() []entry.Entry {
+	entries := []entry.Entry{{Kind: entry.ProjectPut, At: 1_700_000_000, Actor: "admin", Name: "mixed"}}
+	var images []entry.Entry
+	for _, s.by = range entry.Algorithms() {
+		images = append(images, s.image("app", "the same layer", nil))
+	}
+	entries = append(entries, images...)
+	for _, s.by = range entry.Algorithms() {
+		both := s.multi("app", images...)
+		sbom := s.image("app", "the bill of materials", object{"artifactType": "application/spdx+json", "subject": desc(both.MediaType, both.Digest, both.Size)})
+		sbom.ArtifactType, sbom.Subject = "application/spdx+json", both.Digest
+		entries = append(entries, both, tag(both, s.by.String()), sbom)
+	}
+	s.by = digest.SHA256
+	return entries
 }
 
 // log makes the log of a project from the entry at from on.

@@ -62,19 +62,19 @@ func (p *plan) values(change func([][]byte) [][]byte) {
 		}
 	}))
 	p.spec.Logs[0].Values = each(values)
-	hashed := newHashed(io.Discard)
+	hashed := newHashed(io.Discard, digest.SHA256)
 	_ = p.eachItem(context.Background(), p.spec.Logs[0], func(item []byte, _ bool) error { return writeItem(hashed, item) })
 	for i, f := range p.manifest.Files {
 		if f.Role == RoleEntries {
 			p.predicate.Size += hashed.size - f.Size
-			p.manifest.Files[i].Size, p.manifest.Files[i].SHA256 = hashed.size, hashed.sum()
+			p.manifest.Files[i].Size, p.manifest.Files[i].SHA256 = hashed.size, hashed.digest().Encoded()
 		}
 	}
 }
 
 func TestForgedBySomebodyWithTheKey(t *testing.T) {
 	smuggled := digest.FromString("smuggled")
-	file := File{Path: dirBlobs + smuggled.Encoded(), Size: 8, SHA256: smuggled.Encoded(), Role: RoleLayer}
+	file := blobFile(smuggled, 8, RoleLayer)
 	insert := func(p *plan, f File) {
 		at, _ := slices.BinarySearchFunc(p.manifest.Files[8:], f, compareBlobs)
 		p.manifest.Files = slices.Insert(p.manifest.Files, 8+at, f)
@@ -88,11 +88,30 @@ func TestForgedBySomebodyWithTheKey(t *testing.T) {
 			p.predicate.Size -= p.manifest.Files[last].Size
 			p.manifest.Files = p.manifest.Files[:last]
 		},
-		"an absent blob that nothing names": func(p *plan) { p.manifest.Absent = []string{smuggled.Encoded()} },
-		"blobs out of order":                func(p *plan) { last := len(p.manifest.Files) - 1; slices.Reverse(p.manifest.Files[last-1:]) },
-		"a blob in another role":            func(p *plan) { p.manifest.Files[len(p.manifest.Files)-1].Role = RoleConfig },
-		"a file outside":                    func(p *plan) { p.manifest.Files[len(p.manifest.Files)-1].Path = "../etc/passwd" },
-		"an unknown role":                   func(p *plan) { p.manifest.Files[len(p.manifest.Files)-1].Role = "delta" },
+		"an absent blob that nothing names": func(p *plan) { p.manifest.Absent = []digest.Digest{smuggled} },
+		"an absent blob of no algorithm":    func(p *plan) { p.manifest.Absent = []digest.Digest{digest.Digest(smuggled.Encoded())} },
+		"a blob with two hashes": func(p *plan) {
+			f := &p.manifest.Files[len(p.manifest.Files)-1]
+			f.SHA512 = digest.SHA512.FromBytes(p.content.(memory)[f.Digest()]).Encoded()
+		},
+		"a blob by another hash than it is named by": func(p *plan) {
+			last := len(p.manifest.Files) - 1
+			f := p.manifest.Files[last]
+			data := p.content.(memory)[f.Digest()]
+			p.manifest.Files[last] = blobFile(digest.SHA512.FromBytes(data), f.Size, f.Role)
+		},
+		"a blob without a hash": func(p *plan) { p.manifest.Files[len(p.manifest.Files)-1].SHA256 = "" },
+		"an index by SHA-512": func(p *plan) {
+			for i, f := range p.manifest.Files {
+				if f.Role == RoleIndex {
+					p.manifest.Files[i].SHA256, p.manifest.Files[i].SHA512 = "", digest.SHA512.FromBytes(p.index).Encoded()
+				}
+			}
+		},
+		"blobs out of order":     func(p *plan) { last := len(p.manifest.Files) - 1; slices.Reverse(p.manifest.Files[last-1:]) },
+		"a blob in another role": func(p *plan) { p.manifest.Files[len(p.manifest.Files)-1].Role = RoleConfig },
+		"a file outside":         func(p *plan) { p.manifest.Files[len(p.manifest.Files)-1].Path = "../etc/passwd" },
+		"an unknown role":        func(p *plan) { p.manifest.Files[len(p.manifest.Files)-1].Role = "delta" },
 		"an index with one tag more": func(p *plan) {
 			var i index
 			if err := json.Unmarshal(p.index, &i); err != nil {
@@ -141,7 +160,7 @@ func TestForgedBySomebodyWithTheKey(t *testing.T) {
 		},
 	} {
 		s := newSite(t, "site-a", 10)
-		s.content.put("smuggled")
+		s.content.put(digest.SHA256, "smuggled")
 		data := forge(t, s, change)
 		_, _, err := readAll(bytes.NewReader(data), s.trusted)
 		if !errors.Is(err, ErrAltered) && !errors.Is(err, ErrNotBundle) && !errors.Is(err, ErrUntrusted) {

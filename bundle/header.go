@@ -13,30 +13,38 @@ import (
 const (
 	blockSize = 512
 	// maxUSTAR is the largest size that eleven octal digits hold: 8 GiB - 1.
-	maxUSTAR = 1<<33 - 1
+	maxUSTAR  = 1<<33 - 1
+	maxName   = 100 // bytes of the name field
+	maxPrefix = 155 // bytes of the prefix field
 )
 
 // padding is the number of zero bytes after a file of the size.
 func padding(size int64) int64 { return -size & (blockSize - 1) }
 
-// header gives the bytes before the content of a file: one ustar block, and for
-// files above 8 GiB - 1 a PAX extended header before it, which holds the size
+// header gives the bytes before the content of a file: one ustar block, and
+// before it a PAX extended header when the file has above 8 GiB - 1 or a path
+// whose last element has above 100 bytes. That header holds what does not fit
 // and nothing else.
 func header(path string, size int64) ([]byte, error) {
-	if size <= maxUSTAR {
-		return block(path, size, '0')
+	records, about := "", "size"
+	if len(path)-strings.LastIndexByte(path, '/')-1 > maxName {
+		records, about = paxRecord("path", path), "path"
 	}
-	record := paxRecord("size", strconv.FormatInt(size, 10))
-	extended, err := block("PaxHeaders.0/size", int64(len(record)), 'x')
+	inBlock := size
+	if size > maxUSTAR {
+		records += paxRecord("size", strconv.FormatInt(size, 10))
+		inBlock = 0
+	}
+	main, err := block(path, inBlock, '0')
+	if err != nil || records == "" {
+		return main, err
+	}
+	extended, err := block("PaxHeaders.0/"+about, int64(len(records)), 'x')
 	if err != nil {
 		return nil, err
 	}
-	extended = append(extended, record...)
-	extended = append(extended, make([]byte, padding(int64(len(record))))...)
-	main, err := block(path, 0, '0')
-	if err != nil {
-		return nil, err
-	}
+	extended = append(extended, records...)
+	extended = append(extended, make([]byte, padding(int64(len(records))))...)
 	return append(extended, main...), nil
 }
 
@@ -52,13 +60,15 @@ func paxRecord(key, value string) string {
 
 func block(path string, size int64, kind byte) ([]byte, error) {
 	prefix, name := "", path
-	if len(path) > 100 {
-		// The split is at the last slash: our last path elements are short.
+	if len(path) > maxName {
+		// The split is at the last slash. A last element that is still too long is
+		// cut; the PAX header has the path.
 		cut := strings.LastIndexByte(path, '/')
-		if cut < 0 || cut > 155 || len(path)-cut-1 > 100 {
+		if cut < 0 || cut > maxPrefix {
 			return nil, fmt.Errorf("path %q does not fit a tar header", path)
 		}
 		prefix, name = path[:cut], path[cut+1:]
+		name = name[:min(len(name), maxName)]
 	}
 	b := make([]byte, blockSize)
 	copy(b[0:], name)

@@ -180,11 +180,7 @@ func (b *Reader) Files() []File { return b.manifest.Files }
 
 // Absent are the blobs that the bundle knows but does not hold.
 func (b *Reader) Absent() []digest.Digest {
-	var out []digest.Digest
-	for _, absent := range b.manifest.Absent {
-		out = append(out, digest.NewDigestFromEncoded(digest.SHA256, absent))
-	}
-	return out
+	return slices.Clone(b.manifest.Absent)
 }
 
 // Authenticate verifies the key chains of the source and of the origin of every

@@ -1,6 +1,7 @@
 package bundle
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -23,7 +24,7 @@ const (
 	pathIndex     = "index.json"
 	dirKeys       = "atoll/keys/"
 	dirJournal    = "atoll/journal/"
-	dirBlobs      = "blobs/sha256/"
+	dirBlobs      = "blobs/"
 )
 
 const layoutContent = `{"imageLayoutVersion":"1.0.0"}`
@@ -118,23 +119,41 @@ type subject struct {
 	Digest map[string]string `json:"digest"`
 }
 
-// File is one file that the manifest names.
+// File is one file that the manifest names, with one hash: a blob has the one
+// that manifests and entries name it by, every other file SHA-256.
 type File struct {
 	Path   string `json:"path"`
 	Size   int64  `json:"size"`
-	SHA256 string `json:"sha256"`
+	SHA256 string `json:"sha256,omitempty"` // hex
+	SHA512 string `json:"sha512,omitempty"` // hex
 	Role   string `json:"role"`
 }
 
 // Digest is the file's digest.
-func (f File) Digest() digest.Digest { return digest.NewDigestFromEncoded(digest.SHA256, f.SHA256) }
+func (f File) Digest() digest.Digest {
+	if f.SHA512 != "" {
+		return digest.NewDigestFromEncoded(digest.SHA512, f.SHA512)
+	}
+	return digest.NewDigestFromEncoded(digest.SHA256, f.SHA256)
+}
+
+// blobFile is the file of a blob.
+func blobFile(d digest.Digest, size int64, role string) File {
+	f := File{Path: dirBlobs + d.Algorithm().String() + "/" + d.Encoded(), Size: size, Role: role}
+	if d.Algorithm() == digest.SHA512 {
+		f.SHA512 = d.Encoded()
+	} else {
+		f.SHA256 = d.Encoded()
+	}
+	return f
+}
 
 // manifest names every file of a bundle but the statement, itself and its
 // signature, in the order of the tar.
 type manifest struct {
-	Format int      `json:"format"`
-	Files  []File   `json:"entries"`
-	Absent []string `json:"absent"` // blobs that are known, not held: hex, sorted
+	Format int             `json:"format"`
+	Files  []File          `json:"entries"`
+	Absent []digest.Digest `json:"absent"` // blobs that are known, not held, sorted
 }
 
 // newStatement builds the statement over a manifest; the id is computed here.
@@ -291,21 +310,22 @@ func (m *manifest) check(p *Predicate) error {
 	if len(m.Files) < len(fixed) {
 		return altered("%s: %d entries, want at least %d", pathManifest, len(m.Files), len(fixed))
 	}
-	seen := map[string]bool{}
+	seen := map[digest.Digest]bool{}
 	for i, f := range m.Files {
-		if _, ok := hex32(f.SHA256); !ok {
+		d, err := entry.ParseDigest(f.Digest().String())
+		if err != nil {
 			return altered("%s: hash of %s", pathManifest, f.Path)
 		}
 		if i < len(fixed) {
-			if f.Path != fixed[i].Path || f.Role != fixed[i].Role || f.Size > fixedLimit(f.Role) {
+			if f.SHA512 != "" || f.Path != fixed[i].Path || f.Role != fixed[i].Role || f.Size > fixedLimit(f.Role) {
 				return altered("%s: entry %d is %s, role %s, %d bytes; want %s", pathManifest, i, f.Path, f.Role, f.Size, fixed[i].Path)
 			}
 			continue
 		}
-		if f.Path != dirBlobs+f.SHA256 || blobRank(f.Role) < 0 || seen[f.SHA256] || f.Role == RoleManifest && f.Size > maxOCI {
+		if f != blobFile(d, f.Size, f.Role) || blobRank(f.Role) < 0 || seen[d] || f.Role == RoleManifest && f.Size > maxOCI {
 			return altered("%s: entry %d, %s, role %s, %d bytes", pathManifest, i, path.Base(f.Path), f.Role, f.Size)
 		}
-		seen[f.SHA256] = true
+		seen[d] = true
 		if last := m.Files[i-1]; i > len(fixed) && compareBlobs(last, f) >= 0 {
 			return altered("%s: entry %d, %s, is out of order", pathManifest, i, f.Path)
 		}
@@ -314,7 +334,7 @@ func (m *manifest) check(p *Predicate) error {
 		return altered("%s: entry 0 is not the one of %s", pathManifest, pathLayout)
 	}
 	for i, absent := range m.Absent {
-		if _, ok := hex32(absent); !ok || seen[absent] || i > 0 && absent <= m.Absent[i-1] {
+		if _, err := entry.ParseDigest(absent.String()); err != nil || seen[absent] || i > 0 && absent <= m.Absent[i-1] {
 			return altered("%s: absent blob %q", pathManifest, absent)
 		}
 	}
@@ -340,10 +360,7 @@ func blobRank(role string) int {
 
 // compareBlobs orders the blobs of a bundle: by role, then by digest.
 func compareBlobs(a, b File) int {
-	if d := blobRank(a.Role) - blobRank(b.Role); d != 0 {
-		return d
-	}
-	return strings.Compare(a.SHA256, b.SHA256)
+	return cmp.Or(blobRank(a.Role)-blobRank(b.Role), cmp.Compare(a.Digest(), b.Digest()))
 }
 
 func hex32(s string) (sum [32]byte, ok bool) {

@@ -2,12 +2,12 @@ package bundle
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
+
+	"github.com/opencontainers/go-digest"
 )
 
 func (b *Reader) fail(err error) error {
@@ -81,7 +81,7 @@ func (b *Reader) enter(f File) (*content, error) {
 		}
 		return nil, altered("the tar header of %s at byte %d was changed", f.Path, at)
 	}
-	b.open = &content{b: b, file: f, left: f.Size, h: sha256.New()}
+	b.open = &content{b: b, file: f, left: f.Size, h: f.Digest().Algorithm().Hash()}
 	return b.open, nil
 }
 
@@ -125,8 +125,9 @@ func (c *content) Read(p []byte) (int, error) {
 
 // finish verifies hash and padding; io.EOF is the good end.
 func (c *content) finish() error {
-	if have := hex.EncodeToString(c.h.Sum(nil)); have != c.file.SHA256 {
-		return c.b.fail(altered("%s has the hash %s", c.file.Path, have))
+	want := c.file.Digest()
+	if have := digest.NewDigest(want.Algorithm(), c.h); have != want {
+		return c.b.fail(altered("%s has the hash %s", c.file.Path, have.Encoded()))
 	}
 	if err := c.b.skipPadding(c.file.Size, c.file.Path); err != nil {
 		return c.b.fail(err)

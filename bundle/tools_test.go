@@ -21,6 +21,8 @@ import (
 	orasmemory "oras.land/oras-go/v2/content/memory"
 	"oras.land/oras-go/v2/content/oci"
 	"oras.land/oras-go/v2/registry"
+
+	"github.com/atoll-registry/atoll/bundle/entry"
 )
 
 // onDisk writes the sample as a file and gives the digest of lib/app:v1.
@@ -105,6 +107,54 @@ func TestOrasReadsABundle(t *testing.T) {
 	referrers, err := registry.Referrers(t.Context(), store, d, "application/spdx+json")
 	if err != nil || len(referrers) != 1 {
 		t.Errorf("referrers: %v, %v", referrers, err)
+	}
+}
+
+// The recipes of FORMAT.md, section 5, over a bundle with digests of both
+// algorithms, whose longer names only a PAX header holds.
+func TestTarAndSumsReadBothAlgorithms(t *testing.T) {
+	s := newSite(t, "site-a", 10)
+	data, written := s.write(s.spec(s.log("p1", s.mixed(), 0)))
+	dir := t.TempDir()
+	file := filepath.Join(dir, "mixed.tar")
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "tar", "-xf", file, "-C", dir)
+	content, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(pathManifest)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m manifest
+	if err := json.Unmarshal(content, &m); err != nil {
+		t.Fatal(err)
+	}
+	lists := map[string]string{}
+	for _, f := range m.Files {
+		d := f.Digest()
+		lists[d.Algorithm().String()+"sum"] += d.Encoded() + "  " + filepath.Join(dir, filepath.FromSlash(f.Path)) + "\n"
+	}
+	for tool, list := range lists {
+		sums := filepath.Join(dir, tool)
+		if err := os.WriteFile(sums, []byte(list), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(t, tool, "--check", "--strict", sums)
+	}
+	if len(lists) != len(entry.Algorithms()) {
+		t.Errorf("%d algorithms", len(lists))
+	}
+	store, err := oci.NewFromTar(t.Context(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, image := range written.Images {
+		if image.Tag == "" {
+			continue
+		}
+		if d, err := oras.Copy(t.Context(), store, image.Reference, orasmemory.New(), "", oras.DefaultCopyOptions); err != nil || d.Digest != image.Digest {
+			t.Errorf("%s: %v, %v", image.Reference, d, err)
+		}
 	}
 }
 

@@ -51,13 +51,15 @@ func published(t *testing.T) (files map[string][]byte) {
 	spec.Recipients = []string{"site-b"}
 	incremental, next := s.write(spec)
 
+	mixed, both := s.write(s.spec(s.log("p2", s.mixed(), 0)))
+
 	log := s.log("p1", entries[:before], 0)
 	v := vectors{
-		Comment:  "full.tar and incremental.tar beside this file are of these keys and entries; hashes and CBOR in hex",
+		Comment:  "full.tar and incremental.tar beside this file are of these keys and entries, mixed.tar is of the same keys; hashes and CBOR in hex",
 		RootSeed: hex.EncodeToString(s.root.Seed()), OnlineSeed: hex.EncodeToString(s.online.Seed()),
 		RootKey: s.key(s.root), Fingerprint: s.key(s.root).Fingerprint(), Log: log.ID.String(), Checkpoint: string(log.Checkpoint),
 		State:   hex.EncodeToString(log.State[:]),
-		Bundles: map[string]string{"full.tar": written.Bundle, "incremental.tar": next.Bundle},
+		Bundles: map[string]string{"full.tar": written.Bundle, "incremental.tar": next.Bundle, "mixed.tar": both.Bundle},
 	}
 	var tree entry.Tree
 	for value := range log.Values() {
@@ -82,7 +84,7 @@ func published(t *testing.T) (files map[string][]byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return map[string][]byte{"full.tar": full, "incremental.tar": incremental, "vectors.json": append(document, '\n')}
+	return map[string][]byte{"full.tar": full, "incremental.tar": incremental, "mixed.tar": mixed, "vectors.json": append(document, '\n')}
 }
 
 // TestPublishedVectors holds this build against the files of its format version

@@ -76,9 +76,7 @@ func Write(ctx context.Context, w io.Writer, spec Spec, content Content) (Writte
 		}
 		written.BlobBytes += f.Size
 	}
-	for _, absent := range p.manifest.Absent {
-		written.Absent = append(written.Absent, digest.NewDigestFromEncoded(digest.SHA256, absent))
-	}
+	written.Absent = slices.Clone(p.manifest.Absent)
 	return written, nil
 }
 
@@ -151,7 +149,7 @@ func (p *plan) readLog(ctx context.Context, log Log) error {
 		basis = log.Basis.Clone()
 	}
 	l := newLedger(log.ID, basis)
-	hashed := newHashed(io.Discard)
+	hashed := newHashed(io.Discard, digest.SHA256)
 	err := p.eachItem(ctx, log, func(item []byte, first bool) error {
 		if !first {
 			if _, err := l.add(item); err != nil {
@@ -195,7 +193,7 @@ func (p *plan) readLog(ctx context.Context, log Log) error {
 		p.predicate.Basis = append(p.predicate.Basis, Mark{LogID: log.ID, Size: l.from})
 	}
 	p.predicate.Created = max(p.predicate.Created, checkpoint.At)
-	p.entries = append(p.entries, File{Size: hashed.size, SHA256: hashed.sum()})
+	p.entries = append(p.entries, File{Size: hashed.size, SHA256: hashed.digest().Encoded()})
 	p.graph.ledgers = append(p.graph.ledgers, l)
 	return nil
 }
@@ -258,7 +256,7 @@ func (p *plan) readManifests(ctx context.Context) error {
 }
 
 func (p *plan) load(ctx context.Context, s sum) ([]byte, error) {
-	d := digest.NewDigestFromEncoded(digest.SHA256, s.hex())
+	d := s.digest()
 	r, err := p.content.Open(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("open manifest %s: %w", d, err)
@@ -271,7 +269,7 @@ func (p *plan) load(ctx context.Context, s sum) ([]byte, error) {
 	if len(data) > maxOCI {
 		return nil, fmt.Errorf("manifest %s has over %d bytes, a bundle carries none so large", d, maxOCI)
 	}
-	if sha256.Sum256(data) != s {
+	if d.Algorithm().FromBytes(data) != d {
 		return nil, fmt.Errorf("manifest %s is damaged here: its content has another hash", d)
 	}
 	return data, nil
@@ -283,14 +281,14 @@ func (p *plan) sizeBlobs(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.manifest.Absent = []string{}
+	p.manifest.Absent = []digest.Digest{}
 	for _, ref := range reached {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		d := ref.sum.digest()
 		size, ok := p.sizes[ref.sum]
 		if !ok && ref.rank != 0 {
-			d := digest.NewDigestFromEncoded(digest.SHA256, ref.sum.hex())
 			size, err = p.content.Size(ctx, d)
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("size of blob %s: %w", d, err)
@@ -298,11 +296,11 @@ func (p *plan) sizeBlobs(ctx context.Context) error {
 			ok = err == nil
 		}
 		if !ok {
-			p.manifest.Absent = append(p.manifest.Absent, ref.sum.hex())
+			p.manifest.Absent = append(p.manifest.Absent, d)
 			continue
 		}
 		role := []string{RoleManifest, RoleConfig, RoleLayer}[ref.rank]
-		p.blobs = append(p.blobs, File{Path: dirBlobs + ref.sum.hex(), Size: size, SHA256: ref.sum.hex(), Role: role})
+		p.blobs = append(p.blobs, blobFile(d, size, role))
 	}
 	slices.Sort(p.manifest.Absent)
 	return nil
@@ -466,13 +464,13 @@ func emitFile(w io.Writer, f File, content func(io.Writer) error) error {
 	if _, err := w.Write(head); err != nil {
 		return err
 	}
-	hashed := newHashed(w)
+	hashed := newHashed(w, f.Digest().Algorithm())
 	hashed.limit = f.Size
 	if err := content(hashed); err != nil {
 		return fmt.Errorf("%s: %w", f.Path, err)
 	}
-	if hashed.size != f.Size || hashed.sum() != f.SHA256 {
-		return fmt.Errorf("%s: the content here is damaged or changed meanwhile: %d bytes with hash %s, want %d with %s", f.Path, hashed.size, hashed.sum(), f.Size, f.SHA256)
+	if hashed.size != f.Size || hashed.digest() != f.Digest() {
+		return fmt.Errorf("%s: the content here is damaged or changed meanwhile: %d bytes with hash %s, want %d with %s", f.Path, hashed.size, hashed.digest(), f.Size, f.Digest())
 	}
 	_, err = w.Write(make([]byte, padding(f.Size)))
 	return err
@@ -480,13 +478,16 @@ func emitFile(w io.Writer, f File, content func(io.Writer) error) error {
 
 // hashed counts and hashes what is written through it.
 type hashed struct {
-	w     io.Writer
-	h     hash.Hash
-	size  int64
-	limit int64
+	w         io.Writer
+	algorithm digest.Algorithm
+	h         hash.Hash
+	size      int64
+	limit     int64
 }
 
-func newHashed(w io.Writer) *hashed { return &hashed{w: w, h: sha256.New(), limit: 1<<63 - 1} }
+func newHashed(w io.Writer, algorithm digest.Algorithm) *hashed {
+	return &hashed{w: w, algorithm: algorithm, h: algorithm.Hash(), limit: 1<<63 - 1}
+}
 
 func (h *hashed) Write(p []byte) (int, error) {
 	if int64(len(p)) > h.limit-h.size {
@@ -498,4 +499,4 @@ func (h *hashed) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func (h *hashed) sum() string { return hex.EncodeToString(h.h.Sum(nil)) }
+func (h *hashed) digest() digest.Digest { return digest.NewDigest(h.algorithm, h.h) }

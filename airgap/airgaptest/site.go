@@ -36,6 +36,7 @@ type Site struct {
 	Online      ed25519.PrivateKey
 	Chains      map[string]entry.KeyChain
 	Trusts      []airgap.Trust
+	Algorithm   digest.Algorithm // by which what is pushed next is named
 
 	logs    map[entry.LogID]*log
 	blobs   map[digest.Digest][]byte
@@ -63,7 +64,7 @@ func New(t testing.TB, id string, seed byte) *Site {
 	s := &Site{
 		t: t, ID: id, Incarnation: "inc1", RootKey: key(seed), Online: key(seed + 1), Chains: map[string]entry.KeyChain{},
 		logs: map[entry.LogID]*log{}, blobs: map[digest.Digest][]byte{}, staging: map[string]map[digest.Digest][]byte{},
-		Space: 1 << 40, Budget: -1,
+		Algorithm: digest.SHA256, Space: 1 << 40, Budget: -1,
 	}
 	s.Certify(entry.OnlineKey{Key: s.key(s.Online), State: entry.KeyActive})
 	return s
@@ -145,7 +146,7 @@ func (s *Site) tree(id entry.LogID, size int) *entry.Tree {
 
 // Blob stores a blob.
 func (s *Site) Blob(content string) (digest.Digest, int) {
-	d := digest.FromString(content)
+	d := s.Algorithm.FromString(content)
 	s.blobs[d] = []byte(content)
 	return d, len(content)
 }
@@ -182,7 +183,7 @@ func (s *Site) Manifest(project, repository, tag, mediaType string, manifest any
 	s.t.Helper()
 	data, err := json.Marshal(manifest)
 	s.must(err)
-	d := digest.FromBytes(data)
+	d := s.Algorithm.FromBytes(data)
 	s.Write(project, entry.Entry{Kind: entry.ArtifactPut, At: 1001, Actor: "admin", Repository: repository, Digest: d, MediaType: mediaType, Size: int64(len(data)), PushedAt: 1001})
 	s.logs[s.LogID(project)].Manifests[d] = data
 	if tag != "" {
