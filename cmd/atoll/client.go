@@ -67,8 +67,11 @@ func newClient(cmd *cobra.Command) (*client, error) {
 	return serverClient(server, ca, saved)
 }
 
+// socketBase is the base of requests over a socket; its host means nothing.
+const socketBase = "http://atoll"
+
 func socketClient(socket string) *client {
-	return &client{base: "http://atoll", name: "the node at " + socket, http: &http.Client{Transport: &http.Transport{
+	return &client{base: socketBase, name: "the node at " + socket, http: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)

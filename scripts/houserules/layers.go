@@ -96,6 +96,7 @@ var layers = [...]layer{
 
 	{folder: "node", may: []string{"node/...", "airgap", "bundle/...", "transfer/...", "cluster/..."}},
 	{folder: "cmd/atoll", may: []string{"..."}},
+	{folder: "cmd/atoll/engines"},
 
 	// What builds and tests the tree from outside.
 	{folder: "scripts/...", may: []string{"..."}},
