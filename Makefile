@@ -10,7 +10,7 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-.PHONY: build run test test-unit test-race test-e2e fuzz demo bench bench-long testdeps clean
+.PHONY: build run test test-unit test-race test-e2e fuzz faults demo bench bench-long testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -37,6 +37,12 @@ test-e2e: testdeps build
 FUZZTIME ?= 30s
 fuzz:
 	scripts/fuzz $(FUZZTIME)
+
+# A push over a disk and a log that fail or stop at every single step; make test
+# takes a sample of them.
+faults:
+	ATOLL_FAULTS=all go test -count=1 -run 'TestPush(Crashes|Faults|ToAFullDisk)$$' ./node/registry
+	go test -count=1 -run 'Crash|Fault' ./node/blobs/...
 
 # Two sites with no route between them, played unattended.
 demo: testdeps build

@@ -157,6 +157,14 @@ func (f *FS) Spoil(name string, err error) {
 	f.names[path.Clean(name)].bad = err
 }
 
+// Stop stops the machine now, for a test in which something else than the disk
+// does.
+func (f *FS) Stop() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.crashed = true
+}
+
 // Crashed reports whether the machine has stopped.
 func (f *FS) Crashed() bool {
 	f.mu.Lock()
