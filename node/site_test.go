@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"net/url"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
@@ -129,6 +132,46 @@ func TestPushHerePullThere(t *testing.T) {
 		}
 	}
 	done()
+}
+
+// TestSHA512: content named by sha512 is copied, found and served like any other,
+// in either order of who pushes what where.
+func TestSHA512(t *testing.T) {
+	nodes := three(t)
+	layer, config := content(7, 2<<20), []byte(`{"os":"linux","architecture":"arm64"}`)
+	named := func(b []byte, mediaType string) v1.Descriptor {
+		return v1.Descriptor{MediaType: mediaType, Digest: digest.SHA512.FromBytes(b), Size: int64(len(b))}
+	}
+	session := nodes[0].do("POST", "/v2/library/app/blobs/uploads/?digest-algorithm=sha512", nil).want(202).Header.Get("Location")
+	session = nodes[1].do("PATCH", session, layer[:1<<20], "Content-Type", "application/octet-stream").want(202).Header.Get("Location")
+	nodes[2].do("PUT", session+"?digest="+digest.SHA512.FromBytes(layer).String(), layer[1<<20:], "Content-Type", "application/octet-stream").want(201)
+	nodes[1].do("POST", "/v2/library/app/blobs/uploads/?digest="+digest.SHA512.FromBytes(config).String(), config).want(201)
+	manifest, err := json.Marshal(v1.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageManifest,
+		Config: named(config, v1.MediaTypeImageConfig), Layers: []v1.Descriptor{named(layer, v1.MediaTypeImageLayer)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := named(manifest, "").Digest.String()
+	a := nodes[2].do("PUT", "/v2/library/app/manifests/"+d+"?tag=v1", manifest, "Content-Type", v1.MediaTypeImageManifest).want(201)
+	if copies := a.Header.Get("Atoll-Copies"); copies != "2" {
+		t.Errorf("acknowledged with %q copies", copies)
+	}
+	for _, n := range nodes {
+		for _, reference := range []string{"v1", d} {
+			if a := n.do("GET", "/v2/library/app/manifests/"+reference, nil).want(200); !bytes.Equal(a.Body, manifest) || a.Header.Get("Docker-Content-Digest") != d {
+				t.Errorf("%s gives %s as %s", n.config.Name, reference, a.Header.Get("Docker-Content-Digest"))
+			}
+		}
+		for _, b := range [][]byte{config, layer} {
+			path := "/v2/library/app/blobs/" + digest.SHA512.FromBytes(b).String()
+			if got := n.do("GET", path, nil).want(200).Body; !bytes.Equal(got, b) {
+				t.Errorf("%s gives %d other bytes", n.config.Name, len(got))
+			}
+			n.do("HEAD", "/v2/library/app/blobs/"+digest.FromBytes(b).String(), nil).want(404)
+		}
+	}
 }
 
 // TestLeaderHandsOver: a graceful stop costs the site no election timeout.

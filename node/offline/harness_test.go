@@ -41,6 +41,7 @@ type site struct {
 	*Offline
 	t         testing.TB
 	id        string
+	algorithm digest.Algorithm // by which what is pushed is named; "" is sha256
 	dir       string
 	backend   *tabletest.Backend
 	reads     *watched
@@ -223,11 +224,18 @@ func (s *site) project(name string) {
 func (s *site) blob(place, mediaType string, b []byte) v1.Descriptor {
 	s.t.Helper()
 	name, repository, _ := strings.Cut(place, "/")
-	d := digest.FromBytes(b)
+	d := s.digest(b)
 	info, err := s.Store.Put(s.t.Context(), d, bytes.NewReader(b))
 	must(s.t, err)
 	must(s.t, s.Records.Add(s.t.Context(), name, repository, info))
 	return v1.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(b))}
+}
+
+func (s *site) digest(b []byte) digest.Digest {
+	if s.algorithm == "" {
+		return digest.FromBytes(b)
+	}
+	return s.algorithm.FromBytes(b)
 }
 
 // push puts an image with one layer into PROJECT/REPOSITORY.
@@ -250,7 +258,7 @@ func (s *site) push(place, tag, layer string, annotations ...string) (manifest [
 func (s *site) put(place, tag string, manifest []byte) error {
 	name, repository, _ := strings.Cut(place, "/")
 	_, err := s.Catalog.Put(s.t.Context(), catalog.Push{
-		Project: name, Repository: repository, Tag: tag, Digest: digest.FromBytes(manifest), MediaType: v1.MediaTypeImageManifest,
+		Project: name, Repository: repository, Tag: tag, Digest: s.digest(manifest), MediaType: v1.MediaTypeImageManifest,
 		Bytes: manifest, Carrier: catalog.Client, Actor: "admin", At: time.Now(), Copies: 1,
 	})
 	return err

@@ -66,6 +66,32 @@ func TestCarry(t *testing.T) {
 	third.wants("shop/app", "v1", manifest)
 }
 
+// Content that is named by sha512 is carried beside the same under sha256; a
+// manifest too large for a row is a blob, by its own digest.
+func TestCarryBySHA512(t *testing.T) {
+	from, to, manifest := pair(t)
+	from.algorithm = digest.SHA512
+	layer := strings.Repeat("layer ", 1000)
+	other := from.push("shop/app", "v2", layer)
+	large := from.push("shop/app", "v3", layer, strings.Repeat("note ", 20_000))
+	file := from.exportFile(ExportRequest{Projects: []string{"shop"}})
+	status, report, text := to.importFile(file)
+	if status != 200 || !report.Verified || report.Blobs.Copied != 4 || !report.Projects[0].StateCompared {
+		t.Fatalf("import: %d %s", status, text)
+	}
+	to.wants("shop/app", "v1", manifest)
+	to.wants("shop/app", "v2", other)
+	to.wants("shop/app", "v3", large)
+	for _, algorithm := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
+		if _, err := to.Store.Stat(algorithm.FromString(layer)); err != nil {
+			t.Error(err)
+		}
+	}
+	if status, report, text = to.importFile(file); status != 200 || report.Entries != 0 || report.Blobs.Copied != 0 {
+		t.Errorf("the same again: %d %s", status, text)
+	}
+}
+
 // TestExportWhilePushesGoOn: checkpoint, entries and state of a bundle are of one
 // moment, whatever happens meanwhile. The importer compares them.
 func TestExportWhilePushesGoOn(t *testing.T) {

@@ -1,9 +1,11 @@
 package peers
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -46,6 +48,33 @@ func TestEnsureCountsWhatIsHeld(t *testing.T) {
 		}
 		if copies, err := n.Ensure(t.Context(), nil); err != nil || copies != Durability {
 			t.Errorf("a push of metadata only: %d copies, %v", copies, err)
+		}
+	})
+}
+
+// A blob that is named by sha512 is copied, read and rooted like any other.
+func TestEnsureCopiesBySHA512(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSite(t, 3)
+		s.run()
+		b := bytesOf("blob", 700_000)
+		d := digest.SHA512.FromBytes(b)
+		order := s.byPlacement(d)
+		s.putAs(digest.SHA512, b, order[2])
+		if copies, err := order[2].Ensure(t.Context(), []digest.Digest{d}); err != nil || copies != Durability || !order[0].holds(d) {
+			t.Fatalf("%d copies, %v, held at home: %v", copies, err, order[0].holds(d))
+		}
+		if twin := digest.FromBytes(b); order[0].holds(twin) || order[2].holds(twin) {
+			t.Error("the same bytes are there under sha256")
+		}
+		order[2].setDown(true)
+		content, err := order[1].Open(t.Context(), d, int64(len(b)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer content.Close()
+		if got, err := io.ReadAll(content); err != nil || !bytes.Equal(got, b) {
+			t.Errorf("%d bytes, %v", len(got), err)
 		}
 	})
 }

@@ -215,10 +215,15 @@ func (n *node) Dial(ctx context.Context, addr string, service byte) (net.Conn, e
 	}
 }
 
-// put gives a blob to nodes; the first makes its row.
+// put gives a blob to nodes, named by sha256, and makes its row.
 func (s *site) put(b []byte, on ...*node) digest.Digest {
 	s.t.Helper()
-	d := digest.FromBytes(b)
+	return s.putAs(digest.SHA256, b, on...)
+}
+
+func (s *site) putAs(algorithm digest.Algorithm, b []byte, on ...*node) digest.Digest {
+	s.t.Helper()
+	d := algorithm.FromBytes(b)
 	for _, n := range on {
 		if _, err := n.Store.Put(s.t.Context(), d, bytes.NewReader(b)); err != nil {
 			s.t.Fatal(err)

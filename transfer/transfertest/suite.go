@@ -31,6 +31,7 @@ func Run(t *testing.T, start Start) {
 	}{
 		{"AnySize", testAnySize},
 		{"Empty", testEmpty},
+		{"OtherAlgorithm", testOtherAlgorithm},
 		{"HeldAlready", testHeldAlready},
 		{"SharedByHolders", testSharedByHolders},
 		{"Joined", testJoined},
@@ -178,6 +179,37 @@ func testAnySize(t *testing.T, f *fleet) {
 			}
 			to.stop()
 		}
+	}
+}
+
+// A blob that is named by sha512 is pieced by sha256 like any other, verified by
+// its own digest in the end, and without a root by that alone.
+func testOtherAlgorithm(t *testing.T, f *fleet) {
+	f.stall = hasty
+	for _, root := range []bool{true, false} {
+		content, other := fresh(3*transfer.PieceSize+5), fresh(3*transfer.PieceSize+5)
+		b := blobOf(t, content)
+		b.Digest = digest.SHA512.FromBytes(content)
+		if !root {
+			b = rootless(b)
+		}
+		a := NewStore()
+		a.PutAs(digest.SHA512, content)
+		store := NewStore()
+		to := f.node("to", store, options{}, f.node("from", a, options{}))
+		f.arrives(to, store, content, b)
+		to.stop()
+
+		// The right digest of its pieces does not help bytes that are not the blob's.
+		liar := f.node("liar", a, options{source: reads(func(_ context.Context, p []byte, off int64, _ func() (int, error)) (int, error) {
+			return copy(p, other[off:]), nil
+		})})
+		to = f.node("to", NewStore(), options{}, liar)
+		if err := f.fetch(to, b).Wait(f.ctx()); err == nil {
+			t.Fatalf("root %v: other bytes were taken", root)
+		}
+		f.awaitDrop(to, "liar")
+		to.stop()
 	}
 }
 
