@@ -124,7 +124,7 @@ func together(clients, n int, work func(i int) error) error {
 	return err
 }
 
-const heading = "# Benchmarks\n\nThe runs below are written by `make bench` and `make bench-long`, the newest first.\nRatios are medians over interleaved pairs and hold on other machines; absolute\nfigures are those of the machine named.\n"
+const heading = "# Benchmarks\n\nThe runs below are written by `make bench` and `make bench-long`, the newest first.\n"
 
 // endOfNotes parts what people write about the figures from the runs.
 const endOfNotes = "<!-- runs -->\n"
