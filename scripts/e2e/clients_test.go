@@ -35,7 +35,7 @@ func TestClients(t *testing.T) {
 	}{
 		{"skopeo", skopeo}, {"schema2", schema2}, {"anonymous", anonymous}, {"names", names},
 		{"crane", crane}, {"oras", oras}, {"containerd", containerd},
-		{"podman", podman}, {"buildah", buildah}, {"umoci", umoci}, {"helm", helm},
+		{"podman", podman}, {"buildah", buildah}, {"umoci", umoci}, {"helm", helm}, {"cosign", cosign},
 	}
 	everywhere := []string{"--listen", "0.0.0.0:5000", "--peer-listen", ":5001"} // the address to advertise is found
 	for _, p := range []plan{{name: "one", net: 75, nodes: 1}, {name: "three", net: 76, nodes: 3, args: everywhere}} {
