@@ -2,6 +2,7 @@ package rest
 
 import (
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -27,8 +28,8 @@ func (p Paging) Window() (skip, limit int) {
 		limit = MaxPageSize
 	}
 	number := max(p.Page, 1)
-	if number > 1<<31/MaxPageSize { // no listing is that long; and no overflow
-		return 1 << 31, limit
+	if number > math.MaxInt32/MaxPageSize { // no listing is that long; and no overflow
+		return math.MaxInt32, limit
 	}
 	return (number - 1) * limit, limit
 }
