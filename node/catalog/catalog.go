@@ -41,6 +41,7 @@ const (
 	Site        Carrier = "site"
 	Replication Carrier = "replication"
 	Proxy       Carrier = "proxy"
+	Adopted     Carrier = "adopted" // from another registry's storage
 )
 
 // Push asks to put a manifest into a repository.

@@ -92,6 +92,8 @@ var layers = [...]layer{
 	{folder: "node/peers", may: under3, tests: helpers},
 	{folder: "node/scrub", may: under3, tests: helpers},
 	{folder: "node/search", may: under3, tests: helpers},
+	{folder: "node/adopt", may: under3, tests: helpers},
+	{folder: "node/storage", may: under3, tests: helpers},
 	{folder: "node/console", may: under3, tests: helpers},
 
 	{folder: "node", may: []string{"node/...", "airgap", "bundle/...", "transfer/...", "cluster/..."}},
