@@ -82,7 +82,11 @@ func (s *Store) Shelved(d digest.Digest) bool {
 // Rehome makes a backend the home of blobs, nil the store's own directory. The
 // home until then is still read, and so is the directory, always: Carry moves
 // what is there, Leave ends it.
+//
+// It waits for commits under way, so that nothing arrives in the old home later.
 func (s *Store) Rehome(home Backend) {
+	s.moving.Lock()
+	defer s.moving.Unlock()
 	s.shelves.Store(&shelves{home: home, former: s.shelves.Load().home})
 }
 

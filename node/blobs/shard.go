@@ -25,6 +25,8 @@ type shard struct {
 // unless it was before. It holds the blob's lock to the end, so that nobody
 // acknowledges a blob which a failed sync is about to take back.
 func (s *Store) place(from string, k key, size int64) error {
+	s.moving.RLock()
+	defer s.moving.RUnlock()
 	if home := s.shelves.Load().home; home != nil {
 		return s.ship(home, from, k, size)
 	}

@@ -199,8 +199,10 @@ func (g *Staging) move(k key) error {
 	if err != nil {
 		return err
 	}
-	if g.s.Shared() {
-		return g.s.place(staged, k, fi.Size())
+	g.s.moving.RLock()
+	defer g.s.moving.RUnlock()
+	if home := g.s.shelves.Load().home; home != nil {
+		return g.s.ship(home, staged, k, fi.Size())
 	}
 	unlock, _ := g.s.locks.write(k)
 	defer unlock()

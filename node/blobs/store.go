@@ -93,6 +93,7 @@ type Store struct {
 	buffers sync.Pool
 
 	shelves  atomic.Pointer[shelves]
+	moving   sync.RWMutex       // taken alone to change the home, shared by commits
 	shipping singleflight.Group // of blobs into the backend
 
 	mu       sync.Mutex

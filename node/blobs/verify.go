@@ -27,6 +27,9 @@ type Pace func(ctx context.Context, n int) error
 // then is ErrDamaged: from then on it is not held. One that is not held is
 // fault.NotFound with code BLOB_UNKNOWN; any other error says nothing of the
 // blob. What it reads stays out of the page cache.
+//
+// A blob in a Backend is only looked for: an object store checks what it keeps,
+// and lets nobody read all of it for nothing.
 func (s *Store) Verify(ctx context.Context, d digest.Digest, pace Pace) (Info, error) {
 	k, err := keyOf(d)
 	if err != nil {
@@ -34,6 +37,9 @@ func (s *Store) Verify(ctx context.Context, d digest.Digest, pace Pace) (Info, e
 	}
 	f, err := s.fs.OpenFile(k.blob(), os.O_RDONLY)
 	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) && s.Shared() {
+			return s.Stat(d)
+		}
 		if !unreadable(err) {
 			return Info{}, s.failed(err, d, "opening")
 		}

@@ -23,6 +23,7 @@ import (
 
 	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/fault"
 )
 
 const (
@@ -48,29 +49,31 @@ type Backend struct {
 	// one client waits for others need too.
 	lifetime func() context.Context
 	stall    time.Duration
+	redact   func(text string) string // takes secrets out
 }
 
 // New makes a backend of a driver. direct says that the driver's Writer shows
 // nothing under the final name before Commit.
 func New(ctx context.Context, driver storagedriver.StorageDriver, direct bool) *Backend {
 	ctx = context.WithoutCancel(ctx)
-	return &Backend{driver: driver, direct: direct, lifetime: func() context.Context { return ctx }, stall: stallTime}
+	return &Backend{driver: driver, direct: direct, lifetime: func() context.Context { return ctx }, stall: stallTime, redact: strings.Clone}
 }
 
 // Check writes, reads and removes a small object, so that wrong credentials or a
-// missing bucket show at the start and not at the first push.
+// missing bucket show at the start and not at the first push: fault.Unavailable.
 func (b *Backend) Check() error {
 	ctx, cancel := context.WithTimeout(b.lifetime(), requestTime)
 	defer cancel()
 	name := root + "/check-" + digest.FromString(time.Now().String()).Encoded()[:16]
-	if err := b.driver.PutContent(ctx, name, []byte("atoll\n")); err != nil {
-		return fmt.Errorf("writing to %s: %w", b.driver.Name(), err)
+	err := b.driver.PutContent(ctx, name, []byte("atoll\n"))
+	if err == nil {
+		_, err = b.driver.GetContent(ctx, name)
 	}
-	if _, err := b.driver.GetContent(ctx, name); err != nil {
-		return fmt.Errorf("reading from %s: %w", b.driver.Name(), err)
+	if err == nil {
+		err = b.driver.Delete(ctx, name)
 	}
-	if err := b.driver.Delete(ctx, name); err != nil {
-		return fmt.Errorf("deleting from %s: %w", b.driver.Name(), err)
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, "the storage cannot be used; check its address, bucket and credentials: %s", b.redact(err.Error()))
 	}
 	return nil
 }

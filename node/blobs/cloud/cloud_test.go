@@ -139,6 +139,10 @@ func testTwoNodes(t *testing.T, b blobs.Backend) {
 	pushes.Wait()
 	for _, s := range []*blobs.Store{one, two} {
 		blobstest.Check(t, s, content)
+		pace := func(context.Context, int) error { return nil }
+		if info, err := s.Verify(t.Context(), d, pace); err != nil || info.Size != int64(len(content)) || !s.Shelved(d) {
+			t.Fatalf("Verify: %+v, %v", info, err)
+		}
 	}
 	if u, err := one.Usage(t.Context()); err != nil || u.Uploads != 0 || u.Blobs != 0 {
 		t.Fatalf("a blob that is in the backend occupies the disk: %+v, %v", u, err)

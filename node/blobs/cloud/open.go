@@ -39,9 +39,9 @@ func kinds() map[string]kind {
 func Kinds() []string { return slices.Sorted(maps.Keys(kinds())) }
 
 // Open opens an object store of the kind with the parameters of its storage
-// driver (https://distribution.github.io/distribution/storage-drivers/), and
-// checks that it can be written. fault.Invalid when it cannot be used so; the
-// text never holds a parameter's value.
+// driver (https://distribution.github.io/distribution/storage-drivers/). Whether
+// it answers is Check's to say. fault.Invalid when it cannot be used so; the text
+// never holds a secret.
 func Open(ctx context.Context, name string, parameters map[string]any) (*Backend, error) {
 	k, known := kinds()[name]
 	switch {
@@ -60,9 +60,7 @@ func Open(ctx context.Context, name string, parameters map[string]any) (*Backend
 		return nil, fault.Wrap(err, fault.Invalid, "storage %s cannot be opened; check the parameters of --storage-config: %s", name, Redact(err.Error(), parameters))
 	}
 	b := New(ctx, driver, k.direct)
-	if err := b.Check(); err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, "storage %s cannot be used; check address, bucket and credentials: %s", name, Redact(err.Error(), parameters))
-	}
+	b.redact = func(text string) string { return Redact(text, parameters) }
 	return b, nil
 }
 

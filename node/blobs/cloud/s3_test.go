@@ -100,6 +100,9 @@ func TestConformanceS3(t *testing.T) {
 	conform(t, func(t *testing.T) blobs.Backend {
 		n++
 		b, err := Open(t.Context(), "s3", with(bucket, "rootdirectory", fmt.Sprintf("/test-%d", n)))
+		if err == nil {
+			err = b.Check()
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,7 +146,10 @@ func testWrong(t *testing.T, bucket map[string]any) {
 		if name == "region" {
 			delete(parameters, "regionendpoint")
 		}
-		_, err := Open(t.Context(), "s3", parameters)
+		b, err := Open(t.Context(), "s3", parameters)
+		if err == nil {
+			err = b.Check()
+		}
 		if !fault.Is(err, fault.Unavailable) && !fault.Is(err, fault.Invalid) {
 			t.Errorf("with another %s: %v", name, err)
 		}
