@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/node/storage"
 )
 
 // SocketName is the name of the node's Unix socket in its data directory. Who may
@@ -51,6 +52,13 @@ type Config struct {
 
 	// AdminPassword of a new site; "" generates one into PasswordName.
 	AdminPassword string
+
+	// Storage is where blobs are kept; with no kind, where they were, or on the
+	// disk.
+	Storage storage.Choice
+	// Redirect sends clients to the object store for blobs instead of passing
+	// them through.
+	Redirect bool
 
 	Version string
 	Log     *slog.Logger

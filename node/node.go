@@ -88,7 +88,7 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := n.build(who); err != nil {
+	if err := n.build(ctx, who); err != nil {
 		return nil, err
 	}
 	n.socket, err = listenSocket(ctx, c.Data)
@@ -227,7 +227,7 @@ func notJoined(err error) error {
 }
 
 // build puts the parts together.
-func (n *Node) build(who member.Identity) (err error) {
+func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	metrics := telemetry.NewRegistry()
 	pool, err := who.Pool()
 	if err != nil {
@@ -252,7 +252,7 @@ func (n *Node) build(who member.Identity) (err error) {
 	}, who); err != nil {
 		return err
 	}
-	n.rooms, err = newRooms(ground{n.config, n.url(), n.log, metrics, n.db, n.member, n.network})
+	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.db, n.member, n.network})
 	return err
 }
 
@@ -276,7 +276,8 @@ func (n *Node) Run(ctx context.Context) error {
 	run, fail := context.WithCancelCause(ctx)
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
 	cluster := startFloor(run, fail, n.member.Run)
-	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run, n.rooms.registry.Run)
+	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
+		n.rooms.registry.Run, n.rooms.storage.Run)
 
 	err := n.settle(run)
 	if err == nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
+	"github.com/atoll-registry/atoll/node/adopt"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -28,6 +29,7 @@ import (
 	"github.com/atoll-registry/atoll/node/scrub"
 	"github.com/atoll-registry/atoll/node/settings"
 	"github.com/atoll-registry/atoll/node/sites"
+	"github.com/atoll-registry/atoll/node/storage"
 	"github.com/atoll-registry/atoll/node/telemetry"
 )
 
@@ -46,6 +48,8 @@ type rooms struct {
 	registry  *registry.Registry
 	sites     *sites.Sites
 	offline   *offline.Offline
+	storage   *storage.Storage
+	adopt     *adopt.Adopt
 	kernel    *rest.Kernel
 	http      http.Handler
 }
@@ -63,7 +67,7 @@ type ground struct {
 
 // newRooms builds the rooms and starts nothing. Adding a room is one line here
 // and, when it has operations, one in register.
-func newRooms(g ground) (*rooms, error) {
+func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r := &rooms{settings: settings.New(g.db, g.log)}
 	var err error
 	minFree := settings.Define(r.settings, settings.Spec[int64]{
@@ -71,6 +75,9 @@ func newRooms(g ground) (*rooms, error) {
 		Summary: "the free space of a node's disk below which it takes no content, so that the metadata can always be written; pulls go on",
 	})
 	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{LowWater: minFree.Value, Log: g.log}); err != nil {
+		return nil, err
+	}
+	if r.storage, err = storage.New(ctx, storage.Config{Data: g.config.Data, Store: r.store, Members: r.members(g), Log: g.log}, g.config.Storage); err != nil {
 		return nil, err
 	}
 	r.records = blobs.NewRecords(g.db)
@@ -105,10 +112,13 @@ func newRooms(g ground) (*rooms, error) {
 		return nil, err
 	}
 	r.peers.Unreadable(r.scrub.Unreadable)
+	r.adopt = adopt.New(adopt.Config{
+		DB: g.db, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records, Copies: r.peers, Log: g.log,
+	})
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
 		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Guardian: r.scrub, Log: g.log, Registerer: g.metrics,
-		Settings: registry.DefineSettings(r.settings),
+		Settings: registry.DefineSettings(r.settings), Redirect: g.config.Redirect,
 	}); err != nil {
 		return nil, err
 	}
@@ -140,6 +150,20 @@ func (r *rooms) register(g ground) {
 	r.scrub.Operations(r.kernel)
 	r.sites.Operations(r.kernel)
 	r.offline.Operations(r.kernel)
+	r.storage.Operations(r.kernel)
+	r.adopt.Operations(r.kernel)
+}
+
+// members counts the site's nodes.
+func (r *rooms) members(g ground) func() (int, error) {
+	return func() (n int, err error) {
+		err = g.db.View(func(v *table.View) error {
+			all, err := g.member.Members(v)
+			n = len(all)
+			return err
+		})
+		return n, err
+	}
 }
 
 // handler puts the registry, the token service, the metrics and the API on one

@@ -23,7 +23,8 @@ const garbage = 8 << 20
 
 func newServe() *cobra.Command {
 	c := node.Config{Version: version}
-	var tokenFile, logLevel string
+	var tokenFile, logLevel, storageKind string
+	var storageConfig []string
 	cmd := &cobra.Command{
 		Use:   "serve [--init | --join ADDR --token TOKEN]",
 		Short: "Run a node",
@@ -38,6 +39,9 @@ else one is made and kept in DATA/admin-password.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
 			if c.Log, err = newLogger(cmd, logLevel); err != nil {
+				return err
+			}
+			if c.Storage, err = storageChoice(storageKind, storageConfig); err != nil {
 				return err
 			}
 			if tokenFile != "" && c.Token != "" {
@@ -79,6 +83,9 @@ else one is made and kept in DATA/admin-password.`,
 	f.StringVar(&c.CertFile, "tls-cert", "", "file with a certificate (PEM) to use instead")
 	f.StringVar(&c.KeyFile, "tls-key", "", "file with its key (PEM)")
 	f.StringSliceVar(&c.SANs, "tls-san", nil, "further names and addresses for the certificate of --tls auto")
+	f.StringVar(&storageKind, "storage", "", "where blobs are kept: local (the data directory), s3, gcs or azure (default: where they were, at first local)")
+	f.StringSliceVar(&storageConfig, "storage-config", nil, "parameters of the storage, named as in distribution's storage drivers: NAME=VALUE, or a YAML file of them, which is the place for secrets")
+	f.BoolVar(&c.Redirect, "redirect", false, "send clients to the object store for blobs instead of passing them through")
 	f.StringVar(&logLevel, "log-level", "info", "what to log: debug, info, warn or error")
 	return cmd
 }

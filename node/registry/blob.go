@@ -44,6 +44,9 @@ func (g *Registry) getBlob(c *call) error {
 		c.w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
+	if sent, err := g.sendElsewhere(c, d); sent || err != nil {
+		return err
+	}
 	h.Set("Content-Type", "application/octet-stream")
 	file, err := g.openHeld(d, row)
 	switch {
@@ -95,6 +98,23 @@ func (c *call) sendSmall(content io.Reader, size int64) error {
 		return err
 	}
 	return c.whole(data[:size])
+}
+
+// sendElsewhere sends the client to the object store that holds the blob, when
+// that is wanted and there is one. Whoever asks by HEAD is answered here.
+func (g *Registry) sendElsewhere(c *call, d digest.Digest) (bool, error) {
+	if !g.redirect || c.r.Method != http.MethodGet {
+		return false, nil
+	}
+	to, err := g.store.Redirect(c.r, d)
+	if fault.Is(err, fault.NotFound) {
+		err = nil // another node may have it
+	}
+	if to == "" || err != nil {
+		return false, err
+	}
+	c.w.Header().Set("Location", to)
+	return true, c.empty(http.StatusTemporaryRedirect)
 }
 
 // sendRemote serves a blob that other nodes hold.

@@ -99,6 +99,8 @@ type Config struct {
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	Settings   *Settings
+	// Redirect sends clients to the object store for blobs that are in one.
+	Redirect bool
 
 	// Idle is how long a connection may go without a byte while a request or
 	// its answer is under way; 0 is two minutes.
@@ -116,6 +118,7 @@ type Registry struct {
 	projects  *project.Projects
 	journal   *journal.Journal
 	store     *blobs.Store
+	redirect  bool
 	records   *blobs.Records
 	auth      Auth
 	copies    blobs.Copies
@@ -153,7 +156,7 @@ func New(c Config) (*Registry, error) {
 	g := &Registry{
 		node: c.NodeID, db: c.DB, catalog: c.Catalog, projects: c.Projects, journal: c.Journal, store: c.Store,
 		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, guardian: c.Guardian, log: c.Log,
-		settings: c.Settings, idle: c.Idle, uploadTTL: c.UploadTTL,
+		settings: c.Settings, redirect: c.Redirect, idle: c.Idle, uploadTTL: c.UploadTTL,
 		uploads: uploads{byUser: map[string]map[string]bool{}}, pacers: pacers{all: map[string]*pacer{}},
 		large: make(chan struct{}, largeManifests),
 		early: make(chan digest.Digest, copyQueue),
