@@ -89,6 +89,49 @@ func TestGrowsFromOneToThree(t *testing.T) {
 	})
 }
 
+// TestOnlyALoneVoterConfirmsItself: with others to ask, or none that it leads,
+// a node has no read index of its own.
+func TestOnlyALoneVoterConfirmsItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		first := c.Found()
+		for _, text := range []string{"1", "2", "3"} {
+			if err := first.write(t.Context(), "a", text); err != nil {
+				t.Fatal(err)
+			}
+			index, ok := first.OwnIndex()
+			var revision uint64
+			_ = first.DB.View(func(v *table.View) error { revision = v.Revision(); return nil })
+			if !ok || index < revision {
+				t.Errorf("the index of a lone voter is %d, %v after a commit at %d", index, ok, revision)
+			}
+			first.want("a", text)
+		}
+		second := c.Join(first)
+		c.AwaitVoters(1)
+		if _, ok := second.OwnIndex(); ok {
+			t.Error("a node without a vote confirms itself")
+		}
+		if err := second.write(t.Context(), "b", "1"); err != nil {
+			t.Fatal(err)
+		}
+		first.want("b", "1")
+		third := c.Join(first)
+		c.AwaitVoters(3)
+		for _, n := range []*Node{first, second, third} {
+			if _, ok := n.OwnIndex(); ok {
+				t.Errorf("%s, one of three voters, confirms itself", n.Name)
+			}
+		}
+		c.Isolate(first)
+		c.Await("another leader", func() bool { l := c.Leader(); return l != nil && l != first })
+		if _, ok := first.OwnIndex(); ok {
+			t.Error("a node that is cut off confirms itself")
+		}
+		c.Rejoin(first)
+	})
+}
+
 func TestKillingTheLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := New(t, Options{Define: withNotes})
