@@ -44,8 +44,8 @@ type machine struct {
 	store   *blobs.Store
 	log     *failingLog
 	handler http.Handler
-	ctx     context.Context // ends when the machine stops
-	stop    context.CancelFunc
+	stopped chan struct{}
+	stop    func()
 }
 
 // logFault is what happens at one proposal.
@@ -145,8 +145,8 @@ func (l largeManifests) Read(_ context.Context, d digest.Digest) ([]byte, error)
 // boot starts a machine on what a disk and a directory hold.
 func boot(t testing.TB, disk *faultfs.FS, dir, bootID string) *machine {
 	t.Helper()
-	m := &machine{t: t, disk: disk, dir: dir}
-	m.ctx, m.stop = context.WithCancel(t.Context())
+	m := &machine{t: t, disk: disk, dir: dir, stopped: make(chan struct{})}
+	m.stop = sync.OnceFunc(func() { close(m.stopped) })
 	log := slog.New(slog.DiscardHandler)
 	var err error
 	m.engine, err = kv.OpenBolt(filepath.Join(dir, "state.db"))
@@ -218,8 +218,15 @@ func (nobody) Challenge(http.ResponseWriter, *http.Request, ...string) {}
 
 // ask sends a request as admin. A machine that has stopped answers nothing.
 func (m *machine) ask(method, path string, body []byte, headers ...string) (*httptest.ResponseRecorder, error) {
-	ctx, cancel := context.WithTimeout(access.WithPrincipal(m.ctx, access.Principal{Kind: access.User, Name: "admin", Admin: true}), 10*time.Second)
+	ctx, cancel := context.WithTimeout(access.WithPrincipal(m.t.Context(), access.Principal{Kind: access.User, Name: "admin", Admin: true}), 10*time.Second)
 	defer cancel()
+	go func() { // nothing goes on in a machine that has stopped
+		select {
+		case <-m.stopped:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	var from io.Reader
 	if body != nil {
 		from = bytes.NewReader(body)
@@ -230,7 +237,7 @@ func (m *machine) ask(method, path string, body []byte, headers ...string) (*htt
 	}
 	w := httptest.NewRecorder()
 	m.handler.ServeHTTP(w, q)
-	if m.disk.Crashed() || m.ctx.Err() != nil {
+	if m.disk.Crashed() {
 		return nil, faultfs.ErrCrashed
 	}
 	return w, nil
