@@ -10,7 +10,7 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-.PHONY: build run test test-unit test-race test-e2e fuzz faults demo bench bench-long testdeps clean
+.PHONY: build run test test-unit test-race test-e2e fuzz faults soak demo bench bench-long testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -43,6 +43,11 @@ fuzz:
 faults:
 	ATOLL_FAULTS=all go test -count=1 -run 'TestPush(Crashes|Faults|ToAFullDisk)$$' ./node/registry
 	go test -count=1 -run 'Crash|Fault' ./node/blobs/...
+
+# Mixed load by 200 clients; fails when memory, descriptors or goroutines grow.
+SOAK_SECONDS ?= 600
+soak: build
+	go run ./scripts/soak -seconds $(SOAK_SECONDS)
 
 # Two sites with no route between them, played unattended.
 demo: testdeps build
