@@ -187,6 +187,8 @@ func (s *Store) checkFormat() error {
 		if err := s.fs.Mkdir(shardName(i)); err != nil {
 			return err
 		}
+	}
+	for i := range s.shards {
 		names, err := s.fs.ReadDir(shardName(i))
 		if err != nil {
 			return err
