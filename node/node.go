@@ -97,6 +97,9 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 
 // complete fills in what the configuration leaves open.
 func (c *Config) complete() error {
+	if err := c.Storage.Check(); err != nil {
+		return err // before a site is founded
+	}
 	if c.Init && len(c.Join) > 0 {
 		return fault.New(fault.Invalid, "--init founds a new site and --join joins another: choose one")
 	}

@@ -159,7 +159,11 @@ func (a *Adopt) serve(ctx context.Context, w http.ResponseWriter, r *http.Reques
 	if err != nil {
 		_, line.Failure, _ = fault.Public(err)
 	}
-	a.Log.Info("directory adopted", "dir", asked.Dir, "kind", report.Kind, "manifests", report.Manifests, "tags", report.Tags,
-		"blobs", report.Blobs.Linked+report.Blobs.Copied, "problems", len(report.Problems), "dry_run", asked.DryRun, "user", work.actor, "err", err)
+	log := a.Log
+	if err != nil {
+		log = log.With("cut_short_by", err)
+	}
+	log.Info("directory adopted", "dir", asked.Dir, "kind", report.Kind, "manifests", report.Manifests, "tags", report.Tags,
+		"blobs", report.Blobs.Linked+report.Blobs.Copied, "problems", len(report.Problems), "dry_run", asked.DryRun, "user", work.actor)
 	return out.Encode(line)
 }

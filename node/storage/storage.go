@@ -40,6 +40,20 @@ type Choice struct {
 	Parameters map[string]any `json:"parameters,omitempty"`
 }
 
+// Check tells before a node is made whether the choice could be one: fault.Invalid
+// says what is wrong with it.
+func (c Choice) Check() error {
+	switch {
+	case c.Kind == "" && len(c.Parameters) > 0:
+		return fault.New(fault.Invalid, "--storage-config says how, and not where: add --storage s3, gcs or azure")
+	case c.Kind == Local && len(c.Parameters) > 0:
+		return fault.New(fault.Invalid, "--storage local has no --storage-config")
+	case c.Kind == "" || c.Kind == Local:
+		return nil
+	}
+	return cloud.Supported(c.Kind, c.Parameters)
+}
+
 // state is what the file says.
 type state struct {
 	Home Choice `json:"home"`
@@ -120,12 +134,6 @@ func New(ctx context.Context, c Config, asked Choice) (*Storage, error) {
 
 // reconcile holds what was asked for against what the file says.
 func (s *Storage) reconcile(asked Choice, known bool) (Choice, error) {
-	if asked.Kind == "" && len(asked.Parameters) > 0 {
-		return asked, fault.New(fault.Invalid, "--storage-config says how, and not where: add --storage s3, gcs or azure")
-	}
-	if asked.Kind == Local && len(asked.Parameters) > 0 {
-		return asked, fault.New(fault.Invalid, "--storage local has no --storage-config")
-	}
 	home := s.state.Home
 	switch {
 	case !known && asked.Kind == "":

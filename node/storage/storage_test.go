@@ -304,11 +304,14 @@ func TestRefusals(t *testing.T) {
 	content := blobstest.Content(1, 100)
 	n.put(content)
 	n.stop()
-	for name, asked := range map[string]storage.Choice{
-		"another bucket": choice("two"),
-		"the disk":       choice(storage.Local),
-		"no kind":        {Parameters: map[string]any{"bucket": "one"}},
+	for _, wrong := range []storage.Choice{
+		{Parameters: map[string]any{"bucket": "one"}}, {Kind: storage.Local, Parameters: map[string]any{"bucket": "one"}}, {Kind: "tape"},
 	} {
+		if err := wrong.Check(); !fault.Is(err, fault.Invalid) {
+			t.Errorf("%+v: %v", wrong, err)
+		}
+	}
+	for name, asked := range map[string]storage.Choice{"another bucket": choice("two"), "the disk": choice(storage.Local)} {
 		if _, err := w.start(asked, false); !fault.Is(err, fault.Invalid) || strings.Contains(err.Error(), secret) {
 			t.Errorf("a start with %s: %v", name, err)
 		}

@@ -31,7 +31,7 @@ func kinds() map[string]kind {
 		"s3":  {tag: "s3", direct: true, open: openS3(), needs: []string{"bucket"}},
 		"gcs": {tag: "gcs", direct: true, open: openGCS(), needs: []string{"bucket"}},
 		// An append blob of Azure grows in sight of everybody.
-		"azure": {tag: "azure", open: openAzure(), needs: []string{"accountname", "container"}},
+		"azure": {tag: "azure", open: openAzure(), needs: []string{"container"}},
 	}
 }
 
@@ -43,18 +43,10 @@ func Kinds() []string { return slices.Sorted(maps.Keys(kinds())) }
 // it answers is Check's to say. fault.Invalid when it cannot be used so; the text
 // never holds a secret.
 func Open(ctx context.Context, name string, parameters map[string]any) (*Backend, error) {
-	k, known := kinds()[name]
-	switch {
-	case !known:
-		return nil, fault.New(fault.Invalid, "%q is no storage: it is local, %s", name, strings.Join(Kinds(), ", "))
-	case k.open == nil:
-		return nil, fault.New(fault.Invalid, "this atoll was built without storage in %s, to stay small; use a build with -tags cloud (or %s): go build -tags cloud ./cmd/atoll", name, k.tag)
+	if err := Supported(name, parameters); err != nil {
+		return nil, err
 	}
-	for _, need := range k.needs {
-		if parameters[need] == nil || parameters[need] == "" {
-			return nil, fault.New(fault.Invalid, "storage %s needs the parameter %s; give it with --storage-config %s=VALUE or in the file that --storage-config names", name, need, need)
-		}
-	}
+	k := kinds()[name]
 	driver, err := k.open(ctx, parameters)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Invalid, "storage %s cannot be opened; check the parameters of --storage-config: %s", name, Redact(err.Error(), parameters))
@@ -64,10 +56,28 @@ func Open(ctx context.Context, name string, parameters map[string]any) (*Backend
 	return b, nil
 }
 
-// secrets are the parameters whose values are shown to nobody.
+// Supported tells before anything is opened whether it could be; fault.Invalid
+// says what is missing.
+func Supported(name string, parameters map[string]any) error {
+	k, known := kinds()[name]
+	switch {
+	case !known:
+		return fault.New(fault.Invalid, "%q is no storage: it is local, %s", name, strings.Join(Kinds(), ", "))
+	case k.open == nil:
+		return fault.New(fault.Invalid, "this atoll was built without storage in %s, to stay small; use a build with -tags cloud (or %s): go build -tags cloud ./cmd/atoll", name, k.tag)
+	}
+	for _, need := range k.needs {
+		if parameters[need] == nil || parameters[need] == "" {
+			return fault.New(fault.Invalid, "storage %s needs the parameter %s; give it with --storage-config %s=VALUE or in the file that --storage-config names", name, need, need)
+		}
+	}
+	return nil
+}
+
+// secret reports whether nobody is to be shown the parameter's value.
 func secret(parameter string) bool {
 	switch parameter {
-	case "secretkey", "accesskey", "sessiontoken", "accountkey", "credentials", "keyfile":
+	case "secretkey", "accesskey", "sessiontoken", "accountkey", "connectionstring", "credentials", "keyfile":
 		return true
 	}
 	return strings.Contains(parameter, "secret") || strings.Contains(parameter, "password") || strings.Contains(parameter, "token")
