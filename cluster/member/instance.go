@@ -253,12 +253,16 @@ func within(d time.Duration, answer func() error) error {
 // the log costs one more to be forgotten.
 const snapshotShare = 4
 
+// snapshotMost is how much log in bytes there may be in any case: a start reads
+// all of it, twice, at about 4 s of processor time a GB.
+const snapshotMost = 256 << 20
+
 // snapshotWhenDue takes a snapshot whenever the log since the last one
-// outweighs its share of the state.
+// outweighs its share of the state, or would make a start slow.
 func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
 	for sleep(ctx, n.cfg.Timings.Ping) {
 		logged := in.machine.bytes.Load()
-		if logged < max(n.cfg.Snapshots.MinBytes, in.machine.Size()/snapshotShare) {
+		if logged < max(n.cfg.Snapshots.MinBytes, min(in.machine.Size()/snapshotShare, snapshotMost)) {
 			continue
 		}
 		start := time.Now()

@@ -81,7 +81,7 @@ type Timings struct {
 // Snapshots says when one is taken and what of the log stays behind it.
 type Snapshots struct {
 	// MinBytes of log since the last snapshot make a new one due, unless a
-	// quarter of the state is more: then that many. 16 MiB.
+	// quarter of the state is more: then that many, up to 256 MiB. 16 MiB.
 	MinBytes int64
 	// TrailingLogs stay in the log behind a snapshot, so that a node that was
 	// away for a while needs no snapshot. 10240.
