@@ -10,10 +10,14 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-.PHONY: build run test test-unit test-race test-e2e fuzz faults soak demo bench bench-long testdeps clean
+.PHONY: build build-cloud run test test-unit test-race test-e2e fuzz faults soak demo bench bench-long testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
+
+# With S3, GCS and Azure, which are larger than all the rest.
+build-cloud:
+	go build -trimpath -tags cloud -ldflags '$(LDFLAGS)' -o bin/atoll-cloud ./cmd/atoll
 
 run: build
 	./bin/atoll serve --init --data ./atoll-data

@@ -73,7 +73,7 @@ func (b *Backend) Check() error {
 		err = b.driver.Delete(ctx, name)
 	}
 	if err != nil {
-		return fault.Wrap(err, fault.Unavailable, "the storage cannot be used; check its address, bucket and credentials: %s", b.redact(err.Error()))
+		return fault.New(fault.Unavailable, "the storage cannot be used; check its address, bucket and credentials: %s", b.redact(err.Error()))
 	}
 	return nil
 }

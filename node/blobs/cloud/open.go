@@ -49,7 +49,7 @@ func Open(ctx context.Context, name string, parameters map[string]any) (*Backend
 	k := kinds()[name]
 	driver, err := k.open(ctx, parameters)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Invalid, "storage %s cannot be opened; check the parameters of --storage-config: %s", name, Redact(err.Error(), parameters))
+		return nil, fault.New(fault.Invalid, "storage %s cannot be opened; check the parameters of --storage-config: %s", name, Redact(err.Error(), parameters))
 	}
 	b := New(ctx, driver, k.direct)
 	b.redact = func(text string) string { return Redact(text, parameters) }
