@@ -54,7 +54,7 @@ func newRoot() *cobra.Command {
 			return checkFormat(cmd)
 		},
 	}
-	root.PersistentFlags().String("config", "", "configuration file in YAML: one key a flag, for example `listen: 0.0.0.0:443`")
+	root.PersistentFlags().String("config", "", "configuration file in YAML: one key a flag, for example listen: 0.0.0.0:443")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.DisableDefaultCmd = true
 	return group(root, newServe(), newToken(), newCluster(), newScrub(), newSite(), newBundle(), newBlobs(), newAdopt(), newSettings(), newMirrorConfig(), newCA(), newLogin(), newVersion())
