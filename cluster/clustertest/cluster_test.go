@@ -248,6 +248,9 @@ func TestSecondCopyOfTwo(t *testing.T) {
 			s, err := lead.Status(t.Context())
 			return err == nil && len(s.Members) == 2 && s.Members[1].Lag == 0 && len(lead.Live()) == 2
 		})
+		// On its disk is not yet in its state: it learns with the next message
+		// that the entry is committed.
+		other.want("a", "1")
 		// The link is cut: the write is acknowledged, but only once the other
 		// no longer counts as live.
 		c.Isolate(other)
