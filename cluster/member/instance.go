@@ -19,18 +19,20 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
+	"github.com/atoll-registry/atoll/cluster/raftnet"
 )
 
 // instance is raft with its stores and transport.
 type instance struct {
 	*raft.Raft
 	self      raft.ServerID
-	layer     *layer
-	transport *transport
+	layer     *raftnet.Layer
+	transport *raftnet.Transport
 	store     *raftboltdb.BoltStore
 	packed    *kv.Packed
 	machine   *machine
-	progress  *progress
+	progress  *raftnet.Progress
+	moved     *signal // fires when a follower has stored more
 
 	// gate keeps proposals out of raft's queue once it is stopping: raft never
 	// answers what waits in the queue when it ends.
@@ -73,7 +75,7 @@ func (n *Node) open() (_ *instance, err error) {
 	if err := os.MkdirAll(n.raftDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("making the directory of the log: %w", err)
 	}
-	log := newRaftLog(n.log)
+	log := raftnet.NewLog(n.log)
 	path := filepath.Join(n.raftDir(), "log.db")
 	store, err := raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{Timeout: time.Second}})
 	if errors.Is(err, bolterrors.ErrTimeout) {
@@ -104,10 +106,11 @@ func (n *Node) open() (_ *instance, err error) {
 		return nil, err
 	}
 	in := &instance{
-		self: raft.ServerID(n.Self()), layer: newLayer(n.cfg.Network, n.cfg.Advertise),
-		store: store, packed: packed, machine: &machine{Machine: n.db.Machine()}, progress: newProgress(),
+		self: raft.ServerID(n.Self()), layer: raftnet.NewLayer(n.cfg.Network, ServiceRaft, n.cfg.Advertise),
+		store: store, packed: packed, machine: &machine{Machine: n.db.Machine()}, moved: newSignal(),
 	}
-	in.transport = &transport{progress: in.progress, NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+	in.progress = raftnet.NewProgress(in.moved.fire)
+	in.transport = &raftnet.Transport{Progress: in.progress, NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Logger: log, Stream: in.layer, MaxPool: 3, MaxRPCsInFlight: 1, Timeout: n.cfg.Timings.RPC,
 	})}
 	defer func() {

@@ -141,7 +141,7 @@ func outcomeOf(err error) outcome {
 // is none, the write is acknowledged with one copy.
 func (n *Node) awaitSecondCopy(ctx context.Context, in *instance, rev uint64) error {
 	for {
-		moved := in.progress.changed.wait()
+		moved := in.moved.wait()
 		if !in.loneVoter() {
 			return nil
 		}
@@ -152,11 +152,11 @@ func (n *Node) awaitSecondCopy(ctx context.Context, in *instance, rev uint64) er
 				continue
 			}
 			others++
-			f := in.progress.of(string(s.ID), term)
-			if f.durable >= rev {
+			f := in.progress.Of(string(s.ID), term)
+			if f.Durable >= rev {
 				return nil
 			}
-			waiting = waiting || f.caught && time.Since(f.contact) < n.cfg.Timings.Lease
+			waiting = waiting || f.Caught && time.Since(f.Contact) < n.cfg.Timings.Lease
 		}
 		if !waiting {
 			if others > 0 {

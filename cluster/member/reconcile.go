@@ -19,7 +19,7 @@ import (
 func (n *Node) lead(ctx context.Context, in *instance) error {
 	rows := n.db.Watch(ctx, "member")
 	for ctx.Err() == nil {
-		changed, moved := n.changed.wait(), in.progress.changed.wait()
+		changed, moved := n.changed.wait(), in.moved.wait()
 		if in.State() == raft.Leader {
 			if err := n.leadOnce(ctx, in); err != nil && ctx.Err() == nil {
 				n.log.Info("as the leader: trying again", "error", err)
@@ -145,11 +145,11 @@ func (n *Node) reconcile(ctx context.Context, in *instance) (done bool, err erro
 	step := plan(site{
 		self: n.Self(), members: members, servers: future.Configuration().Servers, maxVoters: n.cfg.MaxVoters,
 		live: func(id string) bool {
-			return id == n.Self() || time.Since(in.progress.of(id, term).contact) < n.cfg.Timings.Lease
+			return id == n.Self() || time.Since(in.progress.Of(id, term).Contact) < n.cfg.Timings.Lease
 		},
 		caught: func(id string) bool {
-			f := in.progress.of(id, term)
-			return f.caught && f.durable+64 >= last
+			f := in.progress.Of(id, term)
+			return f.Caught && f.Durable+64 >= last
 		},
 	})
 	if step.kind == nothing {

@@ -43,7 +43,7 @@ func (n *Node) Run(ctx context.Context) error {
 		})
 	}
 	control, joins := n.controlServer(), n.joinServer()
-	serve("the consensus", in.layer.serve)
+	serve("the consensus", in.layer.Serve)
 	serve("the members", func() error { return serveHTTP(control, n.cfg.Network.Listen(ServiceControl)) })
 	serve("joining nodes", func() error { return serveHTTP(joins, n.cfg.Network.ListenJoin()) })
 	n.raft.Store(in)

@@ -102,7 +102,7 @@ func (n *Node) live(id string) bool {
 func (n *Node) lastSeen(id string) time.Time {
 	seen := n.peers.of(id).at
 	if in := n.raft.Load(); in != nil {
-		if c := in.progress.contact(id); c.After(seen) {
+		if c := in.progress.Contact(id); c.After(seen) {
 			return c
 		}
 	}

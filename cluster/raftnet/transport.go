@@ -1,4 +1,6 @@
-package member
+// Package raftnet is what raft needs from the world besides its files: the way to
+// its peers, a record of what they have answered, and a log.
+package raftnet
 
 import (
 	"context"
@@ -10,11 +12,18 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// layer is raft's way through the Network. A dial to the node itself never
+// Network carries connections between the nodes of the site.
+type Network interface {
+	Listen(service byte) net.Listener
+	Dial(ctx context.Context, addr string, service byte) (net.Conn, error)
+}
+
+// Layer is raft's way through the Network. A dial to the node itself never
 // leaves it: the lone voter's call for an election takes that way.
-type layer struct {
+type Layer struct {
 	net.Listener // of the Network
 	network      Network
+	service      byte
 	self         string
 
 	accepted chan net.Conn
@@ -29,7 +38,7 @@ type layer struct {
 // itself would wait for its deadline.
 type layerConn struct {
 	net.Conn
-	layer *layer
+	layer *Layer
 	once  sync.Once
 }
 
@@ -42,16 +51,17 @@ func (c *layerConn) Close() error {
 	return c.Conn.Close()
 }
 
-func newLayer(network Network, self string) *layer {
-	l := &layer{
-		Listener: network.Listen(ServiceRaft), network: network, self: self,
+// NewLayer listens on a service of the network; self is the node's own address.
+func NewLayer(network Network, service byte, self string) *Layer {
+	l := &Layer{
+		Listener: network.Listen(service), network: network, service: service, self: self,
 		accepted: make(chan net.Conn), closed: make(chan struct{}), conns: make(map[*layerConn]struct{}),
 	}
 	return l
 }
 
-// serve moves accepted connections to raft until the listener is closed.
-func (l *layer) serve() error {
+// Serve moves accepted connections to raft until the listener is closed.
+func (l *Layer) Serve() error {
 	for {
 		c, err := l.Listener.Accept()
 		if err != nil {
@@ -66,7 +76,7 @@ func (l *layer) serve() error {
 	}
 }
 
-func (l *layer) hand(c net.Conn) {
+func (l *Layer) hand(c net.Conn) {
 	select {
 	case l.accepted <- c:
 	case <-l.closed:
@@ -75,7 +85,7 @@ func (l *layer) hand(c net.Conn) {
 }
 
 // Accept implements raft.StreamLayer.
-func (l *layer) Accept() (net.Conn, error) {
+func (l *Layer) Accept() (net.Conn, error) {
 	select {
 	case c := <-l.accepted:
 		return l.track(c)
@@ -85,7 +95,7 @@ func (l *layer) Accept() (net.Conn, error) {
 }
 
 // Dial implements raft.StreamLayer.
-func (l *layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+func (l *Layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	if string(address) == l.self {
 		near, far := net.Pipe()
 		select {
@@ -98,14 +108,14 @@ func (l *layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Con
 	// raft gives no context; the timeout and Close end the dial.
 	ctx, cancel := context.WithTimeout(closing{l.closed}, timeout)
 	defer cancel()
-	c, err := l.network.Dial(ctx, string(address), ServiceRaft)
+	c, err := l.network.Dial(ctx, string(address), l.service)
 	if err != nil {
 		return nil, err
 	}
 	return l.track(c)
 }
 
-func (l *layer) track(c net.Conn) (net.Conn, error) {
+func (l *Layer) track(c net.Conn) (net.Conn, error) {
 	tracked := &layerConn{Conn: c, layer: l}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -120,7 +130,7 @@ func (l *layer) track(c net.Conn) (net.Conn, error) {
 }
 
 // Close implements raft.StreamLayer: connections under way are cut.
-func (l *layer) Close() error {
+func (l *Layer) Close() error {
 	l.once.Do(func() {
 		l.mu.Lock()
 		close(l.closed)
@@ -137,7 +147,7 @@ func (l *layer) Close() error {
 }
 
 // Addr implements raft.StreamLayer.
-func (l *layer) Addr() net.Addr { return peerAddr(l.self) }
+func (l *Layer) Addr() net.Addr { return peerAddr(l.self) }
 
 type peerAddr string
 
@@ -159,22 +169,22 @@ func (c closing) Err() error {
 	}
 }
 
-// transport is raft's network transport that remembers what each follower has
+// Transport is raft's network transport that remembers what each follower has
 // answered: raft itself knows, but does not say how far a non-voter is.
-type transport struct {
+type Transport struct {
 	*raft.NetworkTransport
-	progress *progress
+	Progress *Progress
 }
 
 // AppendEntries implements raft.Transport.
-func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+func (t *Transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
 	if err == nil && resp.Success && resp.Term <= args.Term {
 		index := args.PrevLogEntry
 		if n := len(args.Entries); n > 0 {
 			index = args.Entries[n-1].Index
 		}
-		t.progress.answered(string(id), args.Term, index, args.LeaderCommitIndex)
+		t.Progress.answered(string(id), args.Term, index, args.LeaderCommitIndex)
 	}
 	return err
 }
@@ -182,78 +192,81 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 // AppendEntriesPipeline implements raft.Transport. There is no pipeline: it
 // would keep two messages under way instead of one and hide the answers from
 // us; a batch of 64 entries per round trip is far above what an edge site writes.
-func (t *transport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.AppendPipeline, error) {
+func (t *Transport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.AppendPipeline, error) {
 	return nil, raft.ErrPipelineReplicationNotSupported
 }
 
 // InstallSnapshot implements raft.Transport.
-func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+func (t *Transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
 	err := t.NetworkTransport.InstallSnapshot(id, target, args, resp, data)
 	if err == nil && resp.Success {
-		t.progress.answered(string(id), args.Term, args.LastLogIndex, 0)
+		t.Progress.answered(string(id), args.Term, args.LastLogIndex, 0)
 	}
 	return err
 }
 
-// progress is what the followers of this leader have answered.
-type progress struct {
-	mu      sync.Mutex
-	peers   map[string]follower
-	changed *signal
+// Progress is what the followers of this leader have answered.
+type Progress struct {
+	mu    sync.Mutex
+	peers map[string]Follower
+	moved func() // called when a follower has stored more
 }
 
-type follower struct {
-	term    uint64    // of the leader that it answered
-	durable uint64    // its log holds this entry and all before it on disk
-	caught  bool      // in this term its log has reached what was committed at that time
-	contact time.Time // of its last answer
+// Follower is what is known of one.
+type Follower struct {
+	Term    uint64    // of the leader that it answered
+	Durable uint64    // its log holds this entry and all before it on disk
+	Caught  bool      // in this term its log has reached what was committed at that time
+	Contact time.Time // of its last answer
 }
 
-func newProgress() *progress {
-	return &progress{peers: make(map[string]follower), changed: newSignal()}
+// NewProgress gives a record that calls moved, which must not block, each time a
+// follower has stored more.
+func NewProgress(moved func()) *Progress {
+	return &Progress{peers: make(map[string]Follower), moved: moved}
 }
 
 // answered records that a follower's log agrees with the leader's up to index;
 // 0 in a heartbeat, which says nothing of the log.
-func (p *progress) answered(id string, term, index, commit uint64) {
+func (p *Progress) answered(id string, term, index, commit uint64) {
 	p.mu.Lock()
 	f := p.peers[id]
-	if term < f.term {
+	if term < f.Term {
 		p.mu.Unlock()
 		return
 	}
-	if term > f.term {
-		f = follower{term: term} // another leader may have cut the log meanwhile
+	if term > f.Term {
+		f = Follower{Term: term} // another leader may have cut the log meanwhile
 	}
-	moved := index > f.durable
-	f.durable = max(f.durable, index)
-	if index > 0 && commit > 0 && f.durable >= commit {
-		f.caught = true
+	more := index > f.Durable
+	f.Durable = max(f.Durable, index)
+	if index > 0 && commit > 0 && f.Durable >= commit {
+		f.Caught = true
 	}
-	f.contact = time.Now()
+	f.Contact = time.Now()
 	p.peers[id] = f
 	p.mu.Unlock()
-	if moved {
-		p.changed.fire()
+	if more {
+		p.moved()
 	}
 }
 
-// of gives what a follower has answered to this node as the leader of term.
-func (p *progress) of(id string, term uint64) follower {
+// Of gives what a follower has answered to this node as the leader of term.
+func (p *Progress) Of(id string, term uint64) Follower {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	f := p.peers[id]
-	if f.term != term {
-		return follower{term: term}
+	if f.Term != term {
+		return Follower{Term: term}
 	}
 	return f
 }
 
-// contact is when a follower last answered this node in any term.
-func (p *progress) contact(id string) time.Time {
+// Contact is when a follower last answered this node in any term.
+func (p *Progress) Contact(id string) time.Time {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.peers[id].contact
+	return p.peers[id].Contact
 }
 
-var _ raft.WithPreVote = (*transport)(nil)
+var _ raft.WithPreVote = (*Transport)(nil)
