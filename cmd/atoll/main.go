@@ -34,10 +34,14 @@ func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) 
 	root.SetOut(out)
 	root.SetErr(errs)
 	err := root.ExecuteContext(ctx)
-	if err != nil {
+	code := exitCode(err)
+	switch {
+	case code == exitInterrupted:
+		fmt.Fprintln(errs, "atoll: interrupted") // the rest is only what that made of the work
+	case err != nil:
 		fmt.Fprintf(errs, "atoll: %v\n", err)
 	}
-	return exitCode(err)
+	return code
 }
 
 func newRoot() *cobra.Command {

@@ -114,11 +114,7 @@ func welcome(w io.Writer, s node.Started) {
 		return
 	}
 	fmt.Fprintf(w, "user admin, password in %s\n\ntry next:\n", s.PasswordFile)
-	plain := ""
-	if strings.HasPrefix(s.URL, "http://") {
-		plain = " --dest-tls-verify=false"
-	}
 	fmt.Fprintf(w, "  docker login -u admin -p $(cat %s) %s\n", s.PasswordFile, host)
-	fmt.Fprintf(w, "  skopeo copy --dest-creds admin:$(cat %s)%s docker://docker.io/library/busybox docker://%s/busybox\n", s.PasswordFile, plain, host)
-	fmt.Fprintf(w, "  atoll cluster status --data %s\n", s.Data)
+	fmt.Fprintf(w, "  docker tag IMAGE %s/app && docker push %s/app     # any image that you have\n", host, host)
+	fmt.Fprintf(w, "  %s cluster status --data %s\n", os.Args[0], s.Data) // as it was called: it need not be in PATH
 }

@@ -3,6 +3,7 @@ package houserules
 import (
 	"bytes"
 	"go/ast"
+	"regexp"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -120,30 +121,19 @@ func recovered(e ast.Expr) bool {
 	return ok && fn.Name == "recover"
 }
 
-// bannedText is what no file of the tree mentions: the hosts of package
-// registries, since a checkout must build wherever modules come from. Each is
-// written in two parts so that this file does not mention it either.
-var bannedText = [...][2]string{
-	{"proxy.golang", ".org"}, {"sum.golang", ".org"}, {"goproxy", ".io"}, {"goproxy", ".cn"}, {"registry.npmjs", ".org"},
-	{"registry.yarnpkg", ".com"}, {"files.pythonhosted", ".org"}, {"static.crates", ".io"},
-}
+// sources is how build files say where packages come from. No file of the tree
+// does: a checkout must build wherever the builder gets modules from.
+var sources = regexp.MustCompile(`(?i)(\b(goproxy|gosumdb|registry|index-url|replace-with)\b["']?\s*[:=]\s*["']?https?://|"resolved"\s*:\s*"https?://|^deb(-src)? (\[[^]]*\] )?https?://)[^\s"']+`)
 
 // text holds any text file to what must not be in it.
 func (c *checker) text(name string, content []byte) {
 	if !utf8.Valid(content) || bytes.IndexByte(content, 0) >= 0 {
 		return
 	}
-	for _, parts := range bannedText {
-		host := parts[0] + parts[1]
-		for at := 0; ; {
-			i := strings.Index(string(content[at:]), host)
-			if i < 0 {
-				break
-			}
-			at += i
-			c.found = append(c.found, Violation{name, bytes.Count(content[:at], []byte("\n")) + 1, "no registry hosts",
-				"names the host " + host + ": where modules and packages come from is the builder's setting"})
-			at += len(host)
+	for n, line := range bytes.Split(content, []byte("\n")) {
+		if found := sources.Find(line); found != nil {
+			c.found = append(c.found, Violation{name, n + 1, "no package sources",
+				"says " + string(found) + ": where modules and packages come from is the builder's setting"})
 		}
 	}
 }

@@ -92,7 +92,11 @@ func Mustard() { panic("x") }
 func g() { panic(http.ErrAbortHandler) }
 func h() { defer func() { if p := recover(); p != nil { panic(p) } }() }
 `)}, "node/fault/fault.go:4 no panic, node/fault/fault.go:7 no panic"},
-		{"registry host", map[string]string{"docs/a.md": "one\nset GOPROXY=https://proxy.golang" + ".org\n", "bin.dat": "\x00proxy.golang" + ".org"}, "docs/a.md:2 no registry hosts"},
+		{"package sources", map[string]string{
+			"docs/a.md": "one\nset GOPROXY" + "=https://modules.example\n", "bin.dat": "\x00GOPROXY" + "=https://modules.example",
+			"ui/package-lock.json": "{\n\"resolved" + "\": \"https://packages.example/a.tgz\"}", "apt": "deb" + " [trusted=yes] http://packages.example stable main\n",
+			"docs/b.md": "the registry at https://atoll.example, GOPROXY=off\n",
+		}, "apt:1 no package sources, docs/a.md:2 no package sources, ui/package-lock.json:2 no package sources"},
 		{"fixtures of rules are not code", map[string]string{"node/fault/testdata/x.go": "package broken("}, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
