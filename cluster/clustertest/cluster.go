@@ -52,6 +52,9 @@ type Node struct {
 	Name, Addr   string
 	Dir          string
 	Tables       any // for Options.Define to keep what it defined
+	// Labels and Cache are what the next start says of the node.
+	Labels map[string]string
+	Cache  bool
 
 	cluster *Cluster
 	engine  kv.Engine
@@ -157,7 +160,7 @@ func (n *Node) TryStart() error {
 	}
 	node, err = member.New(member.Config{
 		Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Network: n.host, DB: n.DB, Log: log,
-		Timings: opts.Timings, Snapshots: opts.Snapshots,
+		Timings: opts.Timings, Snapshots: opts.Snapshots, Labels: n.Labels, Cache: n.Cache,
 	}, identity)
 	if err != nil {
 		return err

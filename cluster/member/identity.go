@@ -237,15 +237,35 @@ func syncDir(dir string) error {
 // checkName allows what people call machines: 1 to 63 letters, digits, dots,
 // dashes and underscores, beginning with a letter or digit.
 func checkName(name string) error {
-	ok := len(name) >= 1 && len(name) <= 63
-	for i, c := range name {
+	if !isWord(name) {
+		return fmt.Errorf("%q is no node name: take 1 to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit", name)
+	}
+	return nil
+}
+
+func isWord(s string) bool {
+	ok := len(s) >= 1 && len(s) <= 63
+	for i, c := range s {
 		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 		if !letter && (i == 0 || c != '.' && c != '-' && c != '_') {
 			ok = false
 		}
 	}
-	if !ok {
-		return fmt.Errorf("%q is no node name: take 1 to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit", name)
+	return ok
+}
+
+// maxLabels bounds what every node's row carries to every other node.
+const maxLabels = 16
+
+// checkLabels allows keys and values that look like names.
+func checkLabels(labels map[string]string) error {
+	if len(labels) > maxLabels {
+		return fmt.Errorf("%d labels: a node has at most %d", len(labels), maxLabels)
+	}
+	for key, value := range labels {
+		if !isWord(key) || !isWord(value) {
+			return fmt.Errorf("the label %s=%s: key and value are 1 to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit", key, value)
+		}
 	}
 	return nil
 }

@@ -59,6 +59,9 @@ type Config struct {
 	DB        *table.DB // New defines its tables on it; built before Run
 	Log       *slog.Logger
 	Registry  prometheus.Registerer // may be nil
+	// Labels and Cache are what the node's row says of it: see Member.
+	Labels map[string]string
+	Cache  bool
 
 	Timings   Timings
 	Snapshots Snapshots
@@ -150,6 +153,9 @@ func New(cfg Config, identity Identity) (*Node, error) {
 		cfg.Name = identity.Name
 	}
 	if err := checkName(cfg.Name); err != nil {
+		return nil, err
+	}
+	if err := checkLabels(cfg.Labels); err != nil {
 		return nil, err
 	}
 	cfg.defaults()

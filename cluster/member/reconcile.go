@@ -108,6 +108,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 		self := Member{
 			ID: id.NodeID, Name: n.cfg.Name, Addr: n.cfg.Advertise, API: n.cfg.APIURL,
 			Joined: time.Now().Unix(), Feature: FeatureLevel, KeyHash: keyHash,
+			Labels: n.cfg.Labels, Cache: n.cfg.Cache,
 		}
 		if err := n.rows.members.Put(tx, self, self.ID); err != nil {
 			return err

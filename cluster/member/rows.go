@@ -2,6 +2,8 @@ package member
 
 import (
 	"fmt"
+	"maps"
+	"reflect"
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -23,6 +25,23 @@ type Member struct {
 	// ReplacedBy is the id of a node that joined under this node's name while
 	// it was dead, and takes its place as soon as it has caught up.
 	ReplacedBy string `cbor:"replaced_by"`
+	// Labels say where the node stands (rack=a, zone=north): copies of one blob
+	// are kept apart by them, and fetched from near by.
+	Labels map[string]string `cbor:"labels,omitempty"`
+	// Cache: the node holds metadata and serves pulls, and is no home for blobs.
+	Cache bool `cbor:"cache,omitempty"`
+	// Draining is since when the node is no home for blobs because it is to be
+	// taken away, in Unix seconds; 0 while it is not.
+	Draining int64 `cbor:"draining,omitempty"`
+}
+
+// equal says that two rows are the same.
+func (m Member) equal(o Member) bool {
+	if !maps.Equal(m.Labels, o.Labels) {
+		return false
+	}
+	m.Labels, o.Labels = nil, nil
+	return reflect.DeepEqual(m, o)
 }
 
 // nameRow says which node has a name.

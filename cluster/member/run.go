@@ -147,7 +147,7 @@ func (n *Node) publish(ctx context.Context) error {
 			n.log.Warn("reading this node's row", "error", err)
 		case ok && self.Removed != 0:
 			return ErrRemoved
-		case ok && n.published(self) != self:
+		case ok && !n.published(self).equal(self):
 			if err := n.publishOnce(ctx); err != nil && ctx.Err() == nil {
 				n.log.Info("this node's new address or name is not known to the site yet", "error", err)
 			}
@@ -167,6 +167,7 @@ func (n *Node) publish(ctx context.Context) error {
 // published is what this node's row should be.
 func (n *Node) published(m Member) Member {
 	m.Name, m.Addr, m.API, m.Feature = n.cfg.Name, n.cfg.Advertise, n.cfg.APIURL, FeatureLevel
+	m.Labels, m.Cache = n.cfg.Labels, n.cfg.Cache
 	return m
 }
 

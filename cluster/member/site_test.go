@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/clustertest"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
+	"github.com/atoll-registry/atoll/cluster/table"
 )
 
 func token(t *testing.T, n *clustertest.Node, ttl time.Duration, uses int) string {
@@ -229,6 +231,55 @@ func TestServerCertificate(t *testing.T) {
 		}
 		if _, err := cert.Leaf.Verify(x509.VerifyOptions{Roots: pool, DNSName: "registry.lan"}); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// What a start says of its node is what every node reads of it, and a row that is
+// true already is not written again.
+func TestANodePublishesItsLabels(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{})
+		nodes := c.Grow(2)
+		n := nodes[1]
+		row := func() (found member.Member) {
+			if err := nodes[0].DB.View(func(v *table.View) error {
+				members, err := nodes[0].Members(v)
+				for _, m := range members {
+					if m.ID == n.Self() {
+						found = m
+					}
+				}
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+			return found
+		}
+		restart := func(labels map[string]string, cache bool) {
+			n.Stop()
+			n.Labels, n.Cache = labels, cache
+			n.Start()
+			c.Await("the first node reads the labels", func() bool {
+				m := row()
+				return maps.Equal(m.Labels, labels) && m.Cache == cache
+			})
+		}
+		restart(map[string]string{"rack": "a", "zone": "north"}, true)
+		c.AwaitVoters(1)
+		<-time.After(time.Minute) // for what the start itself commits
+		before := nodes[0].DB.Machine().Applied()
+		<-time.After(time.Hour)
+		if after := nodes[0].DB.Machine().Applied(); after != before {
+			t.Errorf("an idle hour committed %d revisions", after-before)
+		}
+		restart(map[string]string{"rack": "b"}, false)
+		restart(nil, false)
+
+		n.Stop()
+		n.Labels = map[string]string{"rack": "a b"}
+		if err := n.TryStart(); err == nil || !strings.Contains(err.Error(), "rack=a b") {
+			t.Errorf("a start with a malformed label: %v", err)
 		}
 	})
 }
