@@ -38,16 +38,18 @@ var ErrHalted = errors.New("the state machine has halted")
 // Raft may skip restoring its newest snapshot at start
 // (Config.NoSnapshotRestoreOnStart) when Applied is at or above that
 // snapshot's index; otherwise it has to restore it, because the log before it
-// may be gone.
+// may be gone. Position is what raft needs to begin its replay behind Applied.
 type Machine struct {
 	engine  Engine
 	hooks   Hooks
 	applied atomic.Uint64
 
-	mu     sync.Mutex // held while the state moves
-	known  map[ID]uint64
-	err    error
-	halted chan struct{}
+	mu       sync.Mutex // held while the state moves
+	known    map[ID]uint64
+	position Position
+	logged   atomic.Int64
+	err      error
+	halted   chan struct{}
 }
 
 var _ raft.BatchingFSM = (*Machine)(nil)
@@ -82,6 +84,8 @@ func (m *Machine) load() error {
 			m.known[ID(p.take(16))] = fromBE64(k)
 		}
 		m.applied.Store(Applied(c))
+		m.position = readPosition(c)
+		m.logged.Store(readLogged(c))
 		return nil
 	})
 }
@@ -125,6 +129,7 @@ func (m *Machine) ApplyBatch(logs []*raft.Log) []any {
 	}
 	todo := len(logs)
 	for todo > 0 && logs[len(logs)-todo].Index <= m.applied.Load() {
+		m.replayed(logs[len(logs)-todo])
 		todo--
 	}
 	if todo == 0 {
@@ -150,6 +155,7 @@ func (m *Machine) applyNew(logs []*raft.Log, answers []any) {
 	var b *batch
 	var unreadable error
 	rev := m.applied.Load()
+	position, logged := m.position, int64(0)
 	err := m.engine.Update(func(w Writer) error {
 		b = &batch{w: w, derive: m.hooks.Derive, known: m.known, added: map[ID]uint64{}, forgot: map[ID]uint64{}}
 		for i, l := range logs {
@@ -166,8 +172,13 @@ func (m *Machine) applyNew(logs []*raft.Log, answers []any) {
 				}
 			}
 			rev = l.Index
+			position.pass(l)
+			logged += int64(len(l.Data))
 		}
 		if err := b.forget(rev); err != nil {
+			return err
+		}
+		if err := position.write(w, m.position, m.logged.Load()+logged); err != nil {
 			return err
 		}
 		return w.Set(meta, []byte(appliedKey), be64(rev))
@@ -177,6 +188,8 @@ func (m *Machine) applyNew(logs []*raft.Log, answers []any) {
 		return
 	}
 	b.merge()
+	m.position = position
+	m.logged.Add(logged)
 	if rev > m.applied.Load() {
 		m.applied.Store(rev)
 		if b.keys == nil {

@@ -4,13 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -30,7 +28,7 @@ type instance struct {
 	transport *raftnet.Transport
 	store     *raftboltdb.BoltStore
 	packed    *kv.Packed
-	machine   *machine
+	machine   *kv.Machine
 	progress  *raftnet.Progress
 	moved     *signal // fires when a follower has stored more
 
@@ -38,32 +36,6 @@ type instance struct {
 	// answers what waits in the queue when it ends.
 	gate    sync.RWMutex
 	stopped bool
-}
-
-// machine is the state machine that raft drives; it counts the bytes of log
-// that a snapshot would save.
-type machine struct {
-	*kv.Machine
-	bytes atomic.Int64
-}
-
-// Apply implements raft.FSM.
-func (m *machine) Apply(l *raft.Log) any { return m.ApplyBatch([]*raft.Log{l})[0] }
-
-// ApplyBatch implements raft.BatchingFSM.
-func (m *machine) ApplyBatch(logs []*raft.Log) []any {
-	var size int64
-	for _, l := range logs {
-		size += int64(len(l.Data))
-	}
-	m.bytes.Add(size)
-	return m.Machine.ApplyBatch(logs)
-}
-
-// Restore implements raft.FSM.
-func (m *machine) Restore(r io.ReadCloser) error {
-	m.bytes.Store(0)
-	return m.Machine.Restore(r)
 }
 
 // open starts raft on the node's directory. It closes what it opened when it
@@ -107,7 +79,7 @@ func (n *Node) open() (_ *instance, err error) {
 	}
 	in := &instance{
 		self: raft.ServerID(n.Self()), layer: raftnet.NewLayer(n.cfg.Network, ServiceRaft, n.cfg.Advertise),
-		store: store, packed: packed, machine: &machine{Machine: n.db.Machine()}, moved: newSignal(),
+		store: store, packed: packed, machine: n.db.Machine(), moved: newSignal(),
 	}
 	in.progress = raftnet.NewProgress(in.moved.fire)
 	in.transport = &raftnet.Transport{Progress: in.progress, NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
@@ -118,21 +90,22 @@ func (n *Node) open() (_ *instance, err error) {
 			in.transport.Close()
 		}
 	}()
-	cfg, err := n.raftConfig(snapshots, in.machine.Applied())
+	history, err := newHistory(snapshots, cached, in.machine.Position())
 	if err != nil {
 		return nil, err
 	}
+	cfg := n.raftConfig(history)
 	cfg.Logger = log
 	if err := n.bootstrap(cfg, cached, store, snapshots, in.transport); err != nil {
 		return nil, err
 	}
-	if in.Raft, err = raft.NewRaft(cfg, in.machine, cached, store, snapshots, in.transport); err != nil {
+	if in.Raft, err = raft.NewRaft(cfg, in.machine, cached, store, history, in.transport); err != nil {
 		return nil, fmt.Errorf("starting the consensus: %w", err)
 	}
 	return in, nil
 }
 
-func (n *Node) raftConfig(snapshots raft.SnapshotStore, applied uint64) (*raft.Config, error) {
+func (n *Node) raftConfig(h *history) *raft.Config {
 	t := n.cfg.Timings
 	cfg := raft.DefaultConfig()
 	cfg.LocalID = raft.ServerID(n.Self())
@@ -144,14 +117,8 @@ func (n *Node) raftConfig(snapshots raft.SnapshotStore, applied uint64) (*raft.C
 	cfg.NoLegacyTelemetry = true
 	// Snapshots are triggered by the size of the log, not by its entries.
 	cfg.SnapshotInterval, cfg.SnapshotThreshold = 24*time.Hour, math.MaxUint64
-	// The engine keeps the state on disk. Only when it is behind the newest
-	// snapshot (the node died while it installed one) is that one restored.
-	list, err := snapshots.List()
-	if err != nil {
-		return nil, fmt.Errorf("listing the snapshots: %w", err)
-	}
-	cfg.NoSnapshotRestoreOnStart = len(list) > 0 && list[0].Index <= applied
-	return cfg, nil
+	cfg.NoSnapshotRestoreOnStart = h.held
+	return cfg
 }
 
 // bootstrap writes the first configuration of a new site, once. A node that
@@ -256,15 +223,15 @@ func within(d time.Duration, answer func() error) error {
 // the log costs one more to be forgotten.
 const snapshotShare = 4
 
-// snapshotMost is how much log in bytes there may be in any case: a start reads
-// all of it, twice, at about 4 s of processor time a GB.
+// snapshotMost is how much log in bytes there may be in any case: it takes disk,
+// and a start that cannot begin behind the state reads all of it.
 const snapshotMost = 256 << 20
 
 // snapshotWhenDue takes a snapshot whenever the log since the last one
 // outweighs its share of the state, or would make a start slow.
 func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
 	for sleep(ctx, n.cfg.Timings.Ping) {
-		logged := in.machine.bytes.Load()
+		logged := in.machine.Logged()
 		if logged < max(n.cfg.Snapshots.MinBytes, min(in.machine.Size()/snapshotShare, snapshotMost)) {
 			continue
 		}
@@ -275,7 +242,7 @@ func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
 		case err != nil:
 			n.log.Warn("a snapshot of the state was not taken; the log grows until one is", "error", err)
 		default:
-			in.machine.bytes.Add(-logged)
+			in.machine.Saved(logged)
 			n.log.Debug("took a snapshot of the state", "log_bytes", logged, "took", time.Since(start))
 		}
 	}
