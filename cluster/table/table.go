@@ -37,6 +37,9 @@ type Range struct {
 	AfterIndex []string
 	// Limit is how many rows to give at most; 0 for all.
 	Limit int
+	// Since leaves out the rows that were not written after this revision. A
+	// Scan passes them over without decoding them; a Lookup ignores it.
+	Since uint64
 }
 
 // Table is a typed table: rows of T, stored as CBOR maps under T's field names
@@ -162,14 +165,25 @@ func (t *Table[T]) Scan(r Reader, rg Range) iter.Seq2[Row[T], error] {
 		if string(from) >= string(to) {
 			return
 		}
-		for row, err := range r.rows(from, to, rg.Limit) {
+		walk := rg.Limit
+		if rg.Since > 0 {
+			walk = 0 // the limit is of those that are given
+		}
+		given := 0
+		for row, err := range r.rows(from, to, walk) {
 			if err != nil {
 				yield(Row[T]{}, err)
 				return
 			}
+			if rg.Since > 0 && row.Revision != 0 && row.Revision <= rg.Since {
+				continue
+			}
 			_, parts := splitKey(row.Key)
 			v, err := t.decode(row.Key, row.Value)
 			if !yield(Row[T]{Key: parts, Value: v, Meta: Meta{row.Created, row.Revision}}, err) {
+				return
+			}
+			if given++; given == rg.Limit {
 				return
 			}
 		}

@@ -101,11 +101,18 @@ func TestScanAndLookup(t *testing.T) {
 			put(t, db, boats, boat{Port: "home"}, "two", k)
 		}
 		_ = db.View(func(v *table.View) error {
+			_, one, _, err := boats.Get(v, "one", "b") // written before "two b"
+			if err != nil {
+				t.Fatal(err)
+			}
 			for _, c := range []struct {
 				name string
 				rg   table.Range
 				want []string
 			}{
+				{"written since", table.Range{Since: one.Revision}, []string{"[one c]", "[one d]", "[two b]", "[two c]", "[two d]"}},
+				{"a page of those written since", table.Range{Since: one.Revision, After: []string{"one", "c"}, Limit: 2}, []string{"[one d]", "[two b]"}},
+				{"none since", table.Range{Since: one.Revision + 100, Limit: 1}, nil},
 				{"all of one", table.Range{Prefix: []string{"one"}}, []string{"[one a]", "[one b]", "[one c]", "[one d]"}},
 				{"a page", table.Range{Prefix: []string{"one"}, After: []string{"one", "b"}, Limit: 1}, []string{"[one c]"}},
 				{"after a key that is gone", table.Range{Prefix: []string{"one"}, After: []string{"one", "bb"}}, []string{"[one c]", "[one d]"}},

@@ -19,13 +19,15 @@ import (
 // A pass over the blob rows that have changed follows repairSettle after the last
 // change, so that a push is not in its own way. A pass over all rows follows when a
 // node has come or gone, which changes no blob row, and after repairInterval in
-// any case; what could not be repaired is tried again after repairSettle, then
-// twice as long, up to repairInterval.
+// any case, or later when there are so many rows that it would take more than a
+// twentieth of a processor. What could not be repaired is tried again after
+// repairSettle, then twice as long, up to repairInterval, or later likewise.
 const (
 	repairSettle   = 2 * time.Second
 	repairInterval = time.Minute
 	repairPage     = 256
-	liveInterval   = time.Second // between two looks at who is live
+	repairRow      = 200 * time.Microsecond // 20 times what a look at a row costs
+	liveInterval   = time.Second            // between two looks at who is live
 )
 
 // schedule says when repair looks at what.
@@ -38,10 +40,11 @@ type schedule struct {
 // plan takes the result of a pass into account.
 func (s *schedule) plan(pass result, now time.Time) {
 	s.since = pass.revision
-	next := now.Add(repairInterval)
+	dear := time.Duration(pass.looked) * repairRow
+	next := now.Add(max(repairInterval, dear))
 	switch {
 	case pass.failed > 0:
-		next = now.Add(s.backoff)
+		next = now.Add(max(s.backoff, dear))
 		s.backoff = min(2*s.backoff, repairInterval)
 	case pass.full:
 		s.backoff = repairSettle
@@ -101,6 +104,7 @@ type result struct {
 	revision uint64 // of the state that was looked at
 	failed   int    // blobs for which something could not be done
 	example  error  // why, for one of them
+	looked   int    // rows that were read
 }
 
 // repairPass walks over the rows of live blobs that have changed after a revision,
@@ -125,10 +129,11 @@ func (p *Peers) repairRows(ctx context.Context, since uint64, r *result) error {
 	p.metrics.underReplicated.Set(float64(view.lacking))
 	var mu sync.Mutex
 	for after := digest.Digest(""); ctx.Err() == nil; {
-		rows, err := p.page(after)
+		rows, err := p.page(since, after)
 		if err != nil {
 			return err
 		}
+		r.looked += len(rows)
 		view.live = p.liveIDs()
 		if len(view.live) < 2 {
 			r.alone = true
@@ -137,8 +142,8 @@ func (p *Peers) repairRows(ctx context.Context, since uint64, r *result) error {
 		var group errgroup.Group
 		group.SetLimit(copiesAtOnce)
 		for _, b := range rows {
-			if b.revision <= since || b.State != blobs.Live {
-				continue // seen before, or on its way out: whoever wants it revives it
+			if b.State != blobs.Live {
+				continue // on its way out: whoever wants it revives it
 			}
 			group.Go(func() error {
 				if err := p.repairBlob(ctx, b, view); err != nil {
@@ -239,20 +244,20 @@ func ids(members []member.Member) []string {
 	return out
 }
 
-// row is a blob's row with its digest and the revision of its last change.
+// row is a blob's row with its digest.
 type row struct {
-	digest   digest.Digest
-	revision uint64
+	digest digest.Digest
 	blobs.Blob
 }
 
-func (p *Peers) page(after digest.Digest) (page []row, err error) {
+// page gives the next blobs whose rows were written after a revision.
+func (p *Peers) page(since uint64, after digest.Digest) (page []row, err error) {
 	err = p.DB.View(func(v *table.View) error {
-		for r, err := range p.Records.Scan(v, after, repairPage) {
+		for r, err := range p.Records.Changed(v, since, after, repairPage) {
 			if err != nil {
 				return err
 			}
-			page = append(page, row{digest.Digest(r.Key[0]), r.Meta.Revision, r.Value})
+			page = append(page, row{digest.Digest(r.Key[0]), r.Value})
 		}
 		return nil
 	})

@@ -157,6 +157,11 @@ func TestScheduleBacksOff(t *testing.T) {
 	if s.full.Sub(now) != repairInterval || s.backoff != repairSettle {
 		t.Errorf("after success: in %v, then %v", s.full.Sub(now), s.backoff)
 	}
+	s.plan(result{full: true, looked: 1_000_000}, now)
+	if got := s.full.Sub(now); got != 200*time.Second {
+		t.Errorf("after a look at a million rows the next is in %v", got)
+	}
+	s.plan(result{full: true, looked: 1000}, now)
 	full := s.full
 	s.plan(result{revision: 9}, now.Add(time.Second))
 	if s.full != full || s.since != 9 {
