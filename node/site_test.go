@@ -111,12 +111,10 @@ func TestPushHerePullThere(t *testing.T) {
 	if holders < 2 {
 		t.Fatalf("acknowledged with the layer on %d nodes", holders)
 	}
+	// Each has it, by a pull or by repair, whichever is first. A pull may go on
+	// without a piece root when no holder gives one in time; a repair has none yet.
 	for _, n := range nodes {
-		held := n.holds(layer)
 		n.pull(p, "v1")
-		if !held && n.row(layer).Root == nil {
-			t.Error("the layer was fetched and nobody committed its piece root")
-		}
 	}
 	await(t, "every home holds the layer, its root is known", func() string {
 		for _, n := range nodes {
