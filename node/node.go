@@ -280,7 +280,7 @@ func (n *Node) Run(ctx context.Context) error {
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
 	cluster := startFloor(run, fail, n.member.Run)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
-		n.rooms.registry.Run, n.rooms.storage.Run)
+		n.rooms.registry.Run, n.rooms.storage.Run, telemetry.GiveBackMemory)
 
 	err := n.settle(run)
 	if err == nil {
