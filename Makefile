@@ -51,7 +51,8 @@ faults:
 	ATOLL_FAULTS=all go test -count=1 -run 'TestPush(Crashes|Faults|ToAFullDisk)$$' ./node/registry
 	go test -count=1 -run 'Crash|Fault' ./node/blobs/...
 
-# Mixed load by 200 clients; fails when memory, descriptors or goroutines grow.
+# Mixed load by 200 clients, after a warm-up; fails when memory, descriptors or
+# goroutines grow.
 SOAK_SECONDS ?= 600
 soak: build
 	go run ./scripts/soak -seconds $(SOAK_SECONDS)

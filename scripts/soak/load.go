@@ -58,6 +58,7 @@ type client struct {
 	dice   *rand.Rand
 	images map[string]digest.Digest // by tag
 	count  int
+	pushed []byte // the last manifest
 }
 
 func newLoad(n *node, clients int) *load {
@@ -108,20 +109,49 @@ func (l *load) rest() {
 }
 
 // run lets the clients work until ctx ends; requests under way are finished.
-func (l *load) run(ctx context.Context) {
+func (l *load) run(ctx context.Context, work func(*client, context.Context)) {
 	var group sync.WaitGroup
 	for _, c := range l.clients {
 		group.Go(func() {
 			for ctx.Err() == nil {
-				c.step(context.WithoutCancel(ctx))
+				work(c, context.WithoutCancel(ctx))
 			}
 		})
 	}
 	group.Wait()
 }
 
-// step does one thing of the mix.
-func (c *client) step(ctx context.Context) {
+// retag moves a tag from one image to another and back: each request is a
+// transaction, which the mix makes of one request in six.
+func (c *client) retag(ctx context.Context) {
+	var bodies [2][]byte
+	for i := range bodies {
+		if err := c.push(ctx); err != nil {
+			c.fail(err)
+			return
+		}
+		bodies[i] = c.pushed
+	}
+	for i := range 50 {
+		path := fmt.Sprintf("/v2/%s/manifests/warm-%d", repository, c.number)
+		if _, _, err := c.ask(ctx, "PUT", path, payload{bodies[i%2], v1.MediaTypeImageManifest}, 201); err != nil {
+			c.fail(err)
+			return
+		}
+	}
+}
+
+func (c *client) fail(err error) {
+	c.failed.Add(1)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.shown) < 10 {
+		c.shown = append(c.shown, err.Error())
+	}
+}
+
+// mixed does one thing of the mix.
+func (c *client) mixed(ctx context.Context) {
 	kind, do := pulling, c.pull
 	switch n := c.dice.IntN(100); {
 	case n < 20:
@@ -134,12 +164,7 @@ func (c *client) step(ctx context.Context) {
 		kind, do = leaving, c.leave
 	}
 	if err := do(ctx); err != nil {
-		c.failed.Add(1)
-		c.mu.Lock()
-		if len(c.shown) < 10 {
-			c.shown = append(c.shown, err.Error())
-		}
-		c.mu.Unlock()
+		c.fail(err)
 		return
 	}
 	c.done[kind].Add(1)
@@ -237,7 +262,7 @@ func (c *client) push(ctx context.Context) error {
 	if _, _, err := c.ask(ctx, "PUT", "/v2/"+repository+"/manifests/"+tag, payload{b, m.MediaType}, 201); err != nil {
 		return err
 	}
-	c.images[tag] = digest.FromBytes(b)
+	c.images[tag], c.pushed = digest.FromBytes(b), b
 	return nil
 }
 

@@ -91,6 +91,8 @@ type sample struct {
 	goroutines float64
 	heap       float64 // live and not yet collected, in bytes
 	unfinished float64 // files of upload sessions
+	applied    float64 // transactions so far
+	stored     float64 // size of the files of state and log, in bytes
 }
 
 func (n *node) sample() (s sample, err error) {
@@ -118,6 +120,13 @@ func (n *node) sample() (s sample, err error) {
 		return s, err
 	}
 	s.unfinished = float64(len(uploads))
+	for _, name := range []string{"meta.db", "raft/log.db"} {
+		info, err := os.Stat(filepath.Join(n.data, filepath.FromSlash(name)))
+		if err != nil {
+			return s, err
+		}
+		s.stored += float64(info.Size())
+	}
 	resp, err := n.ops.Get(n.url + "/metrics")
 	if err != nil {
 		return s, err
@@ -127,7 +136,7 @@ func (n *node) sample() (s sample, err error) {
 	if err != nil {
 		return s, err
 	}
-	for name, into := range map[string]*float64{"go_goroutines ": &s.goroutines, "go_memstats_heap_alloc_bytes ": &s.heap} {
+	for name, into := range map[string]*float64{"go_goroutines ": &s.goroutines, "go_memstats_heap_alloc_bytes ": &s.heap, "atoll_cluster_applied_revision ": &s.applied} {
 		_, rest, ok := bytes.Cut(b, []byte("\n"+name))
 		if !ok {
 			return s, fmt.Errorf("the node's metrics lack %s", name)
@@ -140,11 +149,13 @@ func (n *node) sample() (s sample, err error) {
 	return s, nil
 }
 
-// settled samples the node once it is quiet: the lowest of some seconds.
-func (n *node) settled(ctx context.Context) (lowest sample, err error) {
-	tick := time.NewTicker(500 * time.Millisecond)
+// settled closes the clients' connections and samples the node when it has had time
+// to become quiet and to give memory back: the lowest of a minute.
+func (n *node) settled(ctx context.Context, l *load) (lowest sample, err error) {
+	l.rest()
+	tick := time.NewTicker(2 * time.Second)
 	defer tick.Stop()
-	for i := range 20 {
+	for i := range 30 {
 		select {
 		case <-ctx.Done():
 			return lowest, ctx.Err()
@@ -154,13 +165,12 @@ func (n *node) settled(ctx context.Context) (lowest sample, err error) {
 		if err != nil {
 			return lowest, err
 		}
-		if i == 0 {
-			lowest = s
+		if i > 0 {
+			s.memory = min(lowest.memory, s.memory)
+			s.files = min(lowest.files, s.files)
+			s.goroutines = min(lowest.goroutines, s.goroutines)
 		}
-		lowest.memory = min(lowest.memory, s.memory)
-		lowest.files = min(lowest.files, s.files)
-		lowest.goroutines = min(lowest.goroutines, s.goroutines)
-		lowest.unfinished = s.unfinished
+		lowest = s
 	}
 	return lowest, nil
 }
