@@ -256,7 +256,16 @@ func describe(mediaType string, b []byte) v1.Descriptor {
 func (r *running) pull(p pushed, tag string) {
 	r.t.Helper()
 	for _, reference := range []string{tag, p.digest.String()} {
-		if got := r.do("GET", "/v2/"+p.repository+"/manifests/"+reference, nil).want(200).Body; !bytes.Equal(got, p.manifest) {
+		var got []byte
+		await(r.t, "the manifest, or an election's end", func() string {
+			a := r.do("GET", "/v2/"+p.repository+"/manifests/"+reference, nil)
+			if a.Status == 503 {
+				return string(a.Body) // not here yet, and no leader to ask
+			}
+			got = a.want(200).Body
+			return ""
+		})
+		if !bytes.Equal(got, p.manifest) {
 			r.t.Fatalf("manifest %s is %s, want %s", reference, got, p.manifest)
 		}
 	}
