@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -27,7 +28,8 @@ const (
 // bolt is an Engine over one bbolt file, synced on every commit. The free list
 // is kept in the file, so that opening a large one does not read all of it.
 type bolt struct {
-	path string
+	path   string
+	mapped *mappedPages
 
 	writing sync.Mutex // one Update or Replace at a time; taken before mu
 	mu      sync.RWMutex
@@ -51,7 +53,7 @@ func OpenBolt(path string) (Engine, error) {
 	if err := errors.Join(err, syncDir(filepath.Dir(path))); err != nil {
 		return nil, errors.Join(fmt.Errorf("open the state engine: %w", err), db.Close())
 	}
-	return &bolt{path: path, db: db}, nil
+	return &bolt{path: path, db: db, mapped: newMappedPages()}, nil
 }
 
 func openBolt(path string) (*bbolt.DB, error) {
@@ -125,7 +127,7 @@ func (e *bolt) Open() (Snapshot, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the state engine: %w", err)
 	}
-	return newBoltTx(tx), nil
+	return e.newTx(tx), nil
 }
 
 func (e *bolt) Update(fn func(Writer) error) error {
@@ -137,7 +139,14 @@ func (e *bolt) Update(fn func(Writer) error) error {
 	if db == nil {
 		return ErrClosed
 	}
-	return db.Update(func(tx *bbolt.Tx) error { return fn(newBoltTx(tx)) })
+	return e.update(db, fn)
+}
+
+func (e *bolt) update(db *bbolt.DB, fn func(Writer) error) error {
+	return db.Update(func(tx *bbolt.Tx) error {
+		defer e.mapped.rest(tx)
+		return fn(e.newTx(tx))
+	})
 }
 
 // Replace fills a second file beside the first, syncs it once and renames it
@@ -159,7 +168,7 @@ func (e *bolt) Replace(fill func(batch func(func(Writer) error) error) error) er
 	if err != nil {
 		return err
 	}
-	if err := fillBolt(db, fill); err != nil {
+	if err := e.fill(db, fill); err != nil {
 		return errors.Join(err, db.Close(), os.Remove(path))
 	}
 	if err := os.Rename(path, e.path); err != nil {
@@ -177,12 +186,10 @@ func (e *bolt) Replace(fill func(batch func(func(Writer) error) error) error) er
 	return nil
 }
 
-func fillBolt(db *bbolt.DB, fill func(batch func(func(Writer) error) error) error) error {
+func (e *bolt) fill(db *bbolt.DB, fill func(batch func(func(Writer) error) error) error) error {
 	db.NoSync = true // nobody reads the file before the one sync at the end
 	defer func() { db.NoSync = false }()
-	if err := fill(func(fn func(Writer) error) error {
-		return db.Update(func(tx *bbolt.Tx) error { return fn(newBoltTx(tx)) })
-	}); err != nil {
+	if err := fill(func(fn func(Writer) error) error { return e.update(db, fn) }); err != nil {
 		return err
 	}
 	if err := db.Sync(); err != nil {
@@ -222,14 +229,67 @@ func (e *bolt) Close() error {
 	return err
 }
 
+// mappedPages keeps what of the engine's file is mapped within bounds. A fault
+// maps 16 pages, so that scattered reads soon have all of a large file mapped. The
+// pages are the kernel's cache and cost nothing more by being mapped, but they count
+// as the process's memory: for who looks at it, for limits that look at the
+// working set, and for the kernel when it chooses what to kill.
+//
+// To map them again costs as much as all the rest of a lookup. So they are
+// taken from lookups every mappedEvery only, and at once from a walk over many
+// keys, which does not come back to them.
+type mappedPages struct {
+	most    int64         // bytes that may be mapped beyond those that stay
+	every   time.Duration // between two looks
+	opened  time.Time
+	next    atomic.Int64 // look after so many nanoseconds from opened on
+	looking sync.Mutex
+	stay    int64 // bytes of files that are mapped whatever is done here
+}
+
+const (
+	mappedMost  = 48 << 20
+	mappedEvery = 10 * time.Second
+	mappedWalk  = 4096 // keys of a walk from one look to the next
+)
+
+func newMappedPages() *mappedPages {
+	return &mappedPages{most: mappedMost, every: mappedEvery, opened: time.Now()}
+}
+
+// rest looks when it is time to.
+func (m *mappedPages) rest(tx *bbolt.Tx) {
+	if now := time.Since(m.opened); int64(now) >= m.next.Load() {
+		m.next.Store(int64(now + m.every))
+		m.look(tx)
+	}
+}
+
+// look takes all pages from the process when too many are mapped. tx keeps the
+// mapping where it is.
+func (m *mappedPages) look(tx *bbolt.Tx) {
+	if !m.looking.TryLock() {
+		return
+	}
+	defer m.looking.Unlock()
+	now, ok := mappedNow()
+	if !ok || now <= m.stay+m.most {
+		return
+	}
+	unmapPages(tx.DB().Info().Data, tx.Size())
+	m.stay, _ = mappedNow()
+}
+
 // boltTx is a bbolt transaction with the buckets that were used so far at hand:
 // most reads need two of them, and opening one costs as much as reading a row.
 type boltTx struct {
 	tx      *bbolt.Tx
 	buckets [spaces]*bbolt.Bucket
+	mapped  *mappedPages
+	walked  int // keys that Ascend gave
 }
 
-func newBoltTx(tx *bbolt.Tx) *boltTx { return &boltTx{tx: tx} }
+func (e *bolt) newTx(tx *bbolt.Tx) *boltTx { return &boltTx{tx: tx, mapped: e.mapped} }
 
 func (t *boltTx) bucket(s Space) *bbolt.Bucket {
 	b := t.buckets[s]
@@ -247,9 +307,16 @@ func (t *boltTx) bucket(s Space) *bbolt.Bucket {
 	return b
 }
 
-func (t *boltTx) Release() { _ = t.tx.Rollback() } // fails only when already released
+func (t *boltTx) Release() {
+	if t.tx.DB() != nil { // not released before
+		t.mapped.rest(t.tx)
+	}
+	_ = t.tx.Rollback() // fails only when already released
+}
 
-func (t *boltTx) Lookup(s Space, key []byte) []byte { return t.bucket(s).Get(key) }
+func (t *boltTx) Lookup(s Space, key []byte) []byte {
+	return t.bucket(s).Get(key)
+}
 
 func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
 	return func(yield func([]byte, []byte) bool) {
@@ -258,10 +325,17 @@ func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
 			if !yield(k, v) {
 				return
 			}
+			if t.walked++; t.walked%mappedWalk == 0 {
+				t.mapped.look(t.tx)
+			}
 		}
 	}
 }
 
-func (t *boltTx) Set(s Space, key, value []byte) error { return t.bucket(s).Put(key, value) }
+func (t *boltTx) Set(s Space, key, value []byte) error {
+	return t.bucket(s).Put(key, value)
+}
 
-func (t *boltTx) Unset(s Space, key []byte) error { return t.bucket(s).Delete(key) }
+func (t *boltTx) Unset(s Space, key []byte) error {
+	return t.bucket(s).Delete(key)
+}

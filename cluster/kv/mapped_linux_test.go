@@ -1,0 +1,119 @@
+package kv
+
+import (
+	"bytes"
+	"fmt"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// However much of a file is read, not much of it stays mapped, and what is read is
+// the same.
+func TestMappedPagesStayBounded(t *testing.T) {
+	e, err := OpenBolt(filepath.Join(t.TempDir(), "state.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	const rowsEach, batches = 1000, 20
+	value := bytes.Repeat([]byte("v"), 1000)
+	key := func(i int) []byte { return fmt.Appendf(nil, "key %06d", i) }
+	for b := range batches {
+		if err := e.Update(func(w Writer) error {
+			for i := range rowsEach {
+				if err := w.Set(rows, key(b*rowsEach+i), value); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if size := e.Size(); size < 20<<20 {
+		t.Fatalf("the file has %d bytes", size)
+	}
+	m := e.(*bolt).mapped
+	m.every = time.Hour
+	m.next.Store(int64(time.Hour))
+	var before, peak int64
+	look := func() {
+		now, ok := mappedNow()
+		if !ok {
+			t.Fatal("the kernel does not say how much is mapped")
+		}
+		peak = max(peak, now-before)
+	}
+	walk := func(most int64) int64 {
+		m.most = most
+		before, peak = unmapAll(t, e.(*bolt)), 0
+		n := 0
+		if err := e.Read(func(c Content) error {
+			for k, v := range c.Ascend(rows, nil, nil) {
+				if !bytes.Equal(k, key(n)) || !bytes.Equal(v, value) {
+					t.Fatalf("row %d is %q", n, k)
+				}
+				if n++; n%100 == 0 {
+					look()
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if n != rowsEach*batches {
+			t.Fatalf("%d rows", n)
+		}
+		return peak
+	}
+	scattered := func(most int64) int64 {
+		m.most = most
+		before, peak = unmapAll(t, e.(*bolt)), 0
+		if err := e.Read(func(c Content) error {
+			for i := range rowsEach * batches {
+				if !bytes.Equal(c.Lookup(rows, key(i*7919%(rowsEach*batches))), value) {
+					t.Fatalf("row %d is another", i)
+				}
+			}
+			look()
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return peak
+	}
+	if all := walk(1 << 40); all < 15<<20 {
+		t.Skipf("this kernel counts %d bytes as mapped when all is read", all)
+	}
+	// 2 MiB may stay, and a walk maps 4 to 8 MiB before it looks.
+	if bounded := walk(2 << 20); bounded > 13<<20 {
+		t.Errorf("a walk had %d bytes mapped at once", bounded)
+	}
+	if all := scattered(2 << 20); all < 15<<20 {
+		t.Errorf("lookups were disturbed before the time: %d bytes are mapped", all)
+	}
+	m.next.Store(0) // it is time
+	if err := e.Read(func(Content) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	peak = 0
+	if look(); peak > 8<<20 {
+		t.Errorf("%d bytes are mapped after the time for lookups is over", peak)
+	}
+}
+
+// unmapAll takes all pages of the engine's file from the process and gives what is
+// mapped then.
+func unmapAll(t *testing.T, e *bolt) int64 {
+	t.Helper()
+	tx, err := e.db.Begin(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	unmapPages(tx.DB().Info().Data, tx.Size())
+	now, _ := mappedNow()
+	e.mapped.stay = now
+	return now
+}
