@@ -67,7 +67,8 @@ bench: build
 	scripts/testdeps $(TOOLS) bench
 	go run ./scripts/bench -write docs/benchmarks.md
 
-# The same with the rows that need 1,000,000 artifacts and bigger blobs.
+# The same with the rows that need 1,000,000 artifacts and bigger blobs: ten
+# minutes more.
 bench-long: build
 	scripts/testdeps $(TOOLS) bench
 	go run ./scripts/bench -long -mib 512 -write docs/benchmarks.md

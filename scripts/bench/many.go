@@ -12,7 +12,6 @@ const (
 	manyTags  = 10_000
 	quarter   = manyTags / 4
 	listTags  = 100_000
-	millions  = 1_000_000
 	writers   = 16
 	fillers   = 64 // clients that fill a repository where the rate is no measure
 	manyLabel = "tag-%07d"
@@ -32,7 +31,7 @@ func (b *bench) writes(ctx context.Context) error {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
-	return b.among(ctx)
+	return b.among(ctx, 0, manyTags)
 }
 
 // fill pushes n distinct manifests under n tags and prints rate, processor time
@@ -77,9 +76,9 @@ func (b *bench) fill(ctx context.Context, s *server, n int) error {
 	return nil
 }
 
-// among compares GET by tag among 10,000 tags with that in a small repository,
-// both on Atoll. Each request is for another tag.
-func (b *bench) among(ctx context.Context) error {
+// among compares GET by tag among n tags, from a number on, with that in a small
+// repository, both on Atoll. Each request is for another tag.
+func (b *bench) among(ctx context.Context, from, n int) error {
 	const requests = 2000
 	data, err := manifest(0)
 	if err != nil {
@@ -98,7 +97,7 @@ func (b *bench) among(ctx context.Context) error {
 			return err
 		}
 		m, err := s.cost(func() error {
-			return repeat(requests, func(i int) error { return s.manifest(ctx, large, tagOf(i*7919%manyTags), size) })
+			return repeat(requests, func(i int) error { return s.manifest(ctx, large, tagOf(from+i*7919%n), size) })
 		})
 		if err != nil {
 			return err
@@ -106,15 +105,16 @@ func (b *bench) among(ctx context.Context) error {
 		few, many, ratios = append(few, f*1e6/requests), append(many, m*1e6/requests), append(ratios, m/f)
 	}
 	b.print("manifest_get_1_tag", median(few), "cpu-us/request")
-	b.print("manifest_get_10000_tags", median(many), "cpu-us/request")
-	b.judge(line{"manifest_get_10000_tags_ratio", median(ratios), "x 1 tag"}, "<=", 1.1)
+	name := fmt.Sprintf("manifest_get_%d_tags", n)
+	b.print(name, median(many), "cpu-us/request")
+	b.judge(line{name + "_ratio", median(ratios), "x 1 tag"}, "<=", 1.1)
 	return nil
 }
 
 // starts measures from the start of the program to the first manifest served,
 // after a kill -9, with the 10,000 tags.
 func (b *bench) starts(ctx context.Context) error {
-	seconds, err := b.restart(ctx, 5)
+	seconds, _, err := b.restart(ctx, 5, 0)
 	if err != nil {
 		return err
 	}
@@ -122,25 +122,32 @@ func (b *bench) starts(ctx context.Context) error {
 	return nil
 }
 
-func (b *bench) restart(ctx context.Context, times int) (float64, error) {
+// restart kills and starts the node and gives the median of the seconds, by the
+// clock and of processor time, until it serves the manifest of a number.
+func (b *bench) restart(ctx context.Context, times, number int) (seconds, cpu float64, err error) {
 	s := b.fleet[0]
-	data, err := manifest(0)
+	data, err := manifest(number)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	var took []float64
+	var took, used []float64
 	for range times {
 		s.kill()
 		if s.process, err = s.begin(ctx); err != nil {
-			return 0, err
+			return 0, 0, err
 		}
-		err := s.await(ctx, func() error { return s.manifest(ctx, large, tagOf(0), int64(len(data))) })
+		err := s.await(ctx, func() error { return s.manifest(ctx, large, tagOf(number), int64(len(data))) })
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		took = append(took, time.Since(s.began).Seconds())
+		spent, err := s.cpu()
+		if err != nil {
+			return 0, 0, err
+		}
+		used = append(used, spent)
 	}
-	return median(took), nil
+	return median(took), median(used), nil
 }
 
 // list fills the repository to 100,000 tags through the API (of one more
@@ -176,7 +183,7 @@ func (b *bench) list(ctx context.Context) error {
 	}
 	b.judge(line{"tags_page_worst", slices.Max(all), "cpu-ms/1000 tags"}, "<=", 2)
 	b.judge(line{"tags_page_worst_ratio", slices.Max(ratios), "x first page"}, "<=", 1.15)
-	seconds, err := b.restart(ctx, 3)
+	seconds, _, err := b.restart(ctx, 3, 0)
 	if err != nil {
 		return err
 	}
@@ -211,31 +218,4 @@ func (b *bench) more(ctx context.Context, from, to int, make func(i int) ([]byte
 		return 0, err
 	}
 	return (after - before) / float64(to-from), nil
-}
-
-// million brings the repository to 1,000,000 artifacts through the API and
-// starts the node on them.
-func (b *bench) million(ctx context.Context) error {
-	if !b.long {
-		return nil
-	}
-	perArtifact, err := b.more(ctx, listTags, millions+listTags, manifest)
-	if err != nil {
-		return err
-	}
-	b.print("disk_per_manifest_and_tag_at_1000000", perArtifact, "bytes")
-	seconds, err := b.restart(ctx, 3)
-	if err != nil {
-		return err
-	}
-	b.judge(line{"start_1000000_artifacts", seconds, "s"}, "<=", 3)
-	if err := pause(ctx, 3*time.Second); err != nil {
-		return err
-	}
-	rss, err := b.fleet[0].memory("VmRSS")
-	if err != nil {
-		return err
-	}
-	b.print("rss_1000000_artifacts", rss, "MB")
-	return b.among(ctx)
 }

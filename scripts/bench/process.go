@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -74,7 +75,11 @@ func (p *program) start(ctx context.Context, client *http.Client) (*process, err
 
 // await tries until it works; it gives up when the process ends or after a minute.
 func (p *process) await(ctx context.Context, try func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	return p.awaitFor(ctx, time.Minute, try)
+}
+
+func (p *process) awaitFor(ctx context.Context, patience time.Duration, try func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	again := time.NewTicker(2 * time.Millisecond)
 	defer again.Stop()
@@ -143,6 +148,29 @@ func (p *process) memory(field string) (float64, error) {
 		}
 	}
 	return 0, fmt.Errorf("no %s in the status of process %d", field, p.cmd.Process.Pid)
+}
+
+// watch reads a field of /proc/PID/status again and again; the peak in MB is given
+// when it is asked for, and the watch ends.
+func (p *process) watch(field string) (peak func() float64) {
+	end, ended := make(chan struct{}), make(chan float64, 1)
+	go func() {
+		tick := time.NewTicker(50 * time.Millisecond)
+		defer tick.Stop()
+		highest := 0.0
+		for {
+			select {
+			case <-tick.C:
+				if now, err := p.memory(field); err == nil { // none once it has ended
+					highest = max(highest, now)
+				}
+			case <-end:
+				ended <- highest
+				return
+			}
+		}
+	}()
+	return sync.OnceValue(func() float64 { close(end); return <-ended })
 }
 
 // forgetPeak makes the kernel count the peak of memory anew.
