@@ -232,18 +232,27 @@ func (w distribution) manifest(repository, tag, mediaType string, body []byte) v
 	return v1.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(body))}
 }
 
-// zot writes an OCI layout for each repository; a blob that another repository
-// has becomes a link to it, or, without links, an empty file.
+// sharing is how a zot keeps a blob that several of its repositories have.
+type sharing int
+
+const (
+	asLinks  sharing = iota // "dedupe": true
+	asCopies                // "dedupe": false
+	asEmpty                 // files of no bytes, which dedupe makes in an object store
+)
+
+// zot writes what zot 2.1 leaves in its directory: an OCI layout for each
+// repository, one of which may be inside another.
 type zot struct {
 	t       *testing.T
 	dir     string
-	noLinks bool
+	sharing sharing
 	first   map[digest.Digest]string
 	indexes map[string]*v1.Index
 }
 
-func newZot(t *testing.T) *zot {
-	return &zot{t: t, dir: t.TempDir(), first: map[digest.Digest]string{}, indexes: map[string]*v1.Index{}}
+func newZot(t *testing.T, s sharing) *zot {
+	return &zot{t: t, dir: t.TempDir(), sharing: s, first: map[digest.Digest]string{}, indexes: map[string]*v1.Index{}}
 }
 
 func (w *zot) file(repository string, d digest.Digest) string {
@@ -255,10 +264,10 @@ func (w *zot) blob(repository string, content []byte) digest.Digest {
 	name := w.file(repository, d)
 	first, known := w.first[d]
 	switch {
-	case !known || first == name:
+	case !known || first == name || w.sharing == asCopies:
 		w.first[d] = name
 		write(w.t, name, content)
-	case w.noLinks:
+	case w.sharing == asEmpty:
 		write(w.t, name, nil)
 	default:
 		must(w.t, os.MkdirAll(filepath.Dir(name), 0o755))
@@ -268,10 +277,11 @@ func (w *zot) blob(repository string, content []byte) digest.Digest {
 }
 
 func (w *zot) manifest(repository, tag, mediaType string, body []byte) v1.Descriptor {
-	d := v1.Descriptor{MediaType: mediaType, Digest: w.blob(repository, body), Size: int64(len(body))}
+	d := v1.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(body), Size: int64(len(body))}
+	write(w.t, w.file(repository, d.Digest), body) // a manifest is not shared
 	index := w.indexes[repository]
 	if index == nil {
-		index = &v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex}
+		index = &v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}} // it names no media type
 		w.indexes[repository] = index
 	}
 	listed := d
@@ -284,7 +294,11 @@ func (w *zot) manifest(repository, tag, mediaType string, body []byte) v1.Descri
 	write(w.t, filepath.Join(w.dir, repository, "index.json"), text)
 	write(w.t, filepath.Join(w.dir, repository, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`))
 	write(w.t, filepath.Join(w.dir, repository, ".uploads", "half"), []byte("half a layer"))
-	write(w.t, filepath.Join(w.dir, "cache.db"), []byte("what zot keeps for itself"))
+	own := "cache.db"
+	if w.sharing == asCopies {
+		own = "_restore_complete"
+	}
+	write(w.t, filepath.Join(w.dir, own), []byte("what zot keeps for itself"))
 	return d
 }
 
@@ -343,13 +357,12 @@ func writers(t *testing.T) map[string]struct {
 	writer
 	dir string
 } {
-	linked, empty := newZot(t), newZot(t)
-	empty.noLinks = true
+	linked, copied, empty := newZot(t, asLinks), newZot(t, asCopies), newZot(t, asEmpty)
 	plain := distribution{t, t.TempDir()}
 	return map[string]struct {
 		writer
 		dir string
-	}{"distribution": {plain, plain.dir}, "zot": {linked, linked.dir}, "zot without links": {empty, empty.dir}}
+	}{"distribution": {plain, plain.dir}, "zot": {linked, linked.dir}, "zot without dedupe": {copied, copied.dir}, "zot without links": {empty, empty.dir}}
 }
 
 func TestAdopt(t *testing.T) {
@@ -383,6 +396,24 @@ func TestAdopt(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A repository may lie inside another.
+func TestNested(t *testing.T) {
+	w := newZot(t, asLinks)
+	var bodies [][]byte
+	names := []string{"team/tool", "team/tool/extra"}
+	for _, name := range names {
+		body := place{w, t, name}.image(name, v1.MediaTypeImageManifest, nil)
+		w.manifest(name, "v1", v1.MediaTypeImageManifest, body)
+		bodies = append(bodies, body)
+	}
+	s := newSite(t)
+	if report := s.adopt(adopt.Request{Dir: w.dir}); report.Repositories != 2 || report.Tags != 2 || len(report.Problems) != 0 {
+		t.Fatalf("the report is %+v", report)
+	}
+	s.serves("team", "tool", "v1", bodies[0])
+	s.serves("team", "tool/extra", "v1", bodies[1])
 }
 
 // All goes into one project under whole names, and copies share nothing with the
