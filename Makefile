@@ -10,7 +10,7 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-.PHONY: build build-cloud run test test-unit test-race test-e2e fuzz faults soak demo bench bench-long testdeps clean
+.PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak demo bench bench-long testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -36,6 +36,12 @@ test: testdeps build
 # The quick part, with nothing installed.
 test-unit:
 	go test $$(go list ./... | grep -v /scripts/e2e)
+
+# All object stores, against a server of S3 and emulators of GCS and Azure. From
+# nothing the emulators take two minutes of CPU time, so CI has S3 only.
+test-cloud:
+	scripts/testdeps $(TOOLS) cloud
+	$(TESTED) go test -count=1 -timeout 10m -tags cloud ./node/blobs/cloud
 
 test-e2e: testdeps build
 	PATH="$(TOOLS):$$PATH" go test -count=1 -timeout 12m -v ./scripts/e2e

@@ -25,7 +25,7 @@ func TestRedirect(t *testing.T) {
 	for _, on := range []bool{true, false} {
 		n := single(t, func(c *registry.Config) {
 			c.Redirect = on
-			c.Store.Rehome(cloud.New(t.Context(), pointing{inmemory.New()}, true))
+			c.Store.Rehome(cloud.New(t.Context(), pointing{inmemory.New()}, cloud.Direct))
 		})
 		n.http.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 		content := []byte("a layer in a bucket")

@@ -93,7 +93,7 @@ func (w *world) open(ctx context.Context, kind string, parameters map[string]any
 	if kind != "s3" {
 		return nil, fault.New(fault.Invalid, "%q is no storage", kind)
 	}
-	return cloud.New(ctx, w.bucket(parameters["bucket"].(string)), true), nil
+	return cloud.New(ctx, w.bucket(parameters["bucket"].(string)), cloud.Direct), nil
 }
 
 func choice(name string) storage.Choice {

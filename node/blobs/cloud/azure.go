@@ -9,7 +9,7 @@ import (
 	"strconv"
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
-	_ "github.com/distribution/distribution/v3/registry/storage/driver/azure" // registers itself
+	"github.com/distribution/distribution/v3/registry/storage/driver/azure" // registers itself
 	"github.com/distribution/distribution/v3/registry/storage/driver/factory"
 )
 
@@ -31,6 +31,15 @@ func newAzure(ctx context.Context, parameters map[string]any) (storagedriver.Sto
 			return nil, fmt.Errorf("skipverify is neither true nor false")
 		}
 		parameters["skipverify"] = skip
+	}
+	// The driver wants to be told what the key is for.
+	if parameters["credentials"] == nil && parameters["accountkey"] != nil {
+		parameters["credentials"] = map[string]any{"type": azure.CredentialsTypeSharedKey}
+	}
+	// How often the driver asks whether a copy has ended, each time waiting a tenth
+	// of a second longer: its own 5 give a large blob one second.
+	if parameters["max_retries"] == nil {
+		parameters["max_retries"] = 30
 	}
 	return factory.Create(ctx, "azure", parameters)
 }

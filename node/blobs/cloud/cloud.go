@@ -8,6 +8,7 @@ package cloud
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -36,15 +37,19 @@ const (
 	whole = 4 << 20
 	// root holds everything, beside whatever else is in the bucket.
 	root = "/blobs"
+	// incoming holds what is not whole yet.
+	incoming = root + "/incoming"
+	// leftTime is after how long what is in incoming belongs to no transfer.
+	leftTime = 24 * time.Hour
 )
 
 // Backend keeps blobs with a storage driver, as ROOT/blobs/<algorithm>/<ab>/<hex>.
 // It implements blobs.Backend and blobs.Redirector.
 type Backend struct {
-	driver storagedriver.StorageDriver
-	// direct says that what the driver writes is invisible until it is whole.
-	// Else it is written under another name and moved.
-	direct bool
+	driver  storagedriver.StorageDriver
+	writing Writing
+	// flat says that the driver lists a directory by reading all that is below it.
+	flat bool
 	// lifetime gives requests their values and an end that is not a client's: what
 	// one client waits for others need too.
 	lifetime func() context.Context
@@ -52,22 +57,41 @@ type Backend struct {
 	redact   func(text string) string // takes secrets out
 }
 
-// New makes a backend of a driver. direct says that the driver's Writer shows
-// nothing under the final name before Commit.
-func New(ctx context.Context, driver storagedriver.StorageDriver, direct bool) *Backend {
+// Writing says what a driver's Writer does to the object of its name.
+type Writing int
+
+const (
+	// Staged: what is written grows in sight of everybody. It is written under
+	// another name and moved.
+	Staged Writing = iota
+	// Direct: nothing is seen before Commit, and Cancel takes back no more than was
+	// written.
+	Direct
+	// Unended: nothing is seen before Commit, but Cancel removes, and Close without
+	// Commit replaces, the whole object that another node may have put there. A
+	// write that breaks off is left to the store, where it expires.
+	Unended
+)
+
+// New makes a backend of a driver.
+func New(ctx context.Context, driver storagedriver.StorageDriver, writing Writing) *Backend {
 	ctx = context.WithoutCancel(ctx)
-	return &Backend{driver: driver, direct: direct, lifetime: func() context.Context { return ctx }, stall: stallTime, redact: strings.Clone}
+	return &Backend{driver: driver, writing: writing, lifetime: func() context.Context { return ctx }, stall: stallTime, redact: strings.Clone}
 }
 
 // Check writes, reads and removes a small object, so that wrong credentials or a
 // missing bucket show at the start and not at the first push: fault.Unavailable.
+// It also removes what moves left behind that broke off a day ago or earlier.
 func (b *Backend) Check() error {
 	ctx, cancel := context.WithTimeout(b.lifetime(), requestTime)
 	defer cancel()
-	name := root + "/check-" + digest.FromString(time.Now().String()).Encoded()[:16]
+	name := root + "/check-" + unique()
 	err := b.driver.PutContent(ctx, name, []byte("atoll\n"))
 	if err == nil {
 		_, err = b.driver.GetContent(ctx, name)
+	}
+	if err == nil {
+		err = b.sweep(ctx, name)
 	}
 	if err == nil {
 		err = b.driver.Delete(ctx, name)
@@ -76,6 +100,35 @@ func (b *Backend) Check() error {
 		return fault.New(fault.Unavailable, "the storage cannot be used; check its address, bucket and credentials: %s", b.redact(err.Error()))
 	}
 	return nil
+}
+
+func unique() string { return digest.FromString(rand.Text()).Encoded()[:16] }
+
+// sweep removes what is under incoming for longer than any transfer takes, by
+// the store's own clock, which a new object shows.
+func (b *Backend) sweep(ctx context.Context, fresh string) error {
+	if b.writing != Staged {
+		return nil
+	}
+	now, err := b.driver.Stat(ctx, fresh)
+	if err != nil {
+		return err
+	}
+	left, err := b.names(incoming)
+	for _, name := range left {
+		if err != nil {
+			return err
+		}
+		var info storagedriver.FileInfo
+		name = path.Join(incoming, name)
+		if info, err = b.driver.Stat(ctx, name); err == nil && now.ModTime().Sub(info.ModTime()) > leftTime {
+			err = b.driver.Delete(ctx, name)
+		}
+		if err = gone(err); errors.Is(err, fs.ErrNotExist) {
+			err = nil // another node moved or swept it
+		}
+	}
+	return err
 }
 
 func shard(algorithm string, hex string) string { return path.Join(root, algorithm, hex[:2]) }
@@ -122,7 +175,7 @@ func (b *Backend) Put(d digest.Digest, size int64, r io.Reader) error {
 	defer done()
 	r = progress{r, moved}
 	to := name(d)
-	if b.direct && size <= whole {
+	if b.writing != Staged && size <= whole {
 		content, err := io.ReadAll(io.LimitReader(r, size+1))
 		if err == nil && int64(len(content)) != size {
 			err = io.ErrUnexpectedEOF
@@ -132,20 +185,27 @@ func (b *Backend) Put(d digest.Digest, size int64, r io.Reader) error {
 		}
 		return b.driver.PutContent(ctx, to, content)
 	}
-	from := to
-	if !b.direct {
-		from = path.Join(root, "incoming", d.Encoded()+"-"+digest.FromString(time.Now().String()).Encoded()[:16])
+	if b.writing != Staged {
+		return b.write(ctx, to, size, r)
 	}
+	from := path.Join(incoming, d.Encoded()+"-"+unique())
 	if err := b.write(ctx, from, size, r); err != nil {
 		return err
 	}
-	if from == to {
+	moved()
+	err := b.driver.Move(ctx, from, to)
+	if err == nil {
 		return nil
 	}
-	if err := b.driver.Move(ctx, from, to); err != nil {
-		return errors.Join(err, b.discard(from))
+	err = errors.Join(err, b.discard(from))
+	switch there, statErr := b.Stat(d); {
+	case statErr != nil:
+	case there == size:
+		return nil // another node's move was in the way, and has ended well
+	default:
+		err = errors.Join(err, b.discard(to)) // a copy that the store gave up
 	}
-	return nil
+	return err
 }
 
 func (b *Backend) write(ctx context.Context, to string, size int64, r io.Reader) error {
@@ -159,10 +219,13 @@ func (b *Backend) write(ctx context.Context, to string, size int64, r io.Reader)
 	}
 	if err == nil {
 		err = w.Commit(ctx)
-	} else {
+	} else if b.writing != Unended {
 		cleaning, cancel := context.WithTimeout(b.lifetime(), requestTime)
 		defer cancel()
 		err = errors.Join(err, w.Cancel(cleaning))
+	}
+	if err != nil && b.writing == Unended {
+		return err // Close would put the half under the name
 	}
 	return errors.Join(err, w.Close())
 }
@@ -188,7 +251,7 @@ func (b *Backend) List(after digest.Digest, n int) ([]digest.Digest, error) {
 		if after != "" && after.Algorithm().String() > algorithm.String() {
 			continue
 		}
-		shards, err := b.names(path.Join(root, algorithm.String()))
+		shards, err := b.shards(algorithm)
 		if err != nil {
 			return nil, err
 		}
@@ -212,6 +275,19 @@ func (b *Backend) List(after digest.Digest, n int) ([]digest.Digest, error) {
 		}
 	}
 	return found, nil
+}
+
+// shards lists the directories of an algorithm. Where that would read the name of
+// every blob it gives all that there may be.
+func (b *Backend) shards(algorithm digest.Algorithm) ([]string, error) {
+	if !b.flat {
+		return b.names(path.Join(root, algorithm.String()))
+	}
+	all := make([]string, 256)
+	for i := range all {
+		all[i] = fmt.Sprintf("%02x", i)
+	}
+	return all, nil
 }
 
 // names lists a directory; one that is not there is empty.

@@ -8,10 +8,12 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"path"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
 	"github.com/distribution/distribution/v3/registry/storage/driver/inmemory"
@@ -41,8 +43,8 @@ func conform(t *testing.T, backend func(t *testing.T) blobs.Backend) {
 }
 
 func TestConformanceInMemory(t *testing.T) {
-	// Like Azure's, this driver shows what is being written: it is not direct.
-	conform(t, func(t *testing.T) blobs.Backend { return New(t.Context(), inmemory.New(), false) })
+	// Like Azure's, this driver shows what is being written.
+	conform(t, func(t *testing.T) blobs.Backend { return New(t.Context(), inmemory.New(), Staged) })
 }
 
 // testBackend holds a backend to what blobs.Backend promises beyond what a store
@@ -77,6 +79,22 @@ func testBackend(t *testing.T, b blobs.Backend) {
 		if err := b.Put(d, int64(len(content)), bytes.NewReader(content)); err != nil {
 			t.Fatal(err)
 		}
+	}
+	// Nor does it take away what another node has put.
+	for _, there := range [][]byte{content, content[:1000]} {
+		part, size := digest.FromBytes(there), int64(len(there))
+		if err := b.Put(part, size, bytes.NewReader(there)); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Put(part, size, io.MultiReader(bytes.NewReader(there[:size/2]), failing{broken})); !errors.Is(err, broken) {
+			t.Fatalf("Put of a reader that fails: %v", err)
+		}
+		if got, err := b.Stat(part); got != size || err != nil {
+			t.Fatalf("a broken Put left %d bytes of the whole blob there, %v", got, err)
+		}
+	}
+	if err := b.Remove(digest.FromBytes(content[:1000])); err != nil {
+		t.Fatal(err)
 	}
 	f, size, err := b.Open(d)
 	if err != nil || size != int64(len(content)) {
@@ -209,7 +227,7 @@ func put(t *testing.T, s *blobs.Store, content []byte) {
 
 // A damaged blob does not travel, and stays where it is.
 func TestCarryVerifies(t *testing.T) {
-	from, to := New(t.Context(), inmemory.New(), true), New(t.Context(), inmemory.New(), true)
+	from, to := New(t.Context(), inmemory.New(), Direct), New(t.Context(), inmemory.New(), Direct)
 	for _, size := range []int{100, 5 << 20} {
 		content := blobstest.Content(3, size)
 		d := digest.FromBytes(content)
@@ -237,7 +255,7 @@ func TestBackendFails(t *testing.T) {
 	s := store(t, nil)
 	old := blobstest.Content(1, 100)
 	put(t, s, old)
-	s.Rehome(New(t.Context(), driver, true))
+	s.Rehome(New(t.Context(), driver, Direct))
 	driver.fail = true
 	content := blobstest.Content(2, 100)
 	d := digest.FromBytes(content)
@@ -296,12 +314,16 @@ func TestOpen(t *testing.T) {
 	if strings.Contains(text, secretKey) || !strings.Contains(text, "bucket b") {
 		t.Errorf("redacted to %q", text)
 	}
+	nested := map[string]any{"credentials": map[string]any{"type": "client_secret", "secret": secretKey}}
+	if text := Redact("a client_secret "+secretKey, nested); strings.Contains(text, secretKey) || !strings.Contains(text, "client_secret") {
+		t.Errorf("redacted to %q", text)
+	}
 }
 
 // A client is sent elsewhere only for a blob that is there, and only by a driver
 // that can.
 func TestRedirect(t *testing.T) {
-	s := store(t, New(t.Context(), pointing{inmemory.New()}, true))
+	s := store(t, New(t.Context(), pointing{inmemory.New()}, Direct))
 	content := blobstest.Content(1, 100)
 	r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
 	if _, err := s.Redirect(r, digest.FromBytes(content)); !fault.Is(err, fault.NotFound) {
@@ -323,4 +345,111 @@ type pointing struct{ storagedriver.StorageDriver }
 
 func (pointing) RedirectURL(_ *http.Request, path string) (string, error) {
 	return "https://elsewhere.example" + path, nil
+}
+
+// moving is a driver whose moves fail after leaving so much of the content.
+type moving struct {
+	storagedriver.StorageDriver
+	leave int // bytes; -1: nothing at all
+}
+
+func (m moving) Move(ctx context.Context, from, to string) error {
+	content, err := m.GetContent(ctx, from)
+	if err == nil && m.leave >= 0 {
+		err = m.PutContent(ctx, to, content[:m.leave])
+	}
+	return errors.Join(errors.New("pending copy"), err)
+}
+
+// A move that fails leaves a whole blob, or nothing, and nothing under another name.
+func TestMoveFails(t *testing.T) {
+	content := blobstest.Content(40, 3000)
+	d := digest.FromBytes(content)
+	for _, leave := range []int{-1, 0, 1000, len(content)} {
+		driver := inmemory.New()
+		b := New(t.Context(), moving{driver, leave}, Staged)
+		err := b.Put(d, int64(len(content)), bytes.NewReader(content))
+		if _, statErr := b.Stat(d); (leave == len(content)) != (err == nil) || (err == nil) != (statErr == nil) {
+			t.Errorf("a move that leaves %d bytes: %v, and then %v", leave, err, statErr)
+		}
+		if left, err := b.names(incoming); len(left) != 0 || err != nil {
+			t.Errorf("a move that leaves %d bytes leaves %v, %v", leave, left, err)
+		}
+	}
+}
+
+// aged is a driver with objects of another time.
+type aged struct {
+	storagedriver.StorageDriver
+	age map[string]time.Duration
+}
+
+func (a aged) Stat(ctx context.Context, name string) (storagedriver.FileInfo, error) {
+	info, err := a.StorageDriver.Stat(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	// By the clock of a store that nobody has set.
+	fields := storagedriver.FileInfoFields{Path: name, Size: info.Size(), ModTime: time.Unix(1e6, 0).Add(-a.age[name])}
+	return storagedriver.FileInfoInternal{FileInfoFields: fields}, nil
+}
+
+// What nodes left behind that died in the middle of a transfer goes; what may be
+// under way stays.
+func TestCheckSweeps(t *testing.T) {
+	driver := aged{inmemory.New(), map[string]time.Duration{incoming + "/old": 25 * time.Hour, incoming + "/new": time.Hour}}
+	for name := range driver.age {
+		if err := driver.PutContent(t.Context(), name, []byte("half")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := New(t.Context(), driver, Staged)
+	for range 2 {
+		if err := b.Check(); err != nil {
+			t.Fatal(err)
+		}
+		if left, err := b.names(incoming); !slices.Equal(left, []string{"new"}) || err != nil {
+			t.Fatalf("left are %v, %v", left, err)
+		}
+	}
+}
+
+// A driver that lists everything below a directory is never asked for the list of
+// all blobs.
+func TestListFlat(t *testing.T) {
+	b := New(t.Context(), inmemory.New(), Staged)
+	var all []digest.Digest
+	for i := range 30 {
+		content := blobstest.Content(uint64(50+i), 100+i)
+		all = append(all, digest.FromBytes(content))
+		if err := b.Put(all[i], int64(len(content)), bytes.NewReader(content)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	slices.Sort(all)
+	b.flat = true
+	b.driver = unlisted{b.driver}
+	var found []digest.Digest
+	for after := digest.Digest(""); ; after = found[len(found)-1] {
+		page, err := b.List(after, 7)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(page) == 0 {
+			break
+		}
+		found = append(found, page...)
+	}
+	if !slices.Equal(found, all) {
+		t.Fatalf("the pages list %d of %d blobs", len(found), len(all))
+	}
+}
+
+type unlisted struct{ storagedriver.StorageDriver }
+
+func (u unlisted) List(ctx context.Context, dir string) ([]string, error) {
+	if len(path.Base(dir)) != 2 {
+		return nil, errors.New("a list of all blobs")
+	}
+	return u.StorageDriver.List(ctx, dir)
 }

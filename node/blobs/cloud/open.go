@@ -17,10 +17,10 @@ type opener func(ctx context.Context, parameters map[string]any) (storagedriver.
 
 // kind is an object store that this version knows.
 type kind struct {
-	tag string
-	// direct: see New.
-	direct bool
-	open   opener
+	tag     string
+	writing Writing
+	flat    bool // see Backend
+	open    opener
 	// needs are the parameters without which the driver cannot work.
 	needs []string
 }
@@ -28,10 +28,10 @@ type kind struct {
 func kinds() map[string]kind {
 	return map[string]kind{
 		// S3 and GCS show an object when its upload is completed, and not before.
-		"s3":  {tag: "s3", direct: true, open: openS3(), needs: []string{"bucket"}},
-		"gcs": {tag: "gcs", direct: true, open: openGCS(), needs: []string{"bucket"}},
+		"s3":  {tag: "s3", writing: Direct, open: openS3(), needs: []string{"bucket"}},
+		"gcs": {tag: "gcs", writing: Unended, open: openGCS(), needs: []string{"bucket"}},
 		// An append blob of Azure grows in sight of everybody.
-		"azure": {tag: "azure", open: openAzure(), needs: []string{"container"}},
+		"azure": {tag: "azure", writing: Staged, flat: true, open: openAzure(), needs: []string{"container", "accountname"}},
 	}
 }
 
@@ -51,7 +51,8 @@ func Open(ctx context.Context, name string, parameters map[string]any) (*Backend
 	if err != nil {
 		return nil, fault.New(fault.Invalid, "storage %s cannot be opened; check the parameters of --storage-config: %s", name, Redact(err.Error(), parameters))
 	}
-	b := New(ctx, driver, k.direct)
+	b := New(ctx, driver, k.writing)
+	b.flat = k.flat
 	b.redact = func(text string) string { return Redact(text, parameters) }
 	return b, nil
 }
@@ -77,7 +78,7 @@ func Supported(name string, parameters map[string]any) error {
 // secret reports whether nobody is to be shown the parameter's value.
 func secret(parameter string) bool {
 	switch parameter {
-	case "secretkey", "accesskey", "sessiontoken", "accountkey", "connectionstring", "credentials", "keyfile":
+	case "secretkey", "accesskey", "sessiontoken", "accountkey", "connectionstring", "credentials", "keyfile", "private_key":
 		return true
 	}
 	return strings.Contains(parameter, "secret") || strings.Contains(parameter, "password") || strings.Contains(parameter, "token")
@@ -88,6 +89,9 @@ func Redact(text string, parameters map[string]any) string {
 	for name, value := range parameters {
 		if s := fmt.Sprint(value); secret(name) && len(s) > 0 {
 			text = strings.ReplaceAll(text, s, "***")
+		}
+		if inner, ok := value.(map[string]any); ok {
+			text = Redact(text, inner)
 		}
 	}
 	return text
