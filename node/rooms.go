@@ -117,7 +117,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	})
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
-		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Guardian: r.scrub, Log: g.log, Registerer: g.metrics,
+		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Teller: r.peers, Guardian: r.scrub, Log: g.log, Registerer: g.metrics,
 		Settings: registry.DefineSettings(r.settings), Redirect: g.config.Redirect,
 	}); err != nil {
 		return nil, err

@@ -75,6 +75,9 @@ func (p *Peers) peerHandler() http.Handler {
 	mux.HandleFunc("POST /peer/v1/root", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, p.answerRoot)
 	})
+	mux.HandleFunc("POST /peer/v1/reached", func(w http.ResponseWriter, r *http.Request) {
+		serveMessage(p, w, r, p.reached)
+	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		principal, err := decodePrincipal(r.Header.Get(principalHeader))
 		if err != nil {

@@ -168,6 +168,8 @@ func TestPeerMessages(t *testing.T) {
 			{"/peer/v1/root", rootRequest{held}, nil, 200},
 			{"/peer/v1/root", rootRequest{elsewhere}, nil, 404},
 			{"/peer/v1/root", rootRequest{"nonsense"}, nil, 400},
+			{"/peer/v1/reached", reachedRequest{1}, nil, 204},
+			{"/peer/v1/reached", "1", nil, 400},
 			{"/v2/", "", nil, 400},
 			{"/v2/", "", []string{"{"}, 400},
 			{"/v2/", "", []string{"null"}, 400},

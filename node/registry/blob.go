@@ -201,7 +201,7 @@ func (g *Registry) deleteBlob(c *call) error {
 		return err
 	}
 	n := c.route.Name
-	_, err = g.db.Update(c.r.Context(), func(tx *table.Tx) error {
+	commit, err := g.db.Update(c.r.Context(), func(tx *table.Tx) error {
 		linked, err := g.records.Linked(tx, n.Project, n.Repository, d)
 		if err != nil {
 			return err
@@ -220,6 +220,10 @@ func (g *Registry) deleteBlob(c *call) error {
 	})
 	if err != nil {
 		return err
+	}
+	if g.teller != nil {
+		// Blobs are read without asking the leader; see visible.
+		g.teller.Tell(c.r.Context(), commit.Revision)
 	}
 	return c.empty(http.StatusAccepted)
 }

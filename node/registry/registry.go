@@ -72,6 +72,12 @@ type Forwarder interface {
 	Forward(node string, w http.ResponseWriter, r *http.Request) error
 }
 
+// Teller makes a change known.
+type Teller interface {
+	// Tell returns when every node that is live has the revision, or does not answer.
+	Tell(ctx context.Context, revision uint64)
+}
+
 // Defaults of Config.
 const (
 	defaultIdle      = 2 * time.Minute
@@ -81,8 +87,8 @@ const (
 	copyQueue        = 256
 )
 
-// Config names what a registry is made of. Copies, Fetcher and Forwarder may be
-// nil on a node that is alone.
+// Config names what a registry is made of. Copies, Fetcher, Forwarder and
+// Teller may be nil on a node that is alone.
 type Config struct {
 	NodeID     string // this node's, which is in the ids of its upload sessions
 	DB         *table.DB
@@ -95,6 +101,7 @@ type Config struct {
 	Copies     blobs.Copies
 	Fetcher    Fetcher
 	Forwarder  Forwarder
+	Teller     Teller
 	Guardian   Guardian // nil: nobody is told
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -124,6 +131,7 @@ type Registry struct {
 	copies    blobs.Copies
 	fetcher   Fetcher
 	forwarder Forwarder
+	teller    Teller
 	guardian  Guardian
 	log       *slog.Logger
 
@@ -155,7 +163,7 @@ func New(c Config) (*Registry, error) {
 	}
 	g := &Registry{
 		node: c.NodeID, db: c.DB, catalog: c.Catalog, projects: c.Projects, journal: c.Journal, store: c.Store,
-		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, guardian: c.Guardian, log: c.Log,
+		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, teller: c.Teller, guardian: c.Guardian, log: c.Log,
 		settings: c.Settings, redirect: c.Redirect, idle: c.Idle, uploadTTL: c.UploadTTL,
 		uploads: uploads{byUser: map[string]map[string]bool{}}, pacers: pacers{all: map[string]*pacer{}},
 		large: make(chan struct{}, largeManifests),
