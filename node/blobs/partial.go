@@ -255,7 +255,7 @@ func (p *Partial) Commit(ctx context.Context) (Info, error) {
 	}
 	err := p.file.Sync()
 	if err == nil {
-		err = p.s.place(p.key.partial(), p.key, p.size)
+		err = p.s.place(p.key.partial(), p.key, p.size, nil)
 	}
 	if err != nil {
 		err = p.failed(err, "storing")

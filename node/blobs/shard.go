@@ -20,18 +20,30 @@ type shard struct {
 	bytes   int64
 }
 
-// place gives a verified and synced file its durable place among the blobs, or
-// drops it when the blob is held. After a failure the blob is not visible,
-// unless it was before. It holds the blob's lock to the end, so that nobody
-// acknowledges a blob which a failed sync is about to take back.
-func (s *Store) place(from string, k key, size int64) error {
+// place gives a verified file its durable place among the blobs, or drops it when
+// the blob is held. It is synced first, by sync when not nil, else it has been;
+// of pushes of one blob at once only one has to. After a failure the blob is not
+// visible, unless it was before. It holds the blob's lock to the end, so that
+// nobody acknowledges a blob which a failed sync is about to take back.
+func (s *Store) place(from string, k key, size int64, sync func() error) error {
 	s.moving.RLock()
 	defer s.moving.RUnlock()
+	if sync == nil {
+		sync = func() error { return nil }
+	}
 	if home := s.shelves.Load().home; home != nil {
+		if err := sync(); err != nil {
+			return err
+		}
 		return s.ship(home, from, k, size)
 	}
 	unlock, _ := s.locks.write(k)
 	defer unlock()
+	if held, err := s.fs.Stat(k.blob()); err != nil || held.Size() != size || s.isUnfit(k) {
+		if err := sync(); err != nil {
+			return err
+		}
+	}
 	entered, err := s.enter(from, k, size)
 	if err != nil {
 		return err

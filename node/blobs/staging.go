@@ -292,7 +292,7 @@ func (s *Store) Take(ctx context.Context, d digest.Digest, file string, link boo
 func (s *Store) takeLink(ctx context.Context, k key, temp string) (Info, error) {
 	size, err := s.prove(ctx, k, temp)
 	if err == nil {
-		if err = s.place(temp, k, size); err != nil {
+		if err = s.place(temp, k, size, nil); err != nil {
 			err = s.failed(err, k.digest(), "storing")
 		}
 	}

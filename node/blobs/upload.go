@@ -321,10 +321,7 @@ func (u *Upload) Commit(ctx context.Context, want digest.Digest) (Info, error) {
 	if err := k.verify(u.sum, size); err != nil {
 		return Info{}, err
 	}
-	if err := u.file.Sync(); err != nil {
-		return Info{}, u.failed(err, "syncing")
-	}
-	if err := u.s.place(uploadName(u.id), k, size); err != nil {
+	if err := u.s.place(uploadName(u.id), k, size, u.file.Sync); err != nil {
 		return Info{}, u.failed(err, "storing")
 	}
 	return Info{Digest: want, Size: size}, nil

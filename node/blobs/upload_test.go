@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -466,4 +468,58 @@ func TestStaging(t *testing.T) {
 	if err := g.Discard(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// syncs counts how often files of uploads are synced.
+type syncs struct {
+	blobs.FS
+	n atomic.Int32
+}
+
+type syncedHandle struct {
+	blobs.Handle
+	n *atomic.Int32
+}
+
+func (s *syncs) OpenFile(name string, flag int) (blobs.Handle, error) {
+	h, err := s.FS.OpenFile(name, flag)
+	if err == nil && strings.HasPrefix(name, "uploads/") {
+		h = syncedHandle{h, &s.n}
+	}
+	return h, err
+}
+
+func (h syncedHandle) Sync() error {
+	h.n.Add(1)
+	return h.Handle.Sync()
+}
+
+// Of pushes of one blob at once one writes it to the disk, and who pushes what is
+// held waits for no disk at all.
+func TestPushesShareTheSync(t *testing.T) {
+	disk := &syncs{FS: faultfs.New()}
+	s := open(t, "/", blobs.Options{FS: disk, Boot: "1"})
+	content := blobstest.Content(9, 5000)
+	var all []*blobs.Upload
+	for range 6 {
+		all = append(all, begin(t, s, content))
+	}
+	disk.n.Store(0)
+	var commits sync.WaitGroup
+	for _, u := range all {
+		commits.Go(func() {
+			if _, err := u.Commit(t.Context(), digest.FromBytes(content)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	commits.Wait()
+	if n := disk.n.Load(); n != 1 {
+		t.Errorf("six pushes of one blob synced it %d times", n)
+	}
+	put(t, s, content)
+	if n := disk.n.Load(); n != 1 {
+		t.Errorf("a push of a held blob synced it again: %d", n)
+	}
+	blobstest.Check(t, s, content)
 }

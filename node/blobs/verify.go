@@ -216,7 +216,7 @@ func (s *Store) Reclaim(ctx context.Context, d digest.Digest, pace Pace) (Info, 
 	}
 	info, err := f.Stat()
 	if err == nil {
-		err = s.place(k.quarantined(), k, info.Size())
+		err = s.place(k.quarantined(), k, info.Size(), nil)
 	}
 	if err != nil {
 		return Info{}, s.failed(err, d, "taking back")
