@@ -226,6 +226,17 @@ func TestSiteCertificate(t *testing.T) {
 		}}
 		n.do("GET", "/v2/", nil).want(200)
 	}
+	for major, offer := range map[int]bool{2: true, 1: false} {
+		client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, ForceAttemptHTTP2: offer, DisableKeepAlives: true}}
+		resp, err := client.Get(n.URL + "/v2/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.ProtoMajor != major {
+			t.Errorf("a client that offers HTTP/2 (%v) was answered in %s", offer, resp.Proto)
+		}
+	}
 	conn, err := tls.Dial("tcp", n.public.Addr().String(), &tls.Config{RootCAs: pool, ServerName: "other.example"})
 	if err == nil {
 		conn.Close()

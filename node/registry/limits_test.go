@@ -147,7 +147,7 @@ func TestUploadsOfAUser(t *testing.T) {
 	open().want(202)
 }
 
-// Two requests of one client share its rate; another client has its own.
+// The rate that is set holds for what a client sends.
 func TestUploadRate(t *testing.T) {
 	n := single(t)
 	n.set("registry.upload-rate", "64KiB")
@@ -160,6 +160,23 @@ func TestUploadRate(t *testing.T) {
 	if took := time.Since(began); took < 600*time.Millisecond {
 		t.Errorf("48 KiB at 64 KiB/s took %v", took)
 	}
+}
+
+// A registry removes what nobody went on with, and its space is free.
+func TestAbandonedUploads(t *testing.T) {
+	s := newSite(t)
+	n := s.start("n1", t.TempDir())
+	abandoned := n.do("POST", "/v2/app/blobs/uploads/", nil).want(202).location()
+	n.do("PATCH", abandoned, random(1<<20), "Content-Range", "0-1048575").want(202)
+	n.stop()
+	n = s.start("n1", n.dir) // within its time
+	n.do("GET", abandoned, nil).want(204).has("Range", "0-1048575")
+	n.stop()
+	n = s.start("n1", n.dir, func(c *registry.Config) { c.UploadTTL = time.Nanosecond })
+	until(t, "the upload is gone", func() bool {
+		return n.do("GET", abandoned, nil).status == 404 && len(uploadFiles(t, n)) == 0
+	})
+	n.do("PATCH", abandoned, []byte("more")).want(404, "BLOB_UPLOAD_UNKNOWN")
 }
 
 // Below the low-water mark pushes are refused and pulls go on, without a restart.

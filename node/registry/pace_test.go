@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -115,4 +116,35 @@ func TestSlowUpload(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The rate is a client's over all that it sends at once, and each client has it.
+func TestRateOfAClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := pacers{all: map[string]*pacer{}}
+		took := func(clients ...string) time.Duration {
+			began := time.Now()
+			var all sync.WaitGroup
+			for _, client := range clients {
+				all.Go(func() {
+					pace := p.enter(client)
+					defer p.leave(client)
+					in := &intake{from: bytes.NewReader(make([]byte, 64<<10)), left: -1, rate: 64 << 10, pay: func(cost time.Duration) error { return pace.wait(t.Context(), cost) }}
+					if _, err := io.Copy(io.Discard, in); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			all.Wait()
+			return time.Since(began)
+		}
+		for want, clients := range map[time.Duration][]string{time.Second: {"a"}, 2 * time.Second: {"a", "a"}, 3 * time.Second: {"a", "b", "a", "b", "a"}} {
+			if got := took(clients...); got < want || got > want+10*time.Millisecond {
+				t.Errorf("64 KiB each of %v at 64 KiB/s took %v, want %v", clients, got, want)
+			}
+		}
+		if len(p.all) != 0 {
+			t.Errorf("%d clients are remembered", len(p.all))
+		}
+	})
 }
