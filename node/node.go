@@ -251,7 +251,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	if n.member, err = member.New(member.Config{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Log: n.log, Registry: metrics,
-		Timings: n.config.timings,
+		Version: n.config.Version, Timings: n.config.timings,
 	}, who); err != nil {
 		return err
 	}
@@ -294,11 +294,19 @@ func (n *Node) Run(ctx context.Context) error {
 	fail(nil)
 	switch {
 	case ctx.Err() == nil && cause != nil:
-		return cause // why the node stopped, not what that made of the rest
+		return ended(cause, n.config.Data) // why the node stopped, not what that made of the rest
 	case ctx.Err() != nil && errors.Is(err, context.Cause(ctx)):
 		return nil // told to stop before it served
 	}
 	return err
+}
+
+// ended says what to do about an end that is not the node's own wish.
+func ended(cause error, dir string) error {
+	if errors.Is(cause, member.ErrRemoved) {
+		return fault.Wrap(cause, fault.Denied, "this node was removed from its site and serves no more; to let this machine join again, move %s away and start with --join and a new token", dir)
+	}
+	return cause
 }
 
 // startFloor runs functions in a context that outlives ctx, and gives the way to

@@ -98,11 +98,7 @@ func (c *Cluster) Grow(nodes int) []*Node {
 	for range nodes - 1 {
 		c.Join(first)
 	}
-	voters := 1
-	if nodes >= 3 {
-		voters = 3
-	}
-	c.AwaitVoters(voters)
+	c.AwaitVoters(min(5, nodes-1+nodes%2))
 	return c.nodes
 }
 

@@ -110,6 +110,18 @@ func (h *host) kill() {
 	h.network.wake()
 }
 
+// Drop implements member.Network.
+func (h *host) Drop(peer string) {
+	h.network.mu.Lock()
+	defer h.network.mu.Unlock()
+	for c := range h.conns {
+		if c.accepted && c.peer == peer {
+			c.out.reset, c.in.reset = true, true
+		}
+	}
+	h.network.wake()
+}
+
 // Listen implements member.Network.
 func (h *host) Listen(service byte) net.Listener {
 	l := h.newListener()
@@ -182,7 +194,7 @@ func (n *Network) dial(ctx context.Context, from *host, addr, peer string, find 
 	}
 	there, back := &stream{network: n, link: link{from.addr, addr}}, &stream{network: n, link: link{addr, from.addr}}
 	near := &conn{host: from, in: back, out: there, peer: to.identity().NodeID}
-	far := &conn{host: to, in: there, out: back, peer: peer}
+	far := &conn{host: to, in: there, out: back, peer: peer, accepted: true}
 	select {
 	case l.accepted <- far:
 	case <-l.closed:
@@ -244,10 +256,11 @@ type stream struct {
 
 // conn is one end of a connection.
 type conn struct {
-	host    *host
-	in, out *stream
-	peer    string
-	closed  bool // under network.mu
+	host     *host
+	in, out  *stream
+	peer     string
+	accepted bool // by host, not dialled
+	closed   bool // under network.mu
 }
 
 // PeerID is the node at the other end; "" for one that is joining.

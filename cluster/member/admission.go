@@ -58,6 +58,7 @@ func (n *Node) joinServer() *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+pathJoin, bounded(n.admit))
 	mux.HandleFunc("POST "+pathRenew, bounded(n.renewal))
+	mux.HandleFunc("POST "+pathStanding, bounded(n.standing))
 	s := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,

@@ -22,6 +22,7 @@ import (
 //	GET  /v1/index  a read index; to the leader
 //	GET  /v1/term   the term of this node
 //	GET  /v1/ping   a sign of life
+//	POST /v1/lead   hand the leadership to the voter ?node=; to the leader
 //
 // Nothing is passed on: a node that does not lead says so.
 const (
@@ -29,6 +30,7 @@ const (
 	pathIndex = "/v1/index"
 	pathTerm  = "/v1/term"
 	pathPing  = "/v1/ping"
+	pathLead  = "/v1/lead"
 )
 
 // maxAnswer bounds what is read of an answer. The longest is a Result with a
@@ -41,6 +43,9 @@ type ping struct {
 	Term    uint64 `json:"term"`
 	Applied uint64 `json:"applied"`
 	Leader  string `json:"leader"`
+	Version string `json:"version,omitempty"`
+	// Expires is when the node's certificate ends, in Unix seconds.
+	Expires int64 `json:"expires,omitempty"`
 }
 
 type number struct {
@@ -57,6 +62,7 @@ func (n *Node) controlServer() *http.Server {
 	mux.HandleFunc("GET "+pathIndex, n.serveIndex)
 	mux.HandleFunc("GET "+pathTerm, n.serveTerm)
 	mux.HandleFunc("GET "+pathPing, n.servePing)
+	mux.HandleFunc("POST "+pathLead, n.serveLead)
 	return &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -78,7 +84,7 @@ func (n *Node) serveTxn(w http.ResponseWriter, r *http.Request) {
 	// The network lets peers without a row use this service, so that a node
 	// that was away can catch up; writing takes a row.
 	peer, _ := r.Context().Value(peerKey{}).(string)
-	if _, ok, err := n.member(peer); err != nil || !ok {
+	if m, ok, err := n.member(peer); err != nil || !ok || m.Removed != 0 {
 		http.Error(w, "you are not a member of the site as far as this node knows", http.StatusForbidden)
 		return
 	}
@@ -172,7 +178,15 @@ func (n *Node) servePing(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, "the node is starting", http.StatusServiceUnavailable)
 		return
 	}
-	n.reply(w, ping{Node: n.Self(), Term: in.CurrentTerm(), Applied: in.machine.Applied(), Leader: n.Leader()})
+	n.reply(w, n.sign(in))
+}
+
+// sign is this node's sign of life.
+func (n *Node) sign(in *instance) ping {
+	return ping{
+		Node: n.Self(), Term: in.CurrentTerm(), Applied: in.machine.Applied(), Leader: n.Leader(),
+		Version: n.cfg.Version, Expires: n.Certificate().Leaf.NotAfter.Unix(),
+	}
 }
 
 func (n *Node) reply(w http.ResponseWriter, v any) {
@@ -184,7 +198,16 @@ func (n *Node) reply(w http.ResponseWriter, v any) {
 
 // ask gets a JSON answer.
 func (n *Node) ask(ctx context.Context, addr, path string, into any) error {
-	status, body, err := n.call(ctx, http.MethodGet, addr, path, nil)
+	return n.request(ctx, http.MethodGet, addr, path, into)
+}
+
+// order has something done and gets a JSON answer.
+func (n *Node) order(ctx context.Context, addr, path string, into any) error {
+	return n.request(ctx, http.MethodPost, addr, path, into)
+}
+
+func (n *Node) request(ctx context.Context, method, addr, path string, into any) error {
+	status, body, err := n.call(ctx, method, addr, path, nil)
 	if err != nil {
 		return err
 	}

@@ -35,8 +35,9 @@ type JoinConfig struct {
 }
 
 const (
-	pathJoin  = "/v1/join"
-	pathRenew = "/v1/renew"
+	pathJoin     = "/v1/join"
+	pathRenew    = "/v1/renew"
+	pathStanding = "/v1/standing"
 	// maxJoinBody bounds what is read of a stranger's request, and of its answer.
 	maxJoinBody   = 16 << 10
 	maxJoinAnswer = 256 << 10
@@ -313,4 +314,25 @@ func (n *Node) askRenewal(ctx context.Context, addr string, key crypto.Signer) (
 		return nil, err
 	}
 	return answer.Cert, nil
+}
+
+// askStanding asks the member at addr whether this node was removed, over the
+// join service, which refuses nobody; ErrRemoved when it was.
+func (n *Node) askStanding(ctx context.Context, addr string) error {
+	pin, err := pki.PinPEM(n.CA())
+	if err != nil {
+		return err
+	}
+	body, err := json.Marshal(standingRequest{Node: n.Self()})
+	if err != nil {
+		return err
+	}
+	var answer standingAnswer
+	if err := postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathStanding, body, &answer); err != nil {
+		return err
+	}
+	if answer.Removed != 0 {
+		return fmt.Errorf("%w on %s", ErrRemoved, time.Unix(answer.Removed, 0).UTC().Format(time.DateOnly))
+	}
+	return nil
 }

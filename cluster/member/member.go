@@ -46,6 +46,9 @@ type Network interface {
 	// to be of the site whose authority has the pin. Its error wraps
 	// ErrOtherSite when it is not.
 	DialJoin(ctx context.Context, addr string, caPin []byte) (net.Conn, error)
+	// Drop closes the accepted connections of a node. It is called again and
+	// again for nodes that were removed.
+	Drop(peerID string)
 }
 
 // Config is what a Node needs. Zero values of what is not required mean the
@@ -54,6 +57,7 @@ type Config struct {
 	Dir       string // of the identity and of raft's files; required
 	Name      string // a label; the identity's when empty
 	Advertise string // host:port of the peer port as other nodes reach it; required
+	Version   string // of the program, for people
 	APIURL    string // where clients reach this node's public API
 	Network   Network
 	DB        *table.DB // New defines its tables on it; built before Run

@@ -181,6 +181,77 @@ func TestPlanRemoves(t *testing.T) {
 	if taken := w.settle(t); fmt.Sprint(taken) != "[hand over from n1]" {
 		t.Errorf("a leader that was removed does %v", taken)
 	}
+	w = grown(t, 2)
+	w.row("n1").Removed = 1
+	if taken := w.settle(t); fmt.Sprint(taken) != "[add as voter n2 hand over from n1]" {
+		t.Errorf("the only voter was removed and does %v", taken)
+	}
+	w.self = "n2"
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n2]" || w.at("n1") >= 0 {
+		t.Errorf("its successor has the voters %s", got)
+	}
+}
+
+// grown is a site of so many members with nothing left to do.
+func grown(t *testing.T, members int) *world {
+	w := newWorld()
+	for i := 1; i < members; i++ {
+		w.join(fmt.Sprint("n", i+1))
+	}
+	w.settle(t)
+	return w
+}
+
+func TestPlanDrains(t *testing.T) {
+	for _, c := range []struct {
+		members int
+		drained []string
+		dead    []string
+		want    string
+	}{
+		{3, []string{"n3"}, nil, "[n1]"},
+		{4, []string{"n3"}, nil, "[n1 n2 n4]"},
+		{5, []string{"n3"}, nil, "[n1 n2 n4]"},
+		{6, []string{"n3"}, nil, "[n1 n2 n4 n5 n6]"},
+		{5, []string{"n3", "n4"}, nil, "[n1 n2 n5]"},
+		{3, []string{"n3"}, []string{"n2"}, "[n1 n2 n3]"}, // the rest could not decide
+		{1, []string{"n1"}, nil, "[n1]"},                  // nobody else
+		{3, []string{"n1", "n2", "n3"}, nil, "[n1 n2 n3]"},
+	} {
+		w := grown(t, c.members)
+		for _, id := range c.dead {
+			w.dead[id] = true
+		}
+		for _, id := range c.drained {
+			w.row(id).Draining = 1
+		}
+		taken := w.settle(t)
+		if got := w.voterIDs(); got != c.want {
+			t.Errorf("%d members, %v drained, %v dead: the voters are %s after %v, want %s", c.members, c.drained, c.dead, got, taken, c.want)
+		}
+		clear(w.dead)
+		for _, id := range c.drained {
+			w.row(id).Draining = 0
+		}
+		w.settle(t)
+		if w.voters() != min(5, c.members-1+c.members%2) {
+			t.Errorf("%d members have the voters %s when nothing is drained any more", c.members, w.voterIDs())
+		}
+	}
+	for _, members := range []int{2, 3, 4} { // the leader hands over, then loses its vote
+		w := grown(t, members)
+		w.row("n1").Draining = 1
+		taken := w.settle(t)
+		if got := taken[len(taken)-1]; got != "hand over from n1" {
+			t.Errorf("a leader of %d that is drained does %v", members, taken)
+		}
+		w.self = "n2"
+		w.settle(t)
+		if w.servers[w.at("n1")].Suffrage == raft.Voter || w.voters()%2 == 0 {
+			t.Errorf("%d members, the former leader drained: the voters are %s", members, w.voterIDs())
+		}
+	}
 }
 
 func TestPlanFollowsAddresses(t *testing.T) {
@@ -202,7 +273,7 @@ func TestPlanSettles(t *testing.T) {
 		for i := range 12 {
 			id := fmt.Sprint("n", i+2)
 			other := w.members[rand.IntN(len(w.members))].ID
-			switch rand.IntN(5) {
+			switch rand.IntN(6) {
 			case 0, 1:
 				w.join(id)
 			case 2:
@@ -213,6 +284,8 @@ func TestPlanSettles(t *testing.T) {
 				if other != w.self {
 					w.dead[other] = true
 				}
+			case 5:
+				w.row(other).Draining = int64(rand.IntN(2))
 			case 4:
 				w.join(id)
 				if other != w.self && w.dead[other] && w.row(other).Removed == 0 {
@@ -223,7 +296,7 @@ func TestPlanSettles(t *testing.T) {
 		}
 		clear(w.dead)
 		for i := range w.members {
-			w.members[i].ReplacedBy = ""
+			w.members[i].ReplacedBy, w.members[i].Draining = "", 0
 		}
 		w.settle(t)
 		if w.voters()%2 == 0 {

@@ -180,7 +180,9 @@ func (n *Node) take(ctx context.Context, in *instance, s step, index uint64) err
 		})
 		return err
 	case handOver:
-		future = in.LeadershipTransfer()
+		bounded, cancel := context.WithTimeout(ctx, wait)
+		defer cancel()
+		return in.handTo(bounded, s.addr)
 	case addVoter:
 		future = in.AddVoter(id, addr, index, wait)
 	case addNonvoter:
@@ -202,7 +204,7 @@ const (
 	demote
 	remove   // from raft's configuration
 	retire   // mark the row of a node whose replacement has taken its place
-	handOver // the leader itself has to go
+	handOver // the leader itself has to go; addr is the id of its successor
 )
 
 func (k stepKind) String() string {
@@ -275,11 +277,36 @@ func (s site) gone(rows map[string]Member) step {
 		case !ok || m.Removed == 0:
 		case m.ID != s.self:
 			return step{remove, m.ID, ""}
-		case s.voters() > 1:
-			return step{handOver, m.ID, ""}
+		default:
+			return s.succeed(rows)
 		}
 	}
 	return step{}
+}
+
+// succeed is the step by which a leader that has to go finds a successor: it
+// hands over to a voter that stays, or first gives the vote to a node that does.
+func (s site) succeed(rows map[string]Member) step {
+	for _, srv := range s.servers {
+		if id := string(srv.ID); s.stays(rows, id) && srv.Suffrage == raft.Voter && s.ready(id) {
+			return step{handOver, s.self, id}
+		}
+	}
+	if s.voters() > 1 {
+		return step{} // a voter that stays will be ready again
+	}
+	for _, srv := range s.servers {
+		if id := string(srv.ID); s.stays(rows, id) && s.ready(id) {
+			return step{addVoter, id, string(srv.Address)}
+		}
+	}
+	return step{}
+}
+
+// stays reports whether a server is neither leaving nor to be replaced.
+func (s site) stays(rows map[string]Member, id string) bool {
+	m := rows[id]
+	return m.Removed == 0 && m.Draining == 0 && m.ReplacedBy == ""
 }
 
 // replaced lets a node that joined under a dead one's name take its place.
@@ -303,36 +330,60 @@ func (s site) replaced(servers map[string]raft.Server) step {
 // balance makes the number of voters the highest odd one that the members
 // allow. One by one raft passes through even numbers, so it begins only when
 // the way to the next odd one is clear, and turns back when it no longer is.
+// Members that are drained count for nothing: others take their votes first.
 func (s site) balance(rows map[string]Member) step {
 	members := 0
 	for _, m := range s.members {
-		if m.Removed == 0 && m.ReplacedBy == "" {
+		if s.stays(rows, m.ID) {
 			members++
 		}
 	}
 	target := min(members, s.maxVoters)
 	target -= 1 - target%2
-	voters := s.voters()
-	var ready, waiting []raft.Server
+	staying, up := 0, 0 // voters that are not drained
+	var ready, waiting, drained []raft.Server
 	for _, srv := range s.servers {
-		if srv.Suffrage == raft.Voter || rows[string(srv.ID)].ReplacedBy != "" {
-			continue
-		}
-		if id := string(srv.ID); s.ready(id) {
+		id := string(srv.ID)
+		drains := rows[id].Draining != 0
+		switch {
+		case srv.Suffrage == raft.Voter && drains:
+			drained = append(drained, srv)
+		case srv.Suffrage == raft.Voter:
+			staying++
+			if s.live(id) {
+				up++
+			}
+		case drains || rows[id].ReplacedBy != "":
+		case s.ready(id):
 			ready = append(ready, srv)
-		} else if s.live(id) {
+		case s.live(id):
 			waiting = append(waiting, srv)
 		}
 	}
-	missing := 2 - (voters+1)%2 // to the next odd number
+	missing := 2 - (staying+1)%2 // to the next odd number
 	switch {
 	case members == 0:
-	case voters < target && len(ready) >= missing:
+	case staying < target && len(ready) >= missing:
 		return step{addVoter, string(ready[0].ID), string(ready[0].Address)}
-	case voters > target, voters%2 == 0 && len(ready) == 0 && len(waiting) == 0 && voters > 1:
+	case len(drained) > 0:
+		if (staying >= target || len(waiting) == 0) && up > staying/2 {
+			return s.relieve(rows, drained)
+		}
+	case staying > target, staying%2 == 0 && len(ready) == 0 && len(waiting) == 0 && staying > 1:
 		return s.least(rows)
 	}
 	return step{}
+}
+
+// relieve is the step that takes the vote of one of the drained voters. The
+// leader is the last and hands over first.
+func (s site) relieve(rows map[string]Member, drained []raft.Server) step {
+	for _, srv := range drained {
+		if string(srv.ID) != s.self {
+			return step{demote, string(srv.ID), ""}
+		}
+	}
+	return s.succeed(rows)
 }
 
 // least is the step that takes the vote of the voter that is missed least.

@@ -146,15 +146,17 @@ func (n *Node) member(id string) (m Member, ok bool, err error) {
 // A peer without a row may use those of the consensus: a node that was away
 // does not know who joined meanwhile, and could never learn it if it refused a
 // leader that did. It may not propose: see the control service. Removed
-// members have rows that say so.
+// members have rows that say so; they may use the consensus until it has let
+// them go, because a leader that was removed hands over first.
 func (n *Node) Authorize(peerID string, service byte) error {
 	m, ok, err := n.member(peerID)
+	consensus := service == ServiceRaft || service == ServiceControl
 	switch {
 	case err != nil:
 		return fmt.Errorf("looking up the peer %s: %w", peerID, err)
-	case ok && m.Removed != 0:
+	case ok && m.Removed != 0 && !(consensus && n.raft.Load() != nil && n.raft.Load().serves(peerID)):
 		return fmt.Errorf("the peer %s (%s) was removed from the site on %s", peerID, m.Name, time.Unix(m.Removed, 0).UTC().Format(time.DateOnly))
-	case !ok && service != ServiceRaft && service != ServiceControl:
+	case !ok && !consensus:
 		return fmt.Errorf("the peer %s is not a member of the site as far as this node knows", peerID)
 	}
 	return nil

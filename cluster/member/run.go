@@ -141,12 +141,15 @@ func (n *Node) observe(ctx context.Context, in *instance) error {
 func (n *Node) publish(ctx context.Context) error {
 	rows := n.db.Watch(ctx, "member", n.Self())
 	for {
+		changed := n.changed.wait()
 		self, ok, err := n.member(n.Self())
 		switch {
 		case err != nil:
 			n.log.Warn("reading this node's row", "error", err)
 		case ok && self.Removed != 0:
-			return ErrRemoved
+			if err := n.dismissed(self); err != nil {
+				return err
+			}
 		case ok && !n.published(self).equal(self):
 			if err := n.publishOnce(ctx); err != nil && ctx.Err() == nil {
 				n.log.Info("this node's new address or name is not known to the site yet", "error", err)
@@ -155,6 +158,7 @@ func (n *Node) publish(ctx context.Context) error {
 		tick := time.NewTimer(5 * n.cfg.Timings.Ping)
 		select {
 		case <-rows:
+		case <-changed:
 		case <-tick.C:
 		case <-ctx.Done():
 			tick.Stop()

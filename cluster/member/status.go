@@ -10,6 +10,8 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/atoll-registry/atoll/cluster/table"
 )
 
 // Status is what a node knows of its site.
@@ -35,6 +37,8 @@ type MemberStatus struct {
 	// when it is not known.
 	Lag         uint64
 	LastContact time.Time // zero: never since this node started
+	Version     string    // "" when it has not said
+	CertExpires time.Time // of its certificate for its peers; zero when it has not said
 }
 
 // Status gives what this node knows; it asks the leader for a confirmation, no
@@ -62,10 +66,16 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	for _, m := range members {
 		ms := MemberStatus{Member: m, Voter: voters[m.ID], Leader: m.ID == s.Leader, Up: n.live(m.ID)}
 		ms.LastContact = n.lastSeen(m.ID)
+		said := n.peers.of(m.ID).ping
 		if m.ID == s.Self {
-			ms.LastContact = time.Now()
-		} else if applied := n.peers.of(m.ID).applied; applied > 0 && applied < s.Applied {
-			ms.Lag = s.Applied - applied
+			ms.LastContact, said = time.Now(), n.sign(in)
+		}
+		if said.Applied > 0 && said.Applied < s.Applied {
+			ms.Lag = s.Applied - said.Applied
+		}
+		ms.Version = said.Version
+		if said.Expires != 0 {
+			ms.CertExpires = time.Unix(said.Expires, 0)
 		}
 		s.Members = append(s.Members, ms)
 	}
@@ -116,9 +126,8 @@ type sightings struct {
 }
 
 type sighting struct {
-	at      time.Time
-	applied uint64
-	leader  string // whom it takes for the leader
+	ping
+	at time.Time
 }
 
 func newSightings() *sightings { return &sightings{seen: make(map[string]sighting)} }
@@ -132,7 +141,7 @@ func (s *sightings) of(id string) sighting {
 func (s *sightings) saw(p ping) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.seen[p.Node] = sighting{at: time.Now(), applied: p.Applied, leader: p.Leader}
+	s.seen[p.Node] = sighting{p, time.Now()}
 }
 
 // route is the way to the leader: raft's, else what members answered to pings.
@@ -153,7 +162,7 @@ func (n *Node) route() (addr, id string) {
 	var newest time.Time
 	for _, m := range members {
 		s := n.peers.of(m.ID)
-		leader, ok := byID[s.leader]
+		leader, ok := byID[s.Leader]
 		if ok && leader.ID != n.Self() && s.at.After(newest) && time.Since(s.at) < n.cfg.Timings.Live {
 			newest, addr, id = s.at, leader.Addr, leader.ID
 		}
@@ -164,12 +173,20 @@ func (n *Node) route() (addr, id string) {
 // watchPeers asks every member for a sign of life, again and again.
 func (n *Node) watchPeers(ctx context.Context) error {
 	rows := n.db.Watch(ctx, "member")
+	var asked time.Time
 	for {
 		members, err := n.roster()
 		if err != nil {
 			n.log.Warn("reading the members", "error", err)
 		}
 		n.pingAll(ctx, members)
+		if n.Leader() == "" && time.Since(asked) > 5*n.cfg.Timings.Ping {
+			if err := n.inquire(ctx, members); err != nil {
+				return err
+			}
+			asked = time.Now()
+		}
+		n.cutOff()
 		tick := time.NewTimer(n.cfg.Timings.Ping)
 		select {
 		case <-rows: // somebody joined or moved
@@ -179,6 +196,46 @@ func (n *Node) watchPeers(ctx context.Context) error {
 			return nil
 		}
 		tick.Stop()
+	}
+}
+
+// inquire asks the members that do not answer whether this node was removed;
+// ErrRemoved when one says so.
+func (n *Node) inquire(ctx context.Context, members []Member) error {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live/2)
+	defer cancel()
+	var asked errgroup.Group
+	for _, m := range members {
+		if n.live(m.ID) {
+			continue
+		}
+		asked.Go(func() error {
+			err := n.askStanding(ctx, m.Addr)
+			if errors.Is(err, ErrRemoved) {
+				return err
+			}
+			return nil // it is down, or its network is
+		})
+	}
+	return asked.Wait()
+}
+
+// cutOff ends the connections of nodes that the consensus has let go: they were
+// let in while they were members.
+func (n *Node) cutOff() {
+	in := n.raft.Load()
+	var all []Member
+	err := n.db.View(func(v *table.View) (err error) {
+		all, err = n.everMembers(v)
+		return err
+	})
+	if err != nil || in == nil {
+		return
+	}
+	for _, m := range all {
+		if m.Removed != 0 && !in.serves(m.ID) && m.ID != n.Self() {
+			n.cfg.Network.Drop(m.ID)
+		}
 	}
 }
 

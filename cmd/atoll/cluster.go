@@ -1,8 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
+	"net/url"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -10,7 +13,8 @@ import (
 )
 
 func newCluster() *cobra.Command {
-	return group(&cobra.Command{Use: "cluster", Short: "Look at the nodes of this site"}, newClusterStatus())
+	return group(&cobra.Command{Use: "cluster", Short: "Look at the nodes of this site and change them"},
+		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove())
 }
 
 func newClusterStatus() *cobra.Command {
@@ -36,7 +40,7 @@ func newClusterStatus() *cobra.Command {
 }
 
 func printStatus(w *tabwriter.Writer, s peers.Status) {
-	row(w, "NODE", "ADDRESS", "STATE", "ROLE", "LAG")
+	row(w, "NODE", "ADDRESS", "STATE", "ROLE", "LAG", "VERSION", "LEVEL", "CERTIFICATE UNTIL")
 	for _, n := range s.Nodes {
 		state, role := "down", "non-voter"
 		if n.Up {
@@ -52,11 +56,117 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		if n.ID == s.Self {
 			name += " (this node)"
 		}
-		row(w, name, n.Addr, state, role, n.Lag)
+		if n.Draining != nil {
+			state += ", draining"
+		}
+		expires := "-"
+		if n.CertExpires != nil {
+			expires = n.CertExpires.Local().Format(time.DateOnly)
+		}
+		row(w, name, n.Addr, state, role, n.Lag, cmp.Or(n.Version, "-"), n.Feature, expires)
 	}
 	w.Flush()
-	fmt.Fprintf(w, "\nblobs: %d, lacking copies: %d, lost: %d\n", s.Blobs, s.UnderReplicated, s.Lost)
+	switch {
+	case s.Tolerance < 0 || !s.Quorum:
+		fmt.Fprintln(w, "\nno quorum: nothing can be written now")
+	case s.Tolerance == 0:
+		fmt.Fprintln(w, "\nif one more voter fails, nothing can be written")
+	default:
+		fmt.Fprintf(w, "\n%d more voter(s) may fail\n", s.Tolerance)
+	}
+	fmt.Fprintf(w, "blobs: %d, lacking copies: %d, lost: %d\n", s.Blobs, s.UnderReplicated, s.Lost)
 	for _, line := range s.Advice {
 		fmt.Fprintln(w, line)
 	}
+}
+
+// nodePath is the API's path of a node.
+func nodePath(node string) string { return "/api/atoll/v1/cluster/nodes/" + url.PathEscape(node) }
+
+func newClusterLead() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "lead NODE",
+		Short: "Move the leadership to a node (its name or id)",
+		Args:  exactArgs("NODE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			var n peers.NodeStatus
+			if err := c.call(cmd.Context(), "PUT", nodePath(args[0])+"/lead", nil, &n); err != nil {
+				return err
+			}
+			return done(cmd, n, "%s leads the site", n.Name)
+		},
+	}
+	clientFlags(cmd)
+	formatFlag(cmd)
+	return cmd
+}
+
+func newClusterDrain() *cobra.Command {
+	var undo bool
+	cmd := &cobra.Command{
+		Use:   "drain NODE",
+		Short: "Take a node out of service before maintenance or removal, or back into it",
+		Long: `Take a node out of service: it gives up leadership and vote as soon as others can
+take them, and its blobs are copied to others. It goes on serving. atoll cluster
+status shows how far it is; when it is drained, it can be stopped or removed.`,
+		Args: exactArgs("NODE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			method, said := "PUT", "%s is being drained; atoll cluster status shows how far it is"
+			if undo {
+				method, said = "DELETE", "%s is in service"
+			}
+			var n peers.NodeStatus
+			if err := c.call(cmd.Context(), method, nodePath(args[0])+"/drain", nil, &n); err != nil {
+				return err
+			}
+			return done(cmd, n, said, n.Name)
+		},
+	}
+	clientFlags(cmd)
+	formatFlag(cmd)
+	cmd.Flags().BoolVar(&undo, "undo", false, "take the node back into service")
+	return cmd
+}
+
+func newClusterRemove() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "remove NODE",
+		Short: "Take a node out of the site for good (its name or id)",
+		Long: `Take a node out of the site for good. It is refused when too few voters would stay
+to decide anything, and, without --force, when the node holds the only copy of a
+blob. The node stops by itself if it still runs.`,
+		Args: exactArgs("NODE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			path := nodePath(args[0])
+			if force {
+				path += "?force=true"
+			}
+			var left peers.Left
+			if err := c.call(cmd.Context(), "DELETE", path, nil, &left); err != nil {
+				return err
+			}
+			said := "%s (%s) is no longer a node of this site"
+			if left.Before {
+				said = "%s (%s) was removed before"
+			}
+			return done(cmd, left, said, left.Name, left.ID)
+		},
+	}
+	clientFlags(cmd)
+	formatFlag(cmd)
+	cmd.Flags().BoolVar(&force, "force", false, "give up blobs of which the node holds, or may hold, the only copy")
+	return cmd
 }

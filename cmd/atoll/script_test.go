@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"sync/atomic"
 	"testing"
@@ -40,6 +41,7 @@ func TestMain(m *testing.M) {
 //
 //	exits CODE atoll ARGS...   the command ends with this exit code
 //	serving DIR                wait until a node serves with the data directory
+//	awaits DIR REGEXP          wait until the cluster's status says it
 //	push HOST/REPOSITORY:TAG   push a small artifact over plain HTTP
 //	[!] pull HOST/REF VAR      its digest as a variable, or that it cannot be had
 //	same A B                   two words are equal
@@ -67,6 +69,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":   exits,
 			"serving": func(ts *testscript.TestScript, _ bool, args []string) { serving(ts, args[0], deadline) },
+			"awaits":  func(ts *testscript.TestScript, _ bool, args []string) { awaits(ts, args[0], args[1], deadline) },
 			"push":    push,
 			"pull":    pull,
 			"field":   field,
@@ -123,6 +126,27 @@ func serving(ts *testscript.TestScript, dir string, deadline time.Time) {
 		select {
 		case <-end.C:
 			ts.Fatalf("no node serves with %s: %v", dir, err)
+		case <-tick.C:
+		}
+	}
+}
+
+func awaits(ts *testscript.TestScript, dir, pattern string, deadline time.Time) {
+	want, err := regexp.Compile("(?m)" + pattern)
+	ts.Check(err)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	end := time.NewTimer(min(time.Minute, time.Until(deadline)))
+	defer end.Stop()
+	for {
+		ts.Check(ts.Exec("atoll", "cluster", "status", "--data", dir))
+		said := ts.ReadFile("stdout")
+		if want.MatchString(said) {
+			return
+		}
+		select {
+		case <-end.C:
+			ts.Fatalf("the status never says %s, but:\n%s", pattern, said)
 		case <-tick.C:
 		}
 	}

@@ -72,6 +72,9 @@ func (p *Peers) peerHandler() http.Handler {
 	mux.HandleFunc("POST /peer/v1/held", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, func(ctx context.Context, q heldRequest) (any, error) { return nil, p.hold(ctx, q) })
 	})
+	mux.HandleFunc("POST /peer/v1/lacks", func(w http.ResponseWriter, r *http.Request) {
+		serveMessage(p, w, r, p.answerLacks)
+	})
 	mux.HandleFunc("POST /peer/v1/root", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, p.answerRoot)
 	})

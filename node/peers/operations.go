@@ -37,6 +37,9 @@ type Status struct {
 	Blobs           int          `json:"blobs"`
 	UnderReplicated int          `json:"under_replicated"`
 	Lost            int          `json:"lost"` // blobs that no node which is up holds
+	// Tolerance is how many more of the voters that are up may fail before no
+	// write succeeds any more; -1 when none does now.
+	Tolerance int `json:"tolerance"`
 	// Advice says in words what is wrong and what to do; empty when all is well.
 	Advice []string `json:"advice"`
 }
@@ -50,6 +53,28 @@ type NodeStatus struct {
 	Leader bool   `json:"leader"`
 	Up     bool   `json:"up"`
 	Lag    uint64 `json:"lag"` // revisions behind the leader
+	// Draining is since when the node is taken out of service.
+	Draining *time.Time `json:"draining,omitempty"`
+	Version  string     `json:"version,omitempty"` // "" when it has not said
+	Feature  int        `json:"feature"`           // level of the rows that it can write
+	// CertExpires is when its certificate for the peer port ends.
+	CertExpires *time.Time `json:"cert_expires,omitempty"`
+}
+
+func nodeStatus(m member.MemberStatus) NodeStatus {
+	n := NodeStatus{
+		ID: m.ID, Name: m.Name, Addr: m.Addr, Voter: m.Voter, Leader: m.Leader, Up: m.Up, Lag: m.Lag,
+		Version: m.Version, Feature: m.Feature,
+	}
+	if m.Draining != 0 {
+		at := time.Unix(m.Draining, 0).UTC()
+		n.Draining = &at
+	}
+	if !m.CertExpires.IsZero() {
+		at := m.CertExpires.UTC()
+		n.CertExpires = &at
+	}
+	return n
 }
 
 // Operations adds the room's operations to the API.
@@ -65,6 +90,32 @@ func (p *Peers) Operations(k *rest.Kernel) {
 		Summary: "The nodes of this site, their state, and what to do", Permission: access.NodeRead,
 		Do: func(ctx context.Context, _ *struct{}) (Status, error) { return p.Status(ctx) },
 	})
+	rest.Register(k, rest.Operation[Leaving, Left]{
+		ID: "removeNode", Method: http.MethodDelete, Path: "/api/atoll/v1/cluster/nodes/{node}", Tag: "cluster",
+		Summary: "Take a node out of this site", Permission: access.NodeManage,
+		Do: func(ctx context.Context, in *Leaving) (Left, error) { return p.Remove(ctx, *in) },
+	})
+	type nodeIn struct {
+		Node string `path:"node" max:"64"`
+	}
+	for _, op := range []struct {
+		id, method, action, summary string
+		do                          func(context.Context, string) (NodeStatus, error)
+	}{
+		{"drainNode", http.MethodPut, "drain", "Take a node out of service before maintenance or removal", func(ctx context.Context, node string) (NodeStatus, error) {
+			return p.Drain(ctx, node, false)
+		}},
+		{"undrainNode", http.MethodDelete, "drain", "Take a node back into service", func(ctx context.Context, node string) (NodeStatus, error) {
+			return p.Drain(ctx, node, true)
+		}},
+		{"leadNode", http.MethodPut, "lead", "Move the leadership of this site to a node", p.Lead},
+	} {
+		rest.Register(k, rest.Operation[nodeIn, NodeStatus]{
+			ID: op.id, Method: op.method, Path: "/api/atoll/v1/cluster/nodes/{node}/" + op.action, Tag: "cluster",
+			Summary: op.summary, Permission: access.NodeManage,
+			Do: func(ctx context.Context, in *nodeIn) (NodeStatus, error) { return op.do(ctx, in.Node) },
+		})
+	}
 	rest.RegisterStream(k, rest.StreamOperation[struct{}]{
 		ID: "getCA", Method: http.MethodGet, Path: "/api/atoll/v1/ca", Tag: "cluster",
 		Summary: "The site's CA certificate", Anonymous: true, Produces: "application/x-pem-file",
@@ -90,7 +141,7 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 	}
 	out := Status{Site: p.Cluster.Identity().SiteID, Self: p.Roster.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Advice: []string{}}
 	for _, m := range s.Members {
-		out.Nodes = append(out.Nodes, NodeStatus{ID: m.ID, Name: m.Name, Addr: m.Addr, Voter: m.Voter, Leader: m.Leader, Up: m.Up, Lag: m.Lag})
+		out.Nodes = append(out.Nodes, nodeStatus(m))
 	}
 	err = p.DB.View(func(v *table.View) (err error) {
 		if out.Blobs, err = p.Records.Count(v); err != nil {
@@ -102,11 +153,39 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		out.UnderReplicated, err = p.Records.CountUnderReplicated(v, min(Durability, len(s.Members)))
 		return err
 	})
-	out.Advice = advise(out, s)
+	out.Tolerance = tolerance(out)
+	out.Advice = advise(out, s, time.Now())
+	for _, n := range out.Nodes {
+		if n.Draining != nil && n.Up {
+			out.Advice = append(out.Advice, p.drained(ctx, n))
+		}
+	}
 	return out, err
 }
 
-func advise(out Status, s member.Status) []string {
+// tolerance counts from the voters that are up.
+func tolerance(s Status) int {
+	voters, up := 0, 0
+	for _, n := range s.Nodes {
+		if n.Voter {
+			voters++
+			if n.Up {
+				up++
+			}
+		}
+	}
+	return max(-1, up-(voters/2+1))
+}
+
+// expirySoon is how long before its end a certificate is worth a word: nodes renew
+// when at most half of its life is left, and try again each minute.
+const expirySoon = 14 * 24 * time.Hour
+
+// lagging is by how many revisions a node may be behind without a word: a healthy
+// one is a few behind when it is asked.
+const lagging = 1000
+
+func advise(out Status, s member.Status, now time.Time) []string {
 	advice := []string{}
 	voters, up := 0, 0
 	for _, n := range out.Nodes {
@@ -126,7 +205,13 @@ func advise(out Status, s member.Status) []string {
 	}
 	for _, n := range out.Nodes {
 		if !n.Up {
-			advice = append(advice, fmt.Sprintf("node %s (%s) is down: start it again; it catches up by itself", n.Name, n.Addr))
+			advice = append(advice, fmt.Sprintf("node %s (%s) is down: start it again; it catches up by itself. If it is gone for good: start another with --join and --name %s, or atoll cluster remove %s", n.Name, n.Addr, n.Name, n.Name))
+		}
+		if n.Up && n.Lag > lagging {
+			advice = append(advice, fmt.Sprintf("node %s is %d revisions behind and catching up; if that grows, its disk or its network is too slow", n.Name, n.Lag))
+		}
+		if n.CertExpires != nil && n.CertExpires.Before(now.Add(expirySoon)) {
+			advice = append(advice, fmt.Sprintf("the certificate of node %s ends on %s and was not renewed: see its log and its clock, or try atoll cluster rotate certificates", n.Name, n.CertExpires.Format(time.DateOnly)))
 		}
 	}
 	switch len(out.Nodes) {

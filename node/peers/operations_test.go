@@ -3,6 +3,7 @@ package peers
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/atoll-registry/atoll/cluster/member"
 )
@@ -24,7 +25,7 @@ func TestAdviceTellsAnElectionFromALostQuorum(t *testing.T) {
 		{"alone", true, []NodeStatus{node("a", true)}, []string{"add two more"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := advise(Status{Nodes: c.nodes}, member.Status{Quorum: c.quorum})
+			got := advise(Status{Nodes: c.nodes}, member.Status{Quorum: c.quorum}, time.Now())
 			if len(got) != len(c.want) {
 				t.Fatalf("advice %q, want %d lines", got, len(c.want))
 			}

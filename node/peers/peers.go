@@ -65,6 +65,13 @@ type Cluster interface {
 	Status(ctx context.Context) (member.Status, error)
 	CreateToken(ctx context.Context, ttl time.Duration, uses int) (string, error)
 	CA() []byte
+	// Find gives the member with an id or a name; member.ErrNoMember.
+	Find(r table.Reader, ref string) (member.Member, error)
+	// Remove, Drain and Lead change the membership of the node with an id.
+	// Errors: member.ErrNoMember, member.ErrQuorum, member.ErrNoVote.
+	Remove(ctx context.Context, id string) error
+	Drain(ctx context.Context, id string, undo bool) error
+	Lead(ctx context.Context, id string) error
 }
 
 // Config of Peers. All fields are needed.

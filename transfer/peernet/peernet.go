@@ -86,7 +86,7 @@ type Net struct {
 	closed    bool
 	services  map[byte]*listener
 	join      *listener
-	conns     map[net.Conn]struct{} // accepted, any state
+	conns     map[net.Conn]string // accepted, any state: the peer, "" for a stranger
 	strangers int
 	addresses map[netip.Addr]int
 }
@@ -123,7 +123,7 @@ func New(cfg Config) (*Net, error) {
 		cfg:       cfg,
 		log:       cfg.Log,
 		services:  make(map[byte]*listener),
-		conns:     make(map[net.Conn]struct{}),
+		conns:     make(map[net.Conn]string),
 		addresses: make(map[netip.Addr]int),
 	}, nil
 }

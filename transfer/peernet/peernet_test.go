@@ -493,3 +493,33 @@ func FuzzNodeURI(f *testing.F) {
 		}
 	})
 }
+
+// Drop ends what was let in before; others are not touched.
+func TestDrop(t *testing.T) {
+	s := transfertest.NewSite(t, "site-a")
+	a := open(t, config(t, s, "node-a"))
+	echo(t, a.Listen(peernet.ServiceBlob))
+	conns := map[string]net.Conn{}
+	for _, id := range []string{"node-b", "node-c"} {
+		n, err := peernet.New(config(t, s, id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := n.Dial(within(t), a.addr, peernet.ServiceBlob)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(deadline))
+		says(t, c, "hello")
+		conns[id] = c
+	}
+	a.Drop("node-b")
+	a.Drop("")
+	if _, err := conns["node-b"].Read(make([]byte, 1)); err == nil {
+		t.Error("the dropped node's connection is kept")
+	} else if ne, ok := err.(net.Error); ok && ne.Timeout() {
+		t.Error("the dropped node's connection is kept")
+	}
+	says(t, conns["node-c"], "hello again")
+}

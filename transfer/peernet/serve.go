@@ -70,15 +70,28 @@ func (n *Net) admit(raw net.Conn, from netip.Addr) bool {
 	}
 	n.strangers++
 	n.addresses[from]++
-	n.conns[raw] = struct{}{}
+	n.conns[raw] = ""
 	return true
 }
 
 // known takes a connection out of the handshakes' count.
-func (n *Net) known() {
+func (n *Net) known(raw net.Conn, peer string) {
 	n.mu.Lock()
 	n.strangers--
+	n.conns[raw] = peer
 	n.mu.Unlock()
+}
+
+// Drop closes the accepted connections of a node. Authorize is asked for new
+// connections only, so who changes its answer drops those that it let in before.
+func (n *Net) Drop(peerID string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for c, peer := range n.conns {
+		if peer == peerID && peer != "" {
+			c.Close()
+		}
+	}
 }
 
 // forgive takes a connection out of its address's count.
@@ -120,7 +133,7 @@ func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
 	c := &Conn{}
 	c.closed = func() { n.forget(raw) }
 	l, err := n.handshake(ctx, raw, c)
-	n.known()
+	n.known(raw, c.peer)
 	joining := err == nil && c.peer == ""
 	if !joining {
 		n.forgive(from)

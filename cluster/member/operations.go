@@ -1,0 +1,327 @@
+package member
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// Refusals of operations on the membership.
+var (
+	// ErrNoMember: no member of the site has the id or the name.
+	ErrNoMember = errors.New("no such node")
+	// ErrQuorum: the change would leave too few live voters to decide anything.
+	ErrQuorum = errors.New("the site would lose its quorum")
+	// ErrNoVote: a node that has no vote cannot lead.
+	ErrNoVote = errors.New("the node cannot lead")
+)
+
+const errStarting = failure("the node is starting")
+
+// Find gives the member with an id or a name, and among those that were removed
+// the last to go; ErrNoMember when there never was one.
+func (n *Node) Find(r table.Reader, ref string) (Member, error) {
+	all, err := n.everMembers(r)
+	if err != nil {
+		return Member{}, err
+	}
+	var found Member
+	for _, m := range all {
+		switch {
+		case m.ID == ref:
+			return m, nil
+		case m.Name != ref || m.ReplacedBy != "" && found.ID != "":
+		case found.ID == "", m.Removed == 0, found.Removed != 0 && m.Removed > found.Removed:
+			found = m
+		}
+	}
+	if found.ID == "" {
+		return Member{}, fmt.Errorf("%w: %q; atoll cluster status lists the nodes", ErrNoMember, ref)
+	}
+	return found, nil
+}
+
+// Remove ends the membership of the node with the id and waits, for as long as a
+// write waits for its leader, until the consensus has let it go. Its row stays and
+// says when; a second time changes nothing. Copies of blobs are the caller's
+// concern. Errors: ErrNoMember; ErrQuorum when too few of the voters that stay are
+// live, or none stays.
+func (n *Node) Remove(ctx context.Context, id string) error {
+	in, err := n.settled(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		m, _, ok, err := n.rows.members.Get(tx, id)
+		switch {
+		case err != nil:
+			return err
+		case !ok:
+			return fmt.Errorf("%w: %q", ErrNoMember, id)
+		case m.Removed != 0:
+			return nil
+		}
+		if err := n.spare(tx, in, m); err != nil {
+			return err
+		}
+		return n.expel(tx, m)
+	})
+	if err != nil || id == n.Self() {
+		return err // a node cannot see its own end
+	}
+	wait, cancel := context.WithTimeout(ctx, n.cfg.Timings.LeaderWait)
+	defer cancel()
+	for in.serves(id) && sleep(wait, n.cfg.Timings.Ping/10) {
+	}
+	return ctx.Err()
+}
+
+// settled is the running consensus of a node that has had the time to learn who is
+// up.
+func (n *Node) settled(ctx context.Context) (*instance, error) {
+	in := n.raft.Load()
+	if in == nil {
+		return nil, errStarting
+	}
+	if early := n.cfg.Timings.Live - time.Since(n.begun); early > 0 && !sleep(ctx, early) {
+		return nil, ctx.Err()
+	}
+	return in, nil
+}
+
+// expel marks a member as removed and frees its name.
+func (n *Node) expel(tx *table.Tx, m Member) error {
+	holder, _, ok, err := n.rows.names.Get(tx, m.Name)
+	if err != nil {
+		return err
+	}
+	if ok && holder.Node == m.ID {
+		if err := n.rows.names.Delete(tx, m.Name); err != nil {
+			return err
+		}
+	}
+	m.Removed = time.Now().Unix()
+	return n.rows.members.Put(tx, m, m.ID)
+}
+
+// spare refuses when the voters without m could not decide. It reads their rows
+// through tx: of two removals at once, the second sees the first.
+func (n *Node) spare(tx *table.Tx, in *instance, m Member) error {
+	var down []string
+	voters, live, others := 0, 0, 0
+	for _, s := range in.servers() {
+		id := string(s.ID)
+		if id == m.ID {
+			continue
+		}
+		other, _, ok, err := n.rows.members.Get(tx, id)
+		if err != nil {
+			return err
+		}
+		if ok && other.Removed != 0 {
+			continue
+		}
+		up := n.live(id)
+		if up && other.Draining == 0 {
+			others++
+		}
+		switch {
+		case s.Suffrage != raft.Voter:
+		case up:
+			voters, live = voters+1, live+1
+		default:
+			voters, down = voters+1, append(down, other.Name)
+		}
+	}
+	switch {
+	case others == 0 && len(down) == 0:
+		return fmt.Errorf("%w: no other node is up and in service; add one first (atoll token create, then atoll serve --join there)", ErrQuorum)
+	case live < voters/2+1 && voters > 0:
+		return fmt.Errorf("%w: of the %d voters that stay, %d would be up; start %s again, or remove what is gone for good first",
+			ErrQuorum, voters, live, strings.Join(down, ", "))
+	}
+	return nil
+}
+
+// Drain marks the node with the id as one that is to be taken out of service, or
+// takes that back: it gives up leadership and vote as soon as others can take
+// them. A second time changes nothing. Errors: ErrNoMember; ErrQuorum when no
+// other node is up.
+func (n *Node) Drain(ctx context.Context, id string, undo bool) error {
+	in, err := n.settled(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		m, _, ok, err := n.rows.members.Get(tx, id)
+		switch {
+		case err != nil:
+			return err
+		case !ok, m.Removed != 0:
+			return fmt.Errorf("%w: %q", ErrNoMember, id)
+		case undo == (m.Draining == 0):
+			return nil
+		}
+		m.Draining = 0
+		if !undo {
+			if err := n.spare(tx, in, m); err != nil {
+				return err
+			}
+			m.Draining = time.Now().Unix()
+		}
+		return n.rows.members.Put(tx, m, id)
+	})
+	return err
+}
+
+// Lead moves the leadership to the node with the id. Errors: ErrNoVote with what
+// to do when it is no voter, is down or behind.
+func (n *Node) Lead(ctx context.Context, id string) error {
+	in := n.raft.Load()
+	if in == nil {
+		return errStarting
+	}
+	if err := n.mayLead(in, id); err != nil {
+		return err
+	}
+	wait, cancel := context.WithTimeout(ctx, n.cfg.Timings.LeaderWait)
+	defer cancel()
+	var last error
+	for {
+		changed := n.changed.wait()
+		addr, leader := n.route()
+		switch leader {
+		case id:
+			return nil
+		case "":
+			last = errors.New("no leader is known")
+		case n.Self():
+			last = in.handTo(wait, id)
+		default:
+			var answer number
+			last = n.order(wait, addr, pathLead+"?node="+id, &answer)
+		}
+		tick := time.NewTimer(n.cfg.Timings.Ping)
+		select {
+		case <-changed:
+		case <-tick.C:
+		case <-wait.Done():
+			tick.Stop()
+			return fmt.Errorf("%w: %w", table.ErrNoLeader, errors.Join(last, ctx.Err()))
+		}
+		tick.Stop()
+	}
+}
+
+func (n *Node) mayLead(in *instance, id string) error {
+	m, ok, err := n.member(id)
+	switch {
+	case err != nil:
+		return err
+	case !ok || m.Removed != 0:
+		return fmt.Errorf("%w: %q", ErrNoMember, id)
+	case m.Draining != 0:
+		return fmt.Errorf("%w: it is being drained; end that with: atoll cluster drain %s --undo", ErrNoVote, m.Name)
+	case !in.votes(id):
+		return fmt.Errorf("%w: it has no vote; the leader is one of the voters that atoll cluster status shows", ErrNoVote)
+	case !n.live(id):
+		return fmt.Errorf("%w: it is down; start it first", ErrNoVote)
+	}
+	return nil
+}
+
+func (n *Node) serveLead(w http.ResponseWriter, r *http.Request) {
+	peer, _ := r.Context().Value(peerKey{}).(string)
+	in := n.raft.Load()
+	if m, ok, err := n.member(peer); err != nil || !ok || m.Removed != 0 || in == nil {
+		http.Error(w, "you are not a member of the site as far as this node knows", http.StatusForbidden)
+		return
+	}
+	if err := in.handTo(r.Context(), r.URL.Query().Get("node")); err != nil {
+		http.Error(w, err.Error(), http.StatusMisdirectedRequest)
+		return
+	}
+	n.reply(w, number{Node: n.Self()})
+}
+
+// handTo hands the leadership to a voter.
+func (in *instance) handTo(ctx context.Context, id string) error {
+	for _, s := range in.servers() {
+		if string(s.ID) != id || s.Suffrage != raft.Voter {
+			continue
+		}
+		in.gate.RLock()
+		defer in.gate.RUnlock()
+		if in.stopped {
+			return errStopped
+		}
+		return within(timeLeft(ctx), in.LeadershipTransferToServer(s.ID, s.Address).Error)
+	}
+	return fmt.Errorf("%w: it has no vote", ErrNoVote)
+}
+
+// serves reports whether raft's newest configuration has the node.
+func (in *instance) serves(id string) bool {
+	for _, s := range in.servers() {
+		if string(s.ID) == id {
+			return true
+		}
+	}
+	return false
+}
+
+func (in *instance) votes(id string) bool {
+	for _, s := range in.servers() {
+		if string(s.ID) == id {
+			return s.Suffrage == raft.Voter
+		}
+	}
+	return false
+}
+
+// standingAnswer says how the site sees a node.
+type standingAnswer struct {
+	// Removed is when the node was removed and the consensus let it go; 0 else.
+	Removed int64 `json:"removed"`
+}
+
+type standingRequest struct {
+	Node string `json:"node"`
+}
+
+// standing tells a node that nobody talks to any more whether it was removed:
+// it is refused everywhere else, and the entry that removed it need not have
+// reached it. That a node was removed is no secret from one that knows its id.
+func (n *Node) standing(_ context.Context, body []byte) (any, error) {
+	var req standingRequest
+	if err := decodeStrict(body, &req); err != nil {
+		return nil, err
+	}
+	m, ok, err := n.member(req.Node)
+	if err != nil {
+		return nil, err
+	}
+	in := n.raft.Load()
+	// Until it has left raft's configuration its vote may be needed.
+	if !ok || m.Removed == 0 || in == nil || in.serves(m.ID) {
+		return standingAnswer{}, nil
+	}
+	return standingAnswer{Removed: m.Removed}, nil
+}
+
+// dismissed returns ErrRemoved once this node's row says so and the consensus has
+// let it go: until then its vote may be needed, and a leader hands over first.
+func (n *Node) dismissed(self Member) error {
+	in := n.raft.Load()
+	if self.Removed == 0 || in == nil || in.serves(self.ID) {
+		return nil
+	}
+	return fmt.Errorf("%w on %s", ErrRemoved, time.Unix(self.Removed, 0).UTC().Format(time.DateOnly))
+}
