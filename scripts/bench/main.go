@@ -17,6 +17,8 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -31,7 +33,7 @@ func main() {
 	}
 	var b bench
 	write := flag.String("write", "", "file of the figures to bring up to date")
-	only := flag.String("only", "", "the one group of rows to run, for work on it: "+groupNames())
+	only := flag.String("only", "", "the groups of rows to run, parted by commas, for work on them: "+groupNames())
 	flag.IntVar(&b.pairs, "pairs", 10, "how often each measure is taken on each side")
 	flag.Int64Var(&b.mib, "mib", 128, "size of the big blob")
 	flag.BoolVar(&b.long, "long", false, "run the rows that take an hour, too")
@@ -114,7 +116,7 @@ func (b *bench) run(ctx context.Context, only string) error {
 	}
 	defer func() { b.fleet.stop() }()
 	for _, g := range groups() {
-		if only != "" && g.name != only {
+		if only != "" && !slices.Contains(strings.Split(only, ","), g.name) {
 			continue
 		}
 		if err := g.run(b, ctx); err != nil {

@@ -107,6 +107,10 @@ func (b *bench) among(ctx context.Context, from, n int) error {
 	b.print("manifest_get_1_tag", median(few), "cpu-us/request")
 	name := fmt.Sprintf("manifest_get_%d_tags", n)
 	b.print(name, median(many), "cpu-us/request")
+	if n > manyTags { // for what scale costs there is no goal
+		b.print(name+"_ratio", median(ratios), "x 1 tag")
+		return nil
+	}
 	b.judge(line{name + "_ratio", median(ratios), "x 1 tag"}, "<=", 1.1)
 	return nil
 }
