@@ -204,3 +204,43 @@ func TestBlobIsReadWhileItArrives(t *testing.T) {
 	}
 	s.until(ctx, "the node to keep what it fetched", func() bool { return holds(node, d) })
 }
+
+// sent is how much of uploads a node has on its disk.
+func sent(node *lab.Node) (bytes int64) {
+	files, _ := os.ReadDir(filepath.Join(node.Data, "content", "uploads")) // not there before the first
+	for _, f := range files {
+		if info, err := f.Info(); err == nil {
+			bytes += info.Size()
+		}
+	}
+	return bytes
+}
+
+// A client that others wrote does not go on with a session but begins again; a
+// kill -9 in the middle of its push costs it no more than that.
+func TestClientPushesAgainAfterKill(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t, 2*time.Minute)
+	s := newSite(ctx, t, newLab(t), plan{name: "again", net: 86, nodes: 1})
+	node := s.nodes[0]
+	img := image(ctx, t, 24<<20)
+	s.atoll(ctx, node, "settings", "set", "registry.upload-rate", "2MiB") // so that there is a middle
+	pushed := make(chan error, 1)
+	go func() {
+		_, err := node.Host.RunEnv(ctx, s.env, "skopeo", "copy", "--all", "--preserve-digests", "--retry-times", "8",
+			"oci:"+img.Dir+":"+img.Tag, "docker://"+node.Registry()+"/library/again:v1")
+		pushed <- err
+	}()
+	s.until(ctx, "the push to be in its middle", func() bool { return sent(node) > 4<<20 })
+	node.Kill()
+	if err := node.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	s.atoll(ctx, node, "settings", "reset", "registry.upload-rate")
+	if err := <-pushed; err != nil {
+		t.Fatal(err)
+	}
+	if got := s.pullAll(ctx, node, "library/again:v1"); got != img.Index.String() {
+		t.Errorf("the image came back as %s, want %s", got, img.Index)
+	}
+}
