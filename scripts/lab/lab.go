@@ -18,6 +18,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -118,6 +119,17 @@ func (h *Host) Shape(ctx context.Context, bytesPerSecond int64) error {
 	return runAll(ctx, fmt.Sprintf("tc -n %s qdisc replace dev %s root tbf rate %dbps burst 64kb latency 200ms", h.sw, h.port, bytesPerSecond))
 }
 
+// Deafen loses every packet that other sends to this host; what this host sends
+// still arrives. Hear ends it.
+func (h *Host) Deafen(ctx context.Context, other *Host) error {
+	return runAll(ctx, "ip netns exec "+h.space+" iptables -w -A INPUT -s "+other.IP+" -j DROP")
+}
+
+// Hear ends every Deafen of the host.
+func (h *Host) Hear(ctx context.Context) error {
+	return runAll(ctx, "ip netns exec "+h.space+" iptables -w -F INPUT")
+}
+
 // Dial connects as a program on the host would. The address must be numeric.
 func (h *Host) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	type result struct {
@@ -202,6 +214,13 @@ func (p *Process) Kill() {
 	_ = p.cmd.Process.Kill() // an ended process is what we want
 	<-p.done
 }
+
+// Freeze stops the program where it is, as a machine that swaps or a paused
+// virtual machine does; Thaw lets it go on.
+func (p *Process) Freeze() error { return p.cmd.Process.Signal(syscall.SIGSTOP) }
+
+// Thaw ends Freeze.
+func (p *Process) Thaw() error { return p.cmd.Process.Signal(syscall.SIGCONT) }
 
 // Stop asks the program to end and waits for that, at most as long as ctx.
 func (p *Process) Stop(ctx context.Context) error {

@@ -74,6 +74,9 @@ func (n *Node) waitServing(ctx context.Context) error {
 // Kill ends the node as kill -9 does.
 func (n *Node) Kill() { n.run.Kill() }
 
+// Process is the present run of the node.
+func (n *Node) Process() *Process { return n.run }
+
 // Stop ends the node as it should be ended.
 func (n *Node) Stop(ctx context.Context) error { return n.run.Stop(ctx) }
 
@@ -107,6 +110,7 @@ type Status struct {
 	Leader          string `json:"leader"`
 	Quorum          bool   `json:"quorum"`
 	UnderReplicated int    `json:"under_replicated"`
+	Lost            int    `json:"lost"`
 	Nodes           []struct {
 		ID, Name          string
 		Voter, Leader, Up bool

@@ -1,0 +1,53 @@
+// Command chaos runs a site of real nodes in network namespaces and breaks it, one
+// fault after the other, while clients push and pull over HTTP. At the end it
+// mends everything and asks what was promised: tags are linearizable registers,
+// everything acknowledged is on every node with the right bytes, all nodes say
+// the same, and no pull failed on a node that nothing was done to.
+//
+// It prints one line a measure, parted by tabs: name, value, unit, goal, met or
+// missed; and ends with code 1 when one is missed. The schedule follows from the
+// seed, the timing does not.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+func main() {
+	seconds := flag.Int("seconds", 600, "how long faults are made")
+	seed := flag.Uint64("seed", rand.Uint64(), "of the schedule; printed, so that it can be played again")
+	binary := flag.String("atoll", "bin/atoll", "the binary under test")
+	nodes := flag.Int("nodes", 3, "nodes of the site: 3 or 5")
+	clients := flag.Int("clients", 6, "clients that push, pull and delete at once")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	dir, err := os.MkdirTemp("", "atoll-chaos")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	r, err := play(ctx, Plan{
+		Binary: *binary, Dir: dir, Nodes: *nodes, Clients: *clients, Seed: *seed,
+		Length: time.Duration(*seconds) * time.Second, Say: log.Printf,
+	})
+	if err != nil {
+		log.Printf("seed %d: %v", *seed, err)
+		os.RemoveAll(dir)
+		os.Exit(1)
+	}
+	fmt.Print(r)
+	if missed := r.Missed(); len(missed) > 0 {
+		log.Printf("seed %d: missed %v", *seed, missed)
+		os.RemoveAll(dir)
+		os.Exit(1)
+	}
+}
