@@ -277,6 +277,71 @@ func TestSecondCopyOfTwo(t *testing.T) {
 	})
 }
 
+// A machine that lost its disk is set up anew under its name and at its address.
+func TestNewDiskAtTheOldAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		c.Grow(3)
+		lead := c.Leader()
+		dead := c.Others(lead)[0]
+		if err := lead.write(t.Context(), "a", "1"); err != nil {
+			t.Fatal(err)
+		}
+		dead.Kill()
+		c.Await("the site sees it", func() bool { return len(lead.Live()) == 2 })
+		token, err := lead.CreateToken(t.Context(), time.Hour, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		heir := c.NewNode()
+		heir.Name, heir.Addr = dead.Name, dead.Addr
+		if err := heir.JoinWith(token, lead.Addr); err != nil {
+			t.Fatal(err)
+		}
+		heir.Start()
+		heir.want("a", "1")
+		c.AwaitVoters(3)
+		if s, err := heir.Status(t.Context()); err != nil || len(s.Members) != 3 {
+			t.Errorf("the status is %+v, %v", s, err)
+		}
+		for _, n := range c.Others(lead, heir) {
+			n.Kill() // its vote counts
+		}
+		if err := lead.write(t.Context(), "a", "2"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A stranger at a dead voter's address has no vote and acknowledges nothing in its
+// name: it does not have what the dead one had.
+func TestStrangerAtAVotersAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		c.Grow(3)
+		lead := c.Leader()
+		others := c.Others(lead)
+		dead, second := others[0], others[1]
+		dead.Kill()
+		token, err := lead.CreateToken(t.Context(), time.Hour, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stranger := c.NewNode()
+		stranger.Addr = dead.Addr
+		if err := stranger.JoinWith(token, lead.Addr); err != nil {
+			t.Fatal(err)
+		}
+		stranger.Start()
+		second.Kill()
+		if err := lead.write(t.Context(), "a", "1"); !errors.Is(err, table.ErrNoLeader) && !errors.Is(err, table.ErrUnknownOutcome) {
+			t.Errorf("with one of three voters and a stranger a write ends with %v", err)
+		}
+		second.Start()
+		c.Await("a write with a majority", func() bool { return lead.write(t.Context(), "b", "2") == nil })
+	})
+}
+
 func TestSnapshotBringsANewNodeUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := New(t, Options{Define: withNotes, Snapshots: member.Snapshots{MinBytes: 1000, TrailingLogs: 2}})

@@ -19,6 +19,7 @@ func newWorld() *world {
 	w := &world{dead: map[string]bool{}, behind: map[string]bool{}}
 	w.self, w.maxVoters = "n1", 5
 	w.live = func(id string) bool { return !w.dead[id] }
+	w.up = w.live
 	w.caught = func(id string) bool { return !w.behind[id] }
 	w.join("n1")
 	w.servers = []raft.Server{{ID: "n1", Address: "n1:1", Suffrage: raft.Voter}}
@@ -50,6 +51,9 @@ func (w *world) settle(t *testing.T) []string {
 		}
 		taken = append(taken, fmt.Sprint(s.kind, " ", s.id))
 		at := w.at(s.id)
+		if twice := slices.IndexFunc(w.servers, func(srv raft.Server) bool { return string(srv.Address) == s.addr }); s.addr != "" && twice >= 0 && twice != at {
+			t.Fatalf("%v: raft refuses two servers at %s", taken, s.addr)
+		}
 		switch s.kind {
 		case addNonvoter:
 			if at < 0 {
@@ -160,6 +164,30 @@ func TestPlanReplaces(t *testing.T) {
 	taken := w.settle(t)
 	if got := w.voterIDs(); got != "[n1 n2 n4]" || w.at("n3") >= 0 || w.row("n3").Removed == 0 {
 		t.Errorf("after %v the voters are %s", taken, got)
+	}
+}
+
+// A machine that comes back with an empty disk has the address of the one that it
+// replaces, which raft allows one server only.
+func TestPlanReplacesAtTheSameAddress(t *testing.T) {
+	for _, voters := range []int{3, 5} {
+		w := newWorld()
+		for i := range voters - 1 {
+			w.join(fmt.Sprint("n", i+2))
+		}
+		w.settle(t)
+		w.dead["n3"], w.behind["n9"] = true, true
+		w.join("n9")
+		w.row("n9").Addr = raftAddr("n3")
+		w.row("n3").ReplacedBy = "n9"
+		taken := w.settle(t)
+		if w.at("n3") >= 0 || w.at("n9") < 0 || w.voters() != voters-1 {
+			t.Errorf("of %d voters, after %v, they are %s", voters, taken, w.voterIDs())
+		}
+		delete(w.behind, "n9")
+		if taken := w.settle(t); w.voters() != voters {
+			t.Errorf("of %d voters, once the new node has caught up and after %v, they are %s", voters, taken, w.voterIDs())
+		}
 	}
 }
 

@@ -145,6 +145,7 @@ func (n *Node) reconcile(ctx context.Context, in *instance) (done bool, err erro
 	term, last := in.CurrentTerm(), in.LastIndex()
 	step := plan(site{
 		self: n.Self(), members: members, servers: future.Configuration().Servers, maxVoters: n.cfg.MaxVoters,
+		up: n.live,
 		live: func(id string) bool {
 			return id == n.Self() || time.Since(in.progress.Of(id, term).Contact) < n.cfg.Timings.Lease
 		},
@@ -222,7 +223,8 @@ type site struct {
 	members   []Member
 	servers   []raft.Server
 	maxVoters int
-	live      func(id string) bool // it answered the leader just now
+	up        func(id string) bool // it shows signs of life
+	live      func(id string) bool // it answered the leader's raft just now
 	caught    func(id string) bool // its log has what the leader's has, nearly
 }
 
@@ -256,7 +258,7 @@ func (s site) present(servers map[string]raft.Server) step {
 	for _, m := range s.sorted() {
 		srv, ok := servers[m.ID]
 		switch {
-		case m.Removed != 0:
+		case m.Removed != 0, s.held(m):
 		case !ok:
 			return step{addNonvoter, m.ID, m.Addr}
 		case string(srv.Address) != m.Addr && srv.Suffrage == raft.Voter:
@@ -266,6 +268,14 @@ func (s site) present(servers map[string]raft.Server) step {
 		}
 	}
 	return step{}
+}
+
+// held reports whether another server has the member's address. Raft refuses a
+// configuration in which two have the same.
+func (s site) held(m Member) bool {
+	return slices.ContainsFunc(s.servers, func(srv raft.Server) bool {
+		return string(srv.Address) == m.Addr && string(srv.ID) != m.ID
+	})
 }
 
 // gone takes out servers whose row says that they were removed. A server
@@ -317,6 +327,12 @@ func (s site) replaced(servers map[string]raft.Server) step {
 		}
 		old, heir := servers[m.ID], servers[m.ReplacedBy]
 		switch {
+		case heir.ID == "" && s.inherits(m, string(old.Address)):
+			// The heir is at its very address, so it will not come back, and raft
+			// takes the heir only once it is gone. That costs no tolerance: of an
+			// odd number of voters as many may fail as of the even one below,
+			// and the dead one counts as failed.
+			return step{retire, m.ID, ""}
 		case heir.ID == "":
 		case old.Suffrage != raft.Voter || heir.Suffrage == raft.Voter:
 			return step{retire, m.ID, ""}
@@ -325,6 +341,13 @@ func (s site) replaced(servers map[string]raft.Server) step {
 		}
 	}
 	return step{}
+}
+
+// inherits reports whether the node that replaces a dead one has its address.
+func (s site) inherits(dead Member, addr string) bool {
+	return slices.ContainsFunc(s.members, func(m Member) bool {
+		return m.ID == dead.ReplacedBy && m.Removed == 0 && m.Addr == addr
+	})
 }
 
 // balance makes the number of voters the highest odd one that the members
@@ -356,7 +379,7 @@ func (s site) balance(rows map[string]Member) step {
 		case drains || rows[id].ReplacedBy != "":
 		case s.ready(id):
 			ready = append(ready, srv)
-		case s.live(id):
+		case s.live(id), s.up(id):
 			waiting = append(waiting, srv)
 		}
 	}

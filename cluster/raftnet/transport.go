@@ -4,15 +4,18 @@ package raftnet
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
 )
 
-// Network carries connections between the nodes of the site.
+// Network carries connections between the nodes of the site. A dialled connection
+// has a method PeerID() string: the node at its other end, proven.
 type Network interface {
 	Listen(service byte) net.Listener
 	Dial(ctx context.Context, addr string, service byte) (net.Conn, error)
@@ -94,9 +97,14 @@ func (l *Layer) Accept() (net.Conn, error) {
 	}
 }
 
-// Dial implements raft.StreamLayer.
+// Dial implements raft.StreamLayer. The address is one that named made: a node
+// other than the one meant gets no message.
 func (l *Layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	if string(address) == l.self {
+	id, addr, ok := strings.Cut(string(address), "@")
+	if !ok {
+		return nil, fmt.Errorf("raft dials %s without saying whom it means", address)
+	}
+	if addr == l.self {
 		near, far := net.Pipe()
 		select {
 		case l.accepted <- far:
@@ -108,9 +116,14 @@ func (l *Layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Con
 	// raft gives no context; the timeout and Close end the dial.
 	ctx, cancel := context.WithTimeout(closing{l.closed}, timeout)
 	defer cancel()
-	c, err := l.network.Dial(ctx, string(address), l.service)
+	c, err := l.network.Dial(ctx, addr, l.service)
 	if err != nil {
 		return nil, err
+	}
+	// Network promises that a connection says who is at its other end.
+	if peer := c.(interface{ PeerID() string }).PeerID(); peer != id {
+		c.Close()
+		return nil, fmt.Errorf("%s is the address of node %s now, not of node %s", addr, peer, id)
 	}
 	return l.track(c)
 }
@@ -169,16 +182,41 @@ func (c closing) Err() error {
 	}
 }
 
-// Transport is raft's network transport that remembers what each follower has
-// answered: raft itself knows, but does not say how far a non-voter is.
+// Transport is raft's network transport with two things more. It remembers what
+// each follower has answered: raft itself knows, but does not say how far a
+// non-voter is. And it reaches the node that raft means or none: raft dials
+// addresses and believes whoever answers, so a machine that was set up anew at
+// a dead voter's address would acknowledge entries and give votes in its name,
+// without having what the dead one had on its disk.
 type Transport struct {
 	*raft.NetworkTransport
 	Progress *Progress
 }
 
+// named is the address under which the layer finds one node and no other. It is
+// also what raft keeps its idle connections by.
+func named(id raft.ServerID, target raft.ServerAddress) raft.ServerAddress {
+	return raft.ServerAddress(id) + "@" + target
+}
+
+// RequestVote implements raft.Transport.
+func (t *Transport) RequestVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	return t.NetworkTransport.RequestVote(id, named(id, target), args, resp)
+}
+
+// RequestPreVote implements raft.WithPreVote.
+func (t *Transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	return t.NetworkTransport.RequestPreVote(id, named(id, target), args, resp)
+}
+
+// TimeoutNow implements raft.Transport.
+func (t *Transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	return t.NetworkTransport.TimeoutNow(id, named(id, target), args, resp)
+}
+
 // AppendEntries implements raft.Transport.
 func (t *Transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
-	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+	err := t.NetworkTransport.AppendEntries(id, named(id, target), args, resp)
 	if err == nil && resp.Success && resp.Term <= args.Term {
 		index := args.PrevLogEntry
 		if n := len(args.Entries); n > 0 {
@@ -198,7 +236,7 @@ func (t *Transport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (ra
 
 // InstallSnapshot implements raft.Transport.
 func (t *Transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
-	err := t.NetworkTransport.InstallSnapshot(id, target, args, resp, data)
+	err := t.NetworkTransport.InstallSnapshot(id, named(id, target), args, resp, data)
 	if err == nil && resp.Success {
 		t.Progress.answered(string(id), args.Term, args.LastLogIndex, 0)
 	}
