@@ -10,7 +10,7 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-.PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak demo bench bench-long testdeps clean
+.PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak chaos demo bench bench-long testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -62,6 +62,12 @@ faults:
 SOAK_SECONDS ?= 600
 soak: build
 	go run ./scripts/soak -seconds $(SOAK_SECONDS)
+
+# A site of real nodes that is broken under load for as long as CHAOS_SECONDS; as
+# root. Prints its seed: CHAOS_SEED plays a schedule again.
+CHAOS_SECONDS ?= 600
+chaos: testdeps build
+	go run ./scripts/chaos -seconds $(CHAOS_SECONDS) $(if $(CHAOS_SEED),-seed $(CHAOS_SEED))
 
 # Two sites with no route between them, played unattended.
 demo: testdeps build
