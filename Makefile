@@ -10,7 +10,8 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-.PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak chaos demo bench bench-long testdeps clean
+
+.PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak chaos demo bench bench-long bench-cluster testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -84,6 +85,10 @@ bench: build
 bench-long: build
 	scripts/testdeps $(TOOLS) bench
 	go run ./scripts/bench -long -mib 512 -write docs/benchmarks.md
+
+# What the consensus costs beside raw raft, and how long a killed leader is missed.
+bench-cluster: build
+	go run ./scripts/bench -only cluster -write docs/benchmarks.md
 
 testdeps:
 	scripts/testdeps $(TOOLS)

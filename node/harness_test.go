@@ -305,7 +305,13 @@ func leaks(t testing.TB) func() {
 		defer limit.Stop()
 		tick := time.NewTicker(10 * time.Millisecond)
 		defer tick.Stop()
-		for runtime.NumGoroutine() > before {
+		// Raft 1.8.0 never answers what is in its queues when it ends, so whoever
+		// asked it at that moment waits for ever: one goroutine, at the end of a process.
+		unanswered := func() int {
+			stacks := make([]byte, 1<<20)
+			return strings.Count(string(stacks[:runtime.Stack(stacks, true)]), "raft.(*deferError).Error(")
+		}
+		for runtime.NumGoroutine() > before && runtime.NumGoroutine()-unanswered() > before {
 			select {
 			case <-tick.C:
 			case <-limit.C:

@@ -140,7 +140,10 @@ func (b *bench) record(name string) error {
 		notes, runs = heading+"\n", ""
 	}
 	kind := "make bench"
-	if b.long {
+	switch {
+	case b.only != "":
+		kind = "make bench-" + b.only
+	case b.long:
 		kind = "make bench-long"
 	}
 	var out strings.Builder

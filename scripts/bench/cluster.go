@@ -1,0 +1,256 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	txnBytes = 800 // what the transaction of a manifest and its tag takes in the log
+	kills    = 50  // of the leader
+	commits  = 1500
+)
+
+// site is nodes of Atoll on loopback ports.
+type site struct {
+	nodes  []*server
+	client *http.Client
+	binary string
+}
+
+// launchSite starts a site of so many nodes and waits until all of them vote.
+func (b *bench) launchSite(ctx context.Context, count int) (s *site, err error) {
+	p := place{dir: filepath.Join(b.dir, fmt.Sprint("site", count)), atoll: b.atoll}
+	s = &site{client: newClient(p), binary: b.atoll}
+	defer func() {
+		if err != nil {
+			s.stop()
+		}
+	}()
+	var first string
+	for i := range count {
+		addr, err := freeAddr()
+		if err != nil {
+			return s, err
+		}
+		peers, err := freeAddr()
+		if err != nil {
+			return s, err
+		}
+		dir := filepath.Join(p.dir, fmt.Sprint(i))
+		prog := &program{
+			path: b.atoll, env: []string{"ATOLL_ADMIN_PASSWORD=" + password}, url: "http://" + addr + "/v2/", dir: dir,
+			args: []string{"serve", "--data", dir, "--listen", addr, "--peer-listen", peers, "--name", fmt.Sprint("node", i), "--log-level", "warn"},
+		}
+		how := []string{"--init"}
+		if i == 0 {
+			first = peers
+		} else {
+			token, err := exec.CommandContext(ctx, b.atoll, "token", "create", "--data", s.nodes[0].dir).Output()
+			if err != nil {
+				return s, fmt.Errorf("a join token: %w", err)
+			}
+			how = []string{"--join", first, "--token", strings.TrimSpace(string(token))}
+		}
+		prog.args = append(prog.args, how...)
+		run, err := prog.start(ctx, s.client)
+		if err != nil {
+			return s, err
+		}
+		user := &registry{base: "http://" + addr, http: s.client}
+		s.nodes = append(s.nodes, &server{run, prog, user, fmt.Sprint("node", i), user})
+		if err := user.login(ctx); err != nil {
+			return s, err
+		}
+	}
+	if err := s.nodes[0].registry.config(ctx, large); err != nil {
+		return s, err
+	}
+	return s, s.settled(ctx)
+}
+
+func (s *site) stop() {
+	for _, n := range s.nodes {
+		n.stop()
+	}
+}
+
+// state is what a node says of its site.
+type state struct {
+	Leader string
+	Quorum bool
+	Nodes  []struct {
+		ID, Name  string
+		Voter, Up bool
+	}
+}
+
+func (s *site) state(ctx context.Context, via *server) (st state, err error) {
+	out, err := exec.CommandContext(ctx, s.binary, "cluster", "status", "--format", "json", "--data", via.dir).Output()
+	if err != nil {
+		return st, err
+	}
+	return st, json.Unmarshal(out, &st)
+}
+
+// settled waits until every node sees all the others up and voting.
+func (s *site) settled(ctx context.Context) error {
+	for _, n := range s.nodes {
+		err := n.await(ctx, func() error {
+			st, err := s.state(ctx, n)
+			if err != nil {
+				return err
+			}
+			voters := 0
+			for _, m := range st.Nodes {
+				if m.Voter && m.Up {
+					voters++
+				}
+			}
+			if !st.Quorum || voters != len(s.nodes) {
+				return fmt.Errorf("%d of %d nodes are up and vote", voters, len(s.nodes))
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cluster measures what the consensus costs and how long a dead leader is missed.
+func (b *bench) cluster(ctx context.Context) error {
+	for _, nodes := range []int{1, 3} {
+		s, err := b.launchSite(ctx, nodes)
+		if err != nil {
+			return err
+		}
+		err = b.rates(ctx, s)
+		if err == nil && nodes == 3 {
+			err = b.failovers(ctx, s)
+		}
+		s.stop()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rates compares manifests committed a second with what raft alone commits, pair by
+// pair, and gives the time of one commit as a client sees it.
+func (b *bench) rates(ctx context.Context, s *site) error {
+	raw, err := startRaw(b.dir, len(s.nodes))
+	if err != nil {
+		return err
+	}
+	defer raw.stop()
+	payload := make([]byte, txnBytes)
+	_, _ = rand.Read(payload) // never fails
+	var number atomic.Int64
+	for _, clients := range []int{1, 32} {
+		n := commits
+		if clients == 1 {
+			n /= 5
+		}
+		var ours, floors, shares, took []float64
+		for range b.pairs {
+			each := make([]float64, n)
+			start := time.Now()
+			if err := together(clients, n, func(i int) error {
+				at := int(number.Add(1))
+				data, err := manifest(at)
+				if err != nil {
+					return err
+				}
+				began := time.Now()
+				err = s.nodes[at%len(s.nodes)].putManifest(ctx, large, tagOf(at), data)
+				each[i] = time.Since(began).Seconds() * 1e3
+				return err
+			}); err != nil {
+				return err
+			}
+			ours = append(ours, float64(n)/time.Since(start).Seconds())
+			took = append(took, each...)
+			start = time.Now()
+			if err := together(clients, n, func(int) error { return raw.commit(payload) }); err != nil {
+				return err
+			}
+			floors = append(floors, float64(n)/time.Since(start).Seconds())
+			shares = append(shares, 100*ours[len(ours)-1]/floors[len(floors)-1])
+		}
+		name := fmt.Sprintf("%d_nodes_%d_clients", len(s.nodes), clients)
+		b.print("commits_"+name, median(ours), "manifests/s")
+		b.print("commits_raw_raft_"+name, median(floors), "entries/s")
+		b.judge(line{"commits_share_" + name, median(shares), "% of raw raft"}, ">=", 40)
+		b.print("commit_p50_"+name, quantile(took, 0.5), "ms")
+		b.print("commit_p99_"+name, quantile(took, 0.99), "ms")
+	}
+	return nil
+}
+
+// failovers kills the leader again and again and measures until another node
+// acknowledges a push.
+func (b *bench) failovers(ctx context.Context, s *site) error {
+	var took []float64
+	for round := range kills {
+		st, err := s.state(ctx, s.nodes[0])
+		if err != nil {
+			return err
+		}
+		lead := slices.IndexFunc(s.nodes, func(n *server) bool {
+			return slices.ContainsFunc(st.Nodes, func(m struct {
+				ID, Name  string
+				Voter, Up bool
+			}) bool {
+				return m.ID == st.Leader && m.Name == n.name
+			})
+		})
+		if lead < 0 {
+			return errors.New("no node of the site leads")
+		}
+		dead, other := s.nodes[lead], s.nodes[(lead+1)%len(s.nodes)]
+		data, err := manifest(round)
+		if err != nil {
+			return err
+		}
+		dead.kill()
+		start := time.Now()
+		for {
+			err := other.putManifest(ctx, large, "after-a-kill", data)
+			if err == nil {
+				break
+			}
+			if time.Since(start) > time.Minute {
+				return fmt.Errorf("a minute after the leader was killed: %w", err)
+			}
+		}
+		took = append(took, time.Since(start).Seconds())
+		if dead.process, err = dead.program.start(ctx, s.client); err != nil {
+			return err
+		}
+		if err := s.settled(ctx); err != nil {
+			return err
+		}
+	}
+	b.judge(line{"failover_p50", quantile(took, 0.5), "s"}, "<=", 5)
+	b.judge(line{"failover_p99", quantile(took, 0.99), "s"}, "<=", 10)
+	return nil
+}
+
+// quantile is the value below which the share q of the values lies.
+func quantile(values []float64, q float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[min(len(sorted)-1, int(q*float64(len(sorted))))]
+}
