@@ -10,7 +10,6 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-
 .PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak chaos demo bench bench-long bench-cluster testdeps clean
 
 build:
