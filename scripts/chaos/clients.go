@@ -112,14 +112,21 @@ type answer struct {
 	body   []byte
 }
 
-func (c *client) do(ctx context.Context, node int, method, path string, body []byte, mediaType string) (answer, error) {
-	r, err := http.NewRequestWithContext(ctx, method, "https://"+c.site.nodes[node].Registry()+path, bytes.NewReader(body))
+// question is a request to a node.
+type question struct {
+	method, path string
+	body         []byte
+	mediaType    string
+}
+
+func (c *client) do(ctx context.Context, node int, q question) (answer, error) {
+	r, err := http.NewRequestWithContext(ctx, q.method, "https://"+c.site.nodes[node].Registry()+"/v2/"+repository+q.path, bytes.NewReader(q.body))
 	if err != nil {
 		return answer{}, err
 	}
 	r.SetBasicAuth("admin", lab.Password)
-	if mediaType != "" {
-		r.Header.Set("Content-Type", mediaType)
+	if q.mediaType != "" {
+		r.Header.Set("Content-Type", q.mediaType)
 	}
 	resp, err := c.http[node].Do(r)
 	if err != nil {
@@ -130,10 +137,14 @@ func (c *client) do(ctx context.Context, node int, method, path string, body []b
 	return answer{resp.StatusCode, resp.Header, b}, err
 }
 
+func (c *client) get(ctx context.Context, node int, path string) (answer, error) {
+	return c.do(ctx, node, question{method: http.MethodGet, path: path})
+}
+
 // blob pushes a blob in one request; ok when it was acknowledged.
 func (c *client) blob(ctx context.Context, node int, b []byte) (digest.Digest, bool) {
 	d := digest.FromBytes(b)
-	a, err := c.do(ctx, node, http.MethodPost, "/v2/"+repository+"/blobs/uploads/?digest="+d.String(), b, "application/octet-stream")
+	a, err := c.do(ctx, node, question{http.MethodPost, "/blobs/uploads/?digest=" + d.String(), b, "application/octet-stream"})
 	return d, err == nil && a.status == http.StatusCreated
 }
 
@@ -157,11 +168,12 @@ func (c *client) push(ctx context.Context, node int, tag string) bool {
 		Layers: []v1.Descriptor{{MediaType: v1.MediaTypeImageLayer, Digest: d, Size: int64(len(layer))}},
 	})
 	if err != nil {
-		panic(err) // it is made of strings and numbers
+		c.fail("%v", err)
+		return false
 	}
 	manifest := digest.FromBytes(body)
 	call := c.history.Write(c.number, tag, manifest.String())
-	a, err := c.do(ctx, node, http.MethodPut, "/v2/"+repository+"/manifests/"+tag, body, v1.MediaTypeImageManifest)
+	a, err := c.do(ctx, node, question{http.MethodPut, "/manifests/" + tag, body, v1.MediaTypeImageManifest})
 	switch {
 	case err == nil && a.status == http.StatusCreated:
 		call.Done("")
@@ -180,7 +192,7 @@ func (c *client) push(ctx context.Context, node int, tag string) bool {
 
 func (c *client) remove(ctx context.Context, node int, tag string) {
 	write, read := c.history.Write(c.number, tag, ""), c.history.Read(c.number, tag)
-	a, err := c.do(ctx, node, http.MethodDelete, "/v2/"+repository+"/manifests/"+tag, nil, "")
+	a, err := c.do(ctx, node, question{method: http.MethodDelete, path: "/manifests/" + tag})
 	switch {
 	case err == nil && a.status == http.StatusAccepted:
 		write.Done("")
@@ -196,7 +208,7 @@ func (c *client) remove(ctx context.Context, node int, tag string) {
 
 func (c *client) read(ctx context.Context, node int, tag string) {
 	call := c.history.Read(c.number, tag)
-	a, err := c.do(ctx, node, http.MethodGet, "/v2/"+repository+"/manifests/"+tag, nil, "")
+	a, err := c.get(ctx, node, "/manifests/"+tag)
 	switch {
 	case err != nil:
 	case a.header.Get("Atoll-Stale") != "":
@@ -231,7 +243,7 @@ func (c *client) pullAnchor(ctx context.Context, node int) {
 
 // pull pulls a manifest and all its blobs and compares their digests.
 func (c *client) pull(ctx context.Context, node int, reference string) error {
-	a, err := c.do(ctx, node, http.MethodGet, "/v2/"+repository+"/manifests/"+reference, nil, "")
+	a, err := c.get(ctx, node, "/manifests/"+reference)
 	if err != nil || a.status != http.StatusOK {
 		return fmt.Errorf("manifest %s: %d %s %w", reference, a.status, a.body, err)
 	}
@@ -243,7 +255,7 @@ func (c *client) pull(ctx context.Context, node int, reference string) error {
 		return err
 	}
 	for _, d := range append(m.Layers, m.Config) {
-		a, err := c.do(ctx, node, http.MethodGet, "/v2/"+repository+"/blobs/"+d.Digest.String(), nil, "")
+		a, err := c.get(ctx, node, "/blobs/"+d.Digest.String())
 		if err != nil || a.status != http.StatusOK {
 			return fmt.Errorf("blob %s: %d %w", d.Digest, a.status, err)
 		}

@@ -166,7 +166,7 @@ func (c *client) judge(ctx context.Context, a *attack, took time.Duration) (*Rep
 func (c *client) compare(ctx context.Context) (differ int, err error) {
 	var first string
 	for node := range c.site.nodes {
-		a, err := c.do(ctx, node, http.MethodGet, "/v2/"+repository+"/tags/list", nil, "")
+		a, err := c.get(ctx, node, "/tags/list")
 		if err != nil {
 			return 0, err
 		}
@@ -176,7 +176,7 @@ func (c *client) compare(ctx context.Context) (differ int, err error) {
 		}
 		var all strings.Builder
 		for _, tag := range list.Tags {
-			a, err := c.do(ctx, node, http.MethodHead, "/v2/"+repository+"/manifests/"+tag, nil, "")
+			a, err := c.do(ctx, node, question{method: http.MethodHead, path: "/manifests/" + tag})
 			if err != nil {
 				return 0, err
 			}
