@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/node/storage"
@@ -65,7 +66,8 @@ type Config struct {
 	// Started is called once, when the node serves.
 	Started func(Started)
 
-	timings member.Timings // of the consensus; tests shrink them
+	timings member.Timings   // of the consensus; tests shrink them
+	clock   func() time.Time // of the machine; tests set it wrong
 }
 
 // Started says where a node that has started can be found.

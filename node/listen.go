@@ -134,7 +134,9 @@ type siteCertificate struct {
 func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.current != nil && time.Now().Before(s.renew) {
+	// The clock may have been set back to the truth since the certificate was made.
+	now := s.node.member.Now()
+	if s.current != nil && now.Before(s.renew) && now.After(s.current.Leaf.NotBefore) {
 		return s.current, nil
 	}
 	cert, err := s.node.member.ServerCertificate(hello.Context(), s.names)

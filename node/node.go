@@ -241,6 +241,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 		Cert:      func() tls.Certificate { return n.member.Certificate() },
 		CA:        func() *x509.CertPool { return pool },
 		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },
+		Now:       func() time.Time { return n.member.Now() },
 	}); err != nil {
 		return err
 	}
@@ -251,7 +252,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	if n.member, err = member.New(member.Config{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Log: n.log, Registry: metrics,
-		Version: n.config.Version, Timings: n.config.timings,
+		Version: n.config.Version, Timings: n.config.timings, Clock: n.config.clock,
 	}, who); err != nil {
 		return err
 	}

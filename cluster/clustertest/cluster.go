@@ -21,6 +21,10 @@ import (
 type Options struct {
 	Timings   member.Timings
 	Snapshots member.Snapshots
+	// Disk gives what stands between a node's raft and its files, for each run.
+	Disk func(n *Node) member.Disk
+	// Clock gives a node's clock.
+	Clock func(n *Node) func() time.Time
 	// Define defines the test's tables on each node's database.
 	Define func(n *Node, db *table.DB)
 }
@@ -154,8 +158,16 @@ func (n *Node) TryStart() error {
 		identity:  func() member.Identity { return node.Identity() },
 		authorize: func(peer string, service byte) error { return node.Authorize(peer, service) },
 	}
+	var disk member.Disk
+	if opts.Disk != nil {
+		disk = opts.Disk(n)
+	}
+	var clock func() time.Time
+	if opts.Clock != nil {
+		clock = opts.Clock(n)
+	}
 	node, err = member.New(member.Config{
-		Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Network: n.host, DB: n.DB, Log: log,
+		Disk: disk, Clock: clock, Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Network: n.host, DB: n.DB, Log: log,
 		Timings: opts.Timings, Snapshots: opts.Snapshots, Labels: n.Labels, Cache: n.Cache,
 	}, identity)
 	if err != nil {

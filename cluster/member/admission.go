@@ -180,7 +180,7 @@ func (n *Node) admit(ctx context.Context, body []byte) (any, error) {
 	if !pki.PinMatches(pin, a.token.Pin) {
 		return nil, refuse(codeOtherSite, "the token is for another site than this node's (%s): make one here with: atoll token create", id.SiteID)
 	}
-	now := time.Now()
+	now := n.Now()
 	var authority *pki.Authority
 	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
 		if authority, err = n.authority(tx); err != nil {
@@ -319,7 +319,7 @@ func (n *Node) renewal(ctx context.Context, body []byte) (any, error) {
 	case m.KeyHash != keyHash:
 		return nil, refuse(codeMalformed, "the request is not of the key that the node %s joined with", req.Node)
 	}
-	cert, err := authority.IssueNode(public, n.Identity().SiteID, m.ID, time.Now())
+	cert, err := authority.IssueNode(public, n.Identity().SiteID, m.ID, n.Now())
 	if err != nil {
 		return nil, fmt.Errorf("renewing the certificate of node %s: %w", m.ID, err)
 	}

@@ -9,6 +9,8 @@ import (
 	"hash/fnv"
 	"time"
 
+	"github.com/hashicorp/raft"
+
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -85,7 +87,7 @@ func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certif
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	cert, err := authority.IssueServer(key.Public(), sans, time.Now())
+	cert, err := authority.IssueServer(key.Public(), sans, n.Now())
 	if err != nil {
 		return tls.Certificate{}, err
 	}
@@ -113,7 +115,7 @@ func (n *Node) CreateToken(ctx context.Context, ttl time.Duration, uses int) (st
 	if err != nil {
 		return "", err
 	}
-	now := time.Now()
+	now := n.Now()
 	row := tokenRow{Kind: token.Kind, Hash: pki.HashSecret(token.Secret), Created: now.Unix(), Expires: now.Add(ttl).Unix(), Uses: uses}
 	if _, err := n.db.Update(ctx, func(tx *table.Tx) error { return n.rows.tokens.Put(tx, row, token.ID) }); err != nil {
 		return "", fmt.Errorf("storing the join token: %w", err)
@@ -136,16 +138,19 @@ func (id Identity) keyHash() (string, error) {
 func renewAt(cert *x509.Certificate, node string) time.Time {
 	h := fnv.New32a()
 	h.Write([]byte(node)) // never fails
-	start := cert.NotBefore.Add(pki.Backdate)
+	start := issuedAt(cert)
 	life := cert.NotAfter.Sub(start)
 	return start.Add(life/2 + life*3/10*time.Duration(h.Sum32()%1024)/1024)
 }
+
+// issuedAt is the time by which a certificate of the authority was made.
+func issuedAt(cert *x509.Certificate) time.Time { return cert.NotBefore.Add(pki.Backdate) }
 
 // renew replaces the node's certificate in time.
 func (n *Node) renew(ctx context.Context) error {
 	for {
 		pause := n.cfg.Timings.Renew
-		if now := time.Now(); now.After(renewAt(n.Certificate().Leaf, n.Self())) {
+		if now := n.Now(); now.After(renewAt(n.Certificate().Leaf, n.Self())) {
 			pause = min(pause, time.Minute) // when it fails
 			if err := n.renewOnce(ctx, now); err != nil && ctx.Err() == nil {
 				n.log.Warn("renewing this node's certificate", "expires", n.Certificate().Leaf.NotAfter, "error", err)
@@ -204,4 +209,95 @@ func (n *Node) renewOnce(ctx context.Context, now time.Time) error {
 	n.mu.Unlock()
 	n.log.Info("renewed this node's certificate", "expires", parsed.Leaf.NotAfter)
 	return nil
+}
+
+// clockRow is the site's clock: the newest time on which its nodes have agreed.
+// It moves forward only.
+type clockRow struct {
+	At int64 `cbor:"at"` // Unix seconds
+}
+
+const (
+	theClock = "site"
+	// clockEvery is how often the leader writes the site's clock.
+	clockEvery = 6 * time.Hour
+	// believable is how far a node's clock may be ahead of the site's before it is
+	// taken for wrong; a site that was switched off for longer needs a majority of
+	// three that agree.
+	believable = 400 * 24 * time.Hour
+	// clocksAgree is the difference up to which two clocks are taken for equal.
+	clocksAgree = time.Minute
+)
+
+// Now is the time by which certificates are judged and made: this node's clock
+// unless it cannot be right. One that is behind what the site has committed
+// (1970, after a flat battery) or absurdly far ahead (2038) is not believed, and
+// the newest committed time stands in for it, so that such a node goes on.
+func (n *Node) Now() time.Time { return judged(n.cfg.Clock(), n.newestTime()) }
+
+func judged(clock, newest time.Time) time.Time {
+	if clock.Before(newest) || clock.Sub(newest) > believable {
+		return newest
+	}
+	return clock
+}
+
+// newestTime is the newest time that this node knows to be past: the site's
+// clock, and the moment at which its own certificate was made.
+func (n *Node) newestTime() time.Time {
+	newest := issuedAt(n.Certificate().Leaf)
+	if at := n.siteClock(); at.After(newest) {
+		return at
+	}
+	return newest
+}
+
+func (n *Node) siteClock() (at time.Time) {
+	err := n.db.View(func(v *table.View) error {
+		row, _, ok, err := n.rows.clock.Get(v, theClock)
+		if ok {
+			at = time.Unix(row.At, 0)
+		}
+		return err
+	})
+	if err != nil {
+		n.log.Debug("reading the site's clock", "error", err)
+	}
+	return at
+}
+
+// keepClock writes the site's clock when it is old, as the leader, and only when
+// a majority of the voters is of the same opinion. A lone voter has nobody to
+// ask; it is believed within reason.
+func (n *Node) keepClock(ctx context.Context, in *instance) error {
+	now, was := n.cfg.Clock(), n.siteClock()
+	if now.Sub(was) < clockEvery {
+		return nil
+	}
+	voters, agree := 0, 0
+	for _, s := range in.servers() {
+		if s.Suffrage != raft.Voter {
+			continue
+		}
+		voters++
+		seen := n.peers.of(string(s.ID))
+		if s.ID == in.self || seen.clocked && n.live(string(s.ID)) && seen.skew.Abs() < clocksAgree {
+			agree++
+		}
+	}
+	alone := voters < 3 && now.Sub(n.newestTime()) > believable
+	if agree <= voters/2 || alone || now.Before(n.newestTime()) {
+		return nil
+	}
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		row, _, _, err := n.rows.clock.Get(tx, theClock)
+		if err != nil || row.At >= now.Unix() {
+			return err
+		}
+		return n.rows.clock.Put(tx, clockRow{At: now.Unix()}, theClock)
+	})
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
 }

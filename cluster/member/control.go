@@ -46,6 +46,11 @@ type ping struct {
 	Version string `json:"version,omitempty"`
 	// Expires is when the node's certificate ends, in Unix seconds.
 	Expires int64 `json:"expires,omitempty"`
+	// Clock is the node's, in Unix milliseconds; Fitness and Codes are what it
+	// says of its own health.
+	Clock   int64    `json:"clock_ms,omitempty"`
+	Fitness Fitness  `json:"fitness,omitempty"`
+	Codes   []string `json:"codes,omitempty"`
 }
 
 type number struct {
@@ -183,9 +188,11 @@ func (n *Node) servePing(w http.ResponseWriter, _ *http.Request) {
 
 // sign is this node's sign of life.
 func (n *Node) sign(in *instance) ping {
+	self := n.reported()
 	return ping{
 		Node: n.Self(), Term: in.CurrentTerm(), Applied: in.machine.Applied(), Leader: n.Leader(),
 		Version: n.cfg.Version, Expires: n.Certificate().Leaf.NotAfter.Unix(),
+		Clock: n.cfg.Clock().UnixMilli(), Fitness: self.Fitness, Codes: self.Codes,
 	}
 }
 

@@ -64,7 +64,7 @@ func (n *Node) open() (_ *instance, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the snapshots: %w", err)
 	}
-	packed, err := kv.NewPacked(store)
+	packed, err := kv.NewPacked(n.cfg.Disk.Logs(store))
 	if err != nil {
 		return nil, err
 	}
@@ -96,10 +96,11 @@ func (n *Node) open() (_ *instance, err error) {
 	}
 	cfg := n.raftConfig(history)
 	cfg.Logger = log
-	if err := n.bootstrap(cfg, cached, store, snapshots, in.transport); err != nil {
+	stable := n.cfg.Disk.Stable(store)
+	if err := n.bootstrap(cfg, cached, stable, snapshots, in.transport); err != nil {
 		return nil, err
 	}
-	if in.Raft, err = raft.NewRaft(cfg, in.machine, cached, store, history, in.transport); err != nil {
+	if in.Raft, err = raft.NewRaft(cfg, in.machine, cached, stable, history, in.transport); err != nil {
 		return nil, fmt.Errorf("starting the consensus: %w", err)
 	}
 	return in, nil
@@ -172,6 +173,7 @@ func (in *instance) elect(addr string) error {
 // stop ends raft: leadership is handed over first, so that writes elsewhere do
 // not wait for a timeout.
 func (in *instance) stop(n *Node) {
+	n.cfg.Disk.Stop()
 	in.gate.Lock()
 	in.stopped = true
 	in.gate.Unlock()

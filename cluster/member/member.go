@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -70,7 +71,31 @@ type Config struct {
 	Timings   Timings
 	Snapshots Snapshots
 	MaxVoters int // 5
+
+	// Clock of this machine; time.Now when nil.
+	Clock func() time.Time
+	// Disk stands before raft's files; nil lets raft use them as they are.
+	Disk Disk
 }
+
+// Disk stands between raft and its files, to deal with a disk that fails.
+type Disk interface {
+	// Logs and Stable stand before raft's log and what it must not forget.
+	Logs(raft.LogStore) raft.LogStore
+	Stable(raft.StableStore) raft.StableStore
+	// Broken gives the failure after which the node has to stop.
+	Broken() <-chan error
+	// Stop lets those go that wait for the disk: the node is stopping.
+	Stop()
+}
+
+// plainDisk is no Disk at all.
+type plainDisk struct{}
+
+func (plainDisk) Logs(s raft.LogStore) raft.LogStore         { return s }
+func (plainDisk) Stable(s raft.StableStore) raft.StableStore { return s }
+func (plainDisk) Broken() <-chan error                       { return nil }
+func (plainDisk) Stop()                                      {}
 
 // Timings of the consensus. Tests shrink them; in one site they must agree.
 type Timings struct {
@@ -137,6 +162,7 @@ type Node struct {
 	changed  *signal                  // fires when the leader or the membership may have changed
 	peers    *sightings
 	metrics  *metrics
+	report   atomic.Pointer[Report] // nil is a node that is well
 	begun    time.Time
 	ready    chan struct{}
 	ran      atomic.Bool
@@ -198,6 +224,12 @@ func (c *Config) defaults() {
 	}
 	if c.Snapshots.TrailingLogs == 0 {
 		c.Snapshots.TrailingLogs = 10240
+	}
+	if c.Disk == nil {
+		c.Disk = plainDisk{}
+	}
+	if c.Clock == nil {
+		c.Clock = time.Now
 	}
 	if c.MaxVoters == 0 {
 		c.MaxVoters = 5

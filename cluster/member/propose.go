@@ -28,6 +28,9 @@ func (n *Node) Propose(ctx context.Context, txn []byte) (kv.Result, error) {
 	if len(txn) > kv.MaxTxnBytes {
 		return kv.Result{}, table.ErrTooLarge
 	}
+	if err := n.refusal(); err != nil {
+		return kv.Result{}, err
+	}
 	bounded, cancel := context.WithTimeout(ctx, n.cfg.Timings.LeaderWait)
 	defer cancel()
 	sent := false
@@ -84,6 +87,9 @@ func (n *Node) commit(ctx context.Context, txn []byte) (kv.Result, outcome, erro
 	in := n.raft.Load()
 	if in == nil {
 		return kv.Result{}, never, errors.New("the node is starting")
+	}
+	if err := n.refusal(); err != nil {
+		return kv.Result{}, never, err
 	}
 	in.gate.RLock()
 	if in.stopped {

@@ -50,8 +50,11 @@ func (n *Node) leadOnce(ctx context.Context, in *instance) error {
 	}
 	for ctx.Err() == nil {
 		done, err := n.reconcile(ctx, in)
-		if err != nil || done {
+		if err != nil {
 			return err
+		}
+		if done {
+			return n.keepClock(ctx, in)
 		}
 	}
 	return nil
@@ -114,6 +117,9 @@ func (n *Node) foundRows(ctx context.Context) error {
 			return err
 		}
 		if err := n.rows.names.Put(tx, nameRow{Node: self.ID}, self.Name); err != nil {
+			return err
+		}
+		if err := n.rows.clock.Put(tx, clockRow{At: n.cfg.Clock().Unix()}, theClock); err != nil {
 			return err
 		}
 		return n.rows.authority.Put(tx, authorityRow{Cert: id.CA, SealedKey: sealed}, theAuthority)

@@ -83,6 +83,7 @@ type rows struct {
 	names     *table.Table[nameRow]
 	tokens    *table.Table[tokenRow]
 	authority *table.Table[authorityRow]
+	clock     *table.Table[clockRow]
 }
 
 func defineRows(db *table.DB) rows {
@@ -91,6 +92,7 @@ func defineRows(db *table.DB) rows {
 		names:     table.Define[nameRow](db, "member_name"),
 		tokens:    table.Define[tokenRow](db, "join_token"),
 		authority: table.Define[authorityRow](db, "site_authority"),
+		clock:     table.Define[clockRow](db, "site_clock"),
 	}
 }
 

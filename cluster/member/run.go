@@ -53,6 +53,7 @@ func (n *Node) Run(ctx context.Context) error {
 		func(ctx context.Context) error { return n.observe(ctx, in) },
 		func(ctx context.Context) error { return n.lead(ctx, in) },
 		func(ctx context.Context) error { return n.snapshotWhenDue(ctx, in) },
+		func(ctx context.Context) error { return n.giveWay(ctx, in) },
 		n.watchPeers, n.publish, n.renew,
 		func(ctx context.Context) error { return n.start(ctx, in) },
 		func(ctx context.Context) error {
@@ -63,6 +64,8 @@ func (n *Node) Run(ctx context.Context) error {
 				return err
 			case <-in.machine.Halted():
 				return in.machine.Err()
+			case err := <-n.cfg.Disk.Broken():
+				return err
 			}
 		},
 	} {

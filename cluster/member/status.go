@@ -1,6 +1,7 @@
 package member
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -39,6 +40,13 @@ type MemberStatus struct {
 	LastContact time.Time // zero: never since this node started
 	Version     string    // "" when it has not said
 	CertExpires time.Time // of its certificate for its peers; zero when it has not said
+	// Fitness and Codes are what the member says of its own health.
+	Fitness Fitness
+	Codes   []string
+	// Skew is by how much its clock is ahead of this node's, within SkewBound; not
+	// known when Clocked is false.
+	Skew, SkewBound time.Duration
+	Clocked         bool
 }
 
 // Status gives what this node knows; it asks the leader for a confirmation, no
@@ -66,14 +74,16 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	for _, m := range members {
 		ms := MemberStatus{Member: m, Voter: voters[m.ID], Leader: m.ID == s.Leader, Up: n.live(m.ID)}
 		ms.LastContact = n.lastSeen(m.ID)
-		said := n.peers.of(m.ID).ping
+		seen := n.peers.of(m.ID)
+		said := seen.ping
 		if m.ID == s.Self {
 			ms.LastContact, said = time.Now(), n.sign(in)
 		}
 		if said.Applied > 0 && said.Applied < s.Applied {
 			ms.Lag = s.Applied - said.Applied
 		}
-		ms.Version = said.Version
+		ms.Version, ms.Fitness, ms.Codes = said.Version, said.Fitness, said.Codes
+		ms.Skew, ms.SkewBound, ms.Clocked = seen.skew, seen.bound, seen.clocked
 		if said.Expires != 0 {
 			ms.CertExpires = time.Unix(said.Expires, 0)
 		}
@@ -128,6 +138,10 @@ type sightings struct {
 type sighting struct {
 	ping
 	at time.Time
+	// skew is by how much its clock is ahead, known to within bound; not clocked:
+	// not known.
+	skew, bound time.Duration
+	clocked     bool
 }
 
 func newSightings() *sightings { return &sightings{seen: make(map[string]sighting)} }
@@ -138,19 +152,28 @@ func (s *sightings) of(id string) sighting {
 	return s.seen[id]
 }
 
-func (s *sightings) saw(p ping) {
+// saw takes an answer to a ping that was sent at a time of this node's clock and
+// took so long. The answer's clock was read somewhere between the two.
+func (s *sightings) saw(p ping, sent time.Time, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.seen[p.Node] = sighting{p, time.Now()}
+	now := sighting{ping: p, at: time.Now()}
+	now.Fitness = min(p.Fitness, Unfit)
+	if p.Clock != 0 {
+		now.skew, now.bound, now.clocked = time.UnixMilli(p.Clock).Sub(sent.Add(took/2)), took/2+time.Millisecond, true
+	}
+	s.seen[p.Node] = now
 }
 
 // route is the way to the leader: raft's, else what members answered to pings.
 // A node whose address has changed hears of the leader in that way only: the
 // leader does not know where to find it.
 func (n *Node) route() (addr, id string) {
-	if addr, id = n.leader(); id != "" {
+	// An unfit leader is one in its own eyes only; its peers know who leads now.
+	if addr, id = n.leader(); id != "" && (id != n.Self() || n.refusal() == nil) {
 		return addr, id
 	}
+	addr, id = "", ""
 	members, err := n.roster()
 	if err != nil {
 		return "", ""
@@ -250,6 +273,7 @@ func (n *Node) pingAll(ctx context.Context, members []Member) {
 		asked.Go(func() error {
 			was := n.live(m.ID)
 			var answer ping
+			clock, sent := n.cfg.Clock(), time.Now()
 			if err := n.ask(ctx, m.Addr, pathPing, &answer); err != nil {
 				if was && !n.live(m.ID) && ctx.Err() == nil {
 					n.log.Warn("a member does not answer", "node", m.ID, "name", m.Name, "address", m.Addr, "error", err)
@@ -259,7 +283,7 @@ func (n *Node) pingAll(ctx context.Context, members []Member) {
 			if answer.Node != m.ID {
 				return nil // another node has its address now
 			}
-			n.peers.saw(answer)
+			n.peers.saw(answer, clock, time.Since(sent))
 			if !was {
 				n.log.Info("a member answers", "node", m.ID, "name", m.Name, "address", m.Addr)
 			}
@@ -308,4 +332,117 @@ func newMetrics(registry prometheus.Registerer, n *Node) (*metrics, error) {
 		}
 	}
 	return m, nil
+}
+
+// Fitness is what a node can do for its site at the moment.
+type Fitness uint8
+
+const (
+	// Fit for everything.
+	Fit Fitness = iota
+	// Reluctant: it works, but another voter should lead.
+	Reluctant
+	// Unfit: its disk takes no writes. It does not lead, and refuses writes at
+	// once instead of letting them wait.
+	Unfit
+)
+
+func (f Fitness) String() string {
+	if int(f) < 3 {
+		return [...]string{"fit", "reluctant", "unfit"}[f]
+	}
+	return "unknown"
+}
+
+// Report is what a node knows of its own state of health.
+type Report struct {
+	Fitness Fitness
+	// Refusal is what writes through this node are answered with while it is
+	// Unfit; its text says why, and what to do.
+	Refusal error
+	// Codes of what is wrong here, for the other nodes to show.
+	Codes []string
+}
+
+// Report tells the node how it is, until the next call. It acts at once: see
+// Fitness.
+func (n *Node) Report(r Report) {
+	if r.Fitness == Unfit && r.Refusal == nil {
+		r.Refusal = errUnfit
+	}
+	before := n.report.Swap(&r)
+	if before == nil || before.Fitness != r.Fitness {
+		n.changed.fire()
+	}
+}
+
+const errUnfit = failure("this node's disk takes no writes at the moment")
+
+func (n *Node) reported() Report {
+	if r := n.report.Load(); r != nil {
+		return *r
+	}
+	return Report{}
+}
+
+// refusal is why this node takes no writes; nil while it does.
+func (n *Node) refusal() error {
+	if r := n.reported(); r.Fitness == Unfit {
+		return r.Refusal
+	}
+	return nil
+}
+
+// giveWay sees to it that a node that should not lead does not.
+//
+// A disk that hangs is the hard case: raft's loop waits for the disk and hears
+// nothing, not even a request to hand over, while its heartbeats have goroutines
+// of their own and go on. The followers would wait for such a leader for ever.
+// So an unfit node asks raft to hand over, and whatever comes of that, sends no
+// message of raft from then on until it is fit: a silent leader is replaced
+// after one timeout, and a silent node wins no election.
+func (n *Node) giveWay(ctx context.Context, in *instance) error {
+	asked := time.Time{}
+	for ctx.Err() == nil {
+		changed := n.changed.wait()
+		fitness := n.reported().Fitness
+		if fitness == Fit {
+			asked = time.Time{}
+		} else if in.State() == raft.Leader && (asked.IsZero() || time.Since(asked) > 10*n.cfg.Timings.Election) {
+			if id, addr, ok := n.heir(in, fitness); ok {
+				asked = time.Now()
+				err := within(n.cfg.Timings.Lease, in.LeadershipTransferToServer(id, addr).Error)
+				n.log.Info("this node asks another to lead", "fitness", fitness.String(), "heir", string(id), "error", err)
+			}
+		}
+		if mute := fitness == Unfit && in.otherVoters(); in.transport.Mute(mute) != mute {
+			n.log.Warn("raft's messages from this node", "silent", mute)
+		}
+		tick := time.NewTimer(n.cfg.Timings.Ping)
+		select {
+		case <-changed:
+		case <-tick.C:
+		case <-ctx.Done():
+		}
+		tick.Stop()
+	}
+	in.transport.Mute(false) // stopping hands over
+	return nil
+}
+
+// heir is the voter that should lead instead: one that is up and says that it is
+// in a better state, and of several the one whose log is furthest.
+func (n *Node) heir(in *instance, than Fitness) (raft.ServerID, raft.ServerAddress, bool) {
+	term := in.CurrentTerm()
+	servers := slices.DeleteFunc(slices.Clone(in.servers()), func(s raft.Server) bool {
+		id := string(s.ID)
+		return s.Suffrage != raft.Voter || s.ID == in.self || !n.live(id) || n.peers.of(id).Fitness >= than
+	})
+	if len(servers) == 0 {
+		return "", "", false
+	}
+	best := slices.MaxFunc(servers, func(a, b raft.Server) int {
+		return cmp.Compare(in.progress.Of(string(a.ID), term).Durable, in.progress.Of(string(b.ID), term).Durable)
+	})
+	return best.ID, best.Address, true
 }

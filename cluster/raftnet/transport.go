@@ -4,11 +4,13 @@ package raftnet
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -191,7 +193,16 @@ func (c closing) Err() error {
 type Transport struct {
 	*raft.NetworkTransport
 	Progress *Progress
+
+	mute atomic.Bool
 }
+
+// errMute answers raft while its messages are held back.
+var errMute = errors.New("this node sends no messages of the consensus at the moment")
+
+// Mute holds back what raft sends to others, or lets it through again; before
+// says how it was. What others send is answered all the same.
+func (t *Transport) Mute(mute bool) (before bool) { return t.mute.Swap(mute) }
 
 // named is the address under which the layer finds one node and no other. It is
 // also what raft keeps its idle connections by.
@@ -201,11 +212,17 @@ func named(id raft.ServerID, target raft.ServerAddress) raft.ServerAddress {
 
 // RequestVote implements raft.Transport.
 func (t *Transport) RequestVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	if t.mute.Load() {
+		return errMute
+	}
 	return t.NetworkTransport.RequestVote(id, named(id, target), args, resp)
 }
 
 // RequestPreVote implements raft.WithPreVote.
 func (t *Transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	if t.mute.Load() {
+		return errMute
+	}
 	return t.NetworkTransport.RequestPreVote(id, named(id, target), args, resp)
 }
 
@@ -216,6 +233,9 @@ func (t *Transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args
 
 // AppendEntries implements raft.Transport.
 func (t *Transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if t.mute.Load() {
+		return errMute
+	}
 	err := t.NetworkTransport.AppendEntries(id, named(id, target), args, resp)
 	if err == nil && resp.Success && resp.Term <= args.Term {
 		index := args.PrevLogEntry
@@ -236,6 +256,9 @@ func (t *Transport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (ra
 
 // InstallSnapshot implements raft.Transport.
 func (t *Transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+	if t.mute.Load() {
+		return errMute
+	}
 	err := t.NetworkTransport.InstallSnapshot(id, named(id, target), args, resp, data)
 	if err == nil && resp.Success {
 		t.Progress.answered(string(id), args.Term, args.LastLogIndex, 0)
