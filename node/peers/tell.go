@@ -6,9 +6,8 @@ import (
 	"time"
 )
 
-// tellWait is how long Tell waits for a node. One that takes longer has lost touch
-// with its site and will soon not be live.
-const tellWait = 2 * time.Second
+// tellWait is how long Tell waits at most for a node that hangs and is still live.
+const tellWait = 10 * time.Second
 
 // reachedRequest asks a node to answer once its state has a revision.
 type reachedRequest struct {
@@ -22,15 +21,18 @@ func (p *Peers) reached(ctx context.Context, q reachedRequest) (any, error) {
 }
 
 // Tell returns when each node that is live knows of a revision, so that what it
-// took away is not to be seen on any of them. It waits no longer than two seconds
-// for a node that does not answer.
+// took away is not to be seen on any of them. A node that stops being live is not
+// waited for.
 func (p *Peers) Tell(ctx context.Context, revision uint64) {
 	ctx, cancel := context.WithTimeout(ctx, tellWait)
 	defer cancel()
 	var wait sync.WaitGroup
 	for _, m := range p.others() {
 		wait.Go(func() {
-			if err := p.call(ctx, m.ID, "reached", reachedRequest{revision}, nil); err != nil {
+			err := p.whileLive(ctx, m.ID, func(ctx context.Context) error {
+				return p.call(ctx, m.ID, "reached", reachedRequest{revision}, nil)
+			})
+			if err != nil {
 				p.Log.Debug("a node does not say that it knows of a deletion", "node", m.ID, "revision", revision, "err", err)
 			}
 		})
