@@ -159,9 +159,13 @@ type progress struct {
 	rev      uint64
 	moved    chan struct{} // closed at the next advance; nil when nobody waits
 	watchers map[*watcher]struct{}
+	// collecting are those who want to know what has changed.
+	collecting map[*Changes]struct{}
 }
 
-func (p *progress) init() { p.watchers = make(map[*watcher]struct{}) }
+func (p *progress) init() {
+	p.watchers, p.collecting = make(map[*watcher]struct{}), make(map[*Changes]struct{})
+}
 
 // reached reports whether the state is at rev; when not, the channel is closed
 // at its next move.
@@ -190,5 +194,8 @@ func (p *progress) advance(rev uint64, keys [][]byte) {
 		if w.sees(keys) {
 			w.tell(rev)
 		}
+	}
+	for c := range p.collecting {
+		c.note(keys)
 	}
 }
