@@ -39,6 +39,8 @@ type Config struct {
 	Advertise string
 	// Name is the node's name for people; "" is the machine's.
 	Name string
+	// Labels say where the node stands (rack, zone): see member.Member.
+	Labels map[string]string
 	// ExternalURL is where clients find the site, if not where they asked.
 	ExternalURL string
 

@@ -253,6 +253,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Log: n.log, Registry: metrics,
 		Version: n.config.Version, Timings: n.config.timings, Clock: n.config.clock,
+		Labels: n.config.Labels,
 	}, who); err != nil {
 		return err
 	}

@@ -90,7 +90,8 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 		return nil, err
 	}
 	if r.peers, err = peers.New(peers.Config{
-		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records, Log: g.log, Registerer: g.metrics,
+		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
+		Policy: peers.DefineSettings(r.settings), Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}

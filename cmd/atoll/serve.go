@@ -78,6 +78,7 @@ else one is made and kept in DATA/admin-password.`,
 	f.StringVar(&c.PeerListen, "peer-listen", "", "address for the other nodes (default: the host of --listen, port "+node.PeerPort+")")
 	f.StringVar(&c.Advertise, "advertise", "", "address at which the other nodes reach --peer-listen")
 	f.StringVar(&c.Name, "name", "", "name of the node for people (default: the machine's)")
+	f.StringToStringVar(&c.Labels, "label", nil, "where the node stands, as rack=NAME,zone=NAME: copies of a blob are kept apart by it, and fetched from near by")
 	f.StringVar(&c.ExternalURL, "external-url", "", "URL at which clients find the site, when a proxy stands before it")
 	f.StringVar(&c.TLS, "tls", "", "off: plain HTTP; auto: a certificate of the site's CA (default: off on a loopback address, else auto)")
 	f.StringVar(&c.CertFile, "tls-cert", "", "file with a certificate (PEM) to use instead")

@@ -26,8 +26,12 @@ const (
 	Gone State = "gone"
 )
 
-// BlobTable is the name of the table of blobs, for those who watch it.
-const BlobTable = "blob"
+// BlobTable and LinkTable are the names of the tables of blobs and of links, for
+// those who watch them. The last part of a key is the blob's digest in both.
+const (
+	BlobTable = "blob"
+	LinkTable = "link"
+)
 
 // Blob is the row of a blob.
 type Blob struct {
@@ -101,7 +105,7 @@ func NewRecords(db *table.DB) *Records {
 			}
 			return [][]string{{"lost"}}
 		}}),
-		links: table.Define(db, "link", table.Index[Link]{Name: "digest", Version: 1, Keys: func(key []string, _ Link) [][]string {
+		links: table.Define(db, LinkTable, table.Index[Link]{Name: "digest", Version: 1, Keys: func(key []string, _ Link) [][]string {
 			if len(key) != 3 {
 				return nil
 			}

@@ -11,7 +11,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/transfer"
@@ -36,18 +35,20 @@ type heldBlob struct {
 	Size   int64         `json:"size"`
 }
 
-// Ensure implements blobs.Copies: it has every blob copied until Durability live
-// nodes hold all of them, and says how many do. Fewer is no error: it is as many
-// as there are. fault.Unavailable when not even one holds a blob.
+// Ensure implements blobs.Copies: it has every blob copied until as many live
+// nodes as the durability asks for hold all of them, and says how many do. Fewer
+// is no error: it is as many as there are. fault.Unavailable when not even one
+// holds a blob.
 func (p *Peers) Ensure(ctx context.Context, ds []digest.Digest) (int, error) {
-	pending, err := p.plan(ds)
+	durability := p.Policy.Durability()
+	pending, err := p.plan(ds, durability)
 	if err != nil {
 		return 0, err
 	}
 	for {
 		batches := map[string][]*copyPlan{}
 		for _, c := range pending {
-			if c.holders < Durability && len(c.candidates) > 0 {
+			if c.holders < durability && len(c.candidates) > 0 {
 				batches[c.candidates[0]] = append(batches[c.candidates[0]], c)
 				c.candidates = c.candidates[1:]
 			}
@@ -60,15 +61,15 @@ func (p *Peers) Ensure(ctx context.Context, ds []digest.Digest) (int, error) {
 			return 0, err
 		}
 	}
-	copies := Durability
+	copies := durability
 	for _, c := range pending {
-		if c.holders == 0 {
+		if c.holders+c.spare == 0 {
 			return 0, fault.New(fault.Unavailable, "no node that is up holds %s; push it again", c.blob.Digest)
 		}
-		copies = min(copies, c.holders)
+		copies = min(copies, c.holders+c.spare)
 	}
 	if len(pending) == 0 { // nothing but metadata, which raft copies
-		copies = min(Durability, 1+len(p.others()))
+		copies = min(durability, 1+len(p.others()))
 	}
 	return copies, nil
 }
@@ -76,30 +77,51 @@ func (p *Peers) Ensure(ctx context.Context, ds []digest.Digest) (int, error) {
 // copyPlan is one blob on its way to enough nodes.
 type copyPlan struct {
 	blob       heldBlob
-	holders    int      // nodes that are known to hold it durably
+	holders    int      // nodes that are known to hold it durably, and to keep it
+	spare      int      // 1 when this node holds it and is no home: it lets go only once the homes hold it
 	candidates []string // nodes to ask next, best first
 }
 
-// plan counts this node's own copy of each blob and lists whom to ask for more.
-func (p *Peers) plan(ds []digest.Digest) ([]*copyPlan, error) {
-	var ids []string
-	for _, m := range p.others() {
-		ids = append(ids, m.ID)
+// plan counts this node's own copy of each blob and lists whom to ask for more:
+// its homes, then the other nodes that may be home to one.
+func (p *Peers) plan(ds []digest.Digest, durability int) ([]*copyPlan, error) {
+	var l layout
+	replicas := map[digest.Digest]int{}
+	err := p.DB.View(func(v *table.View) (err error) {
+		if l, err = p.layout(v); err != nil {
+			return err
+		}
+		for _, d := range ds {
+			if replicas[d], err = p.replicas(v, d); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
-	seen := map[digest.Digest]bool{}
+	keeps := slices.Contains(l.homes, l.self)
 	var plans []*copyPlan
 	for _, d := range ds {
-		if seen[d] {
-			continue
+		n, fresh := replicas[d]
+		if !fresh {
+			continue // named twice
 		}
-		seen[d] = true
-		c := &copyPlan{blob: heldBlob{Digest: d}, candidates: placement(d, ids)}
+		delete(replicas, d)
+		c := &copyPlan{blob: heldBlob{Digest: d}}
+		plans = append(plans, c)
 		info, err := p.Store.Stat(d)
 		switch {
 		case err == nil:
-			c.holders, c.blob.Size = 1, info.Size
+			c.blob.Size = info.Size
+			if keeps {
+				c.holders = 1
+			} else {
+				c.spare = 1
+			}
 			if p.Store.Shelved(d) {
-				c.holders = Durability // in a storage that no node's loss takes with it
+				c.holders = durability // in a storage that no node's loss takes with it
 			}
 		case fault.Is(err, fault.NotFound):
 			if c.blob.Size, err = p.sizeOf(d); err != nil {
@@ -108,9 +130,35 @@ func (p *Peers) plan(ds []digest.Digest) ([]*copyPlan, error) {
 		default:
 			return nil, err
 		}
-		plans = append(plans, c)
+		c.candidates = l.takers(d, n, c.holders > 0)
 	}
 	return plans, nil
+}
+
+// takers are the live nodes to ask to hold a blob, best first; held says that
+// this node does, so that the first copy stands apart from it.
+func (l layout) takers(d digest.Digest, replicas int, held bool) []string {
+	able := make([]string, 0, len(l.homes))
+	for _, id := range l.homes {
+		if id != l.self && l.isLive(id) {
+			able = append(able, id)
+		}
+	}
+	var before []string
+	if held {
+		before = []string{l.self}
+	}
+	order := spread(placement(d, able), l.places, before...)
+	homes := l.homesOf(d, replicas)
+	out := make([]string, 0, len(order))
+	for _, home := range []bool{true, false} {
+		for _, id := range order {
+			if slices.Contains(homes, id) == home {
+				out = append(out, id)
+			}
+		}
+	}
+	return out
 }
 
 func (p *Peers) sizeOf(d digest.Digest) (size int64, err error) {
@@ -219,13 +267,17 @@ func (p *Peers) Bring(ctx context.Context, d digest.Digest, size int64) error {
 }
 
 // Belongs reports whether this node is one of those that should hold a blob.
-func (p *Peers) Belongs(d digest.Digest) (bool, error) {
-	var all []member.Member
-	err := p.DB.View(func(v *table.View) (err error) {
-		all, err = p.Roster.Members(v)
+func (p *Peers) Belongs(d digest.Digest) (belongs bool, err error) {
+	err = p.DB.View(func(v *table.View) error {
+		l, err := p.layout(v)
+		if err != nil {
+			return err
+		}
+		n, err := p.replicas(v, d)
+		belongs = slices.Contains(l.homesOf(d, n), l.self)
 		return err
 	})
-	return slices.Contains(homes(d, ids(all), replicas), p.Roster.Self()), err
+	return belongs, err
 }
 
 // obtain makes this node hold a blob durably.

@@ -26,8 +26,8 @@ func TestEnsureCountsWhatIsHeld(t *testing.T) {
 			ds = append(ds, s.put(bytesOf(fmt.Sprint("blob ", i), 100), n))
 		}
 		copies, err := n.Ensure(t.Context(), append(ds, ds[0]))
-		if err != nil || copies != Durability {
-			t.Fatalf("%d copies, %v; want %d", copies, err, Durability)
+		if err != nil || copies != durability {
+			t.Fatalf("%d copies, %v; want %d", copies, err, durability)
 		}
 		for _, d := range ds {
 			holders := 0
@@ -36,17 +36,17 @@ func TestEnsureCountsWhatIsHeld(t *testing.T) {
 					holders++
 				}
 			}
-			if holders < Durability {
+			if holders < durability {
 				t.Fatalf("blob %s is on %d nodes", d, holders)
 			}
 		}
 		// The same again asks nobody for bytes, and a blob of others counts too.
 		for _, o := range s.nodes {
-			if copies, err := o.Ensure(t.Context(), ds[:5]); err != nil || copies != Durability {
+			if copies, err := o.Ensure(t.Context(), ds[:5]); err != nil || copies != durability {
 				t.Errorf("seen by %s: %d copies, %v", o.id, copies, err)
 			}
 		}
-		if copies, err := n.Ensure(t.Context(), nil); err != nil || copies != Durability {
+		if copies, err := n.Ensure(t.Context(), nil); err != nil || copies != durability {
 			t.Errorf("a push of metadata only: %d copies, %v", copies, err)
 		}
 	})
@@ -61,7 +61,7 @@ func TestEnsureCopiesBySHA512(t *testing.T) {
 		d := digest.SHA512.FromBytes(b)
 		order := s.byPlacement(d)
 		s.putAs(digest.SHA512, b, order[2])
-		if copies, err := order[2].Ensure(t.Context(), []digest.Digest{d}); err != nil || copies != Durability || !order[0].holds(d) {
+		if copies, err := order[2].Ensure(t.Context(), []digest.Digest{d}); err != nil || copies != durability || !order[0].holds(d) {
 			t.Fatalf("%d copies, %v, held at home: %v", copies, err, order[0].holds(d))
 		}
 		if twin := digest.FromBytes(b); order[0].holds(twin) || order[2].holds(twin) {

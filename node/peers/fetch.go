@@ -1,6 +1,7 @@
 package peers
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -139,22 +141,31 @@ func (s source) Pieces(ctx context.Context, d digest.Digest) (transfer.PieceTabl
 	return s.tables.table(ctx, d)
 }
 
-// candidates are the live peers, those that should hold the blob first.
+// candidates are the live peers, the nearest first, and of equally near ones those
+// that should hold the blob.
 type candidates struct{ *Peers }
 
 // Candidates implements transfer.Peers.
 func (c candidates) Candidates(_ context.Context, d digest.Digest) []transfer.Peer {
-	others := c.others()
-	ids := make([]string, len(others))
-	for i, m := range others {
-		ids[i] = m.ID
-	}
-	order := placement(d, ids)
+	others, here := c.others(), c.place()
+	order := placement(d, ids(others))
+	slices.SortFunc(others, func(a, b member.Member) int {
+		return cmp.Or(
+			cmp.Compare(here.distance(placeOf(a)), here.distance(placeOf(b))),
+			cmp.Compare(slices.Index(order, a.ID), slices.Index(order, b.ID)),
+		)
+	})
 	out := make([]transfer.Peer, len(others))
-	for _, m := range others {
-		out[slices.Index(order, m.ID)] = transfer.Peer{ID: m.ID, Addr: m.Addr}
+	for i, m := range others {
+		out[i] = transfer.Peer{ID: m.ID, Addr: m.Addr}
 	}
 	return out
+}
+
+// place is where this node stands.
+func (p *Peers) place() place {
+	m, _ := p.find(p.Roster.Self())
+	return placeOf(m)
 }
 
 // sink is where blobs from peers are written.

@@ -75,6 +75,11 @@ func (p *Peers) peerHandler() http.Handler {
 	mux.HandleFunc("POST /peer/v1/lacks", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, p.answerLacks)
 	})
+	mux.HandleFunc("POST /peer/v1/holds", func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, p.answerHeld) })
+	mux.HandleFunc("POST /peer/v1/drain", func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, p.answerDrain) })
+	mux.HandleFunc("POST /peer/v1/figures", func(w http.ResponseWriter, r *http.Request) {
+		serveMessage(p, w, r, func(context.Context, figuresQuestion) (any, error) { return p.figures() })
+	})
 	mux.HandleFunc("POST /peer/v1/root", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, p.answerRoot)
 	})
@@ -187,6 +192,9 @@ func decodeMessage[Q any](body io.Reader) (q Q, err error) {
 	return q, err
 }
 
+// errNotUnderstood: a node of an older version does not know a message.
+var errNotUnderstood = errors.New("the node does not understand the question")
+
 // call sends a message to a node and decodes its answer into answer, when not
 // nil.
 func (p *Peers) call(ctx context.Context, node, name string, question, answer any) error {
@@ -206,6 +214,9 @@ func (p *Peers) call(ctx context.Context, node, name string, question, answer an
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxPeerMessage))
 	if err != nil {
 		return err
+	}
+	if resp.StatusCode == http.StatusBadRequest { // from the handler of forwarded requests
+		return fmt.Errorf("node %s: %s: %w", node, bytes.TrimSpace(body), errNotUnderstood)
 	}
 	if resp.StatusCode >= 300 {
 		return fmt.Errorf("node %s: %s: %s", node, resp.Status, bytes.TrimSpace(body))

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -28,17 +29,25 @@ type site struct {
 	db      *table.DB
 	records *blobs.Records
 
+	durability, replicas number
+
 	mu    sync.Mutex
 	nodes []*node
 }
+
+// number is a setting.
+type number struct{ atomic.Int64 }
+
+func (n *number) value() int { return int(n.Load()) }
 
 // node is one of them; it is the Roster and the Network of its Peers.
 type node struct {
 	*Peers
 	site      *site
 	id        string
-	logs      bytes.Buffer // under site.mu
-	down      bool         // under site.mu
+	logs      bytes.Buffer  // under site.mu
+	down      bool          // under site.mu
+	row       member.Member // under site.mu
 	listeners map[byte]*pipes
 	cancel    context.CancelFunc
 	done      chan error
@@ -47,6 +56,8 @@ type node struct {
 func newSite(t testing.TB, n int) *site {
 	t.Helper()
 	s := &site{t: t, db: tabletest.Open(t)}
+	s.durability.Store(durability)
+	s.replicas.Store(replicas)
 	s.records = blobs.NewRecords(s.db)
 	tabletest.Start(t, s.db)
 	for i := range n {
@@ -58,14 +69,15 @@ func newSite(t testing.TB, n int) *site {
 // add makes a node, which does not run yet.
 func (s *site) add(id string) *node {
 	s.t.Helper()
-	n := &node{site: s, id: id, listeners: map[byte]*pipes{}}
+	n := &node{site: s, id: id, row: member.Member{ID: id, Addr: id + ":5001"}, listeners: map[byte]*pipes{}}
 	store, err := blobs.Open(s.t.TempDir(), blobs.Options{})
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	n.Peers, err = New(Config{
 		DB: s.db, Roster: n, Network: n, Store: store, Records: s.records,
-		Log: slog.New(slog.NewTextHandler(n, nil)), Registerer: prometheus.NewRegistry(),
+		Policy: Policy{Durability: s.durability.value, Replicas: s.replicas.value},
+		Log:    slog.New(slog.NewTextHandler(n, nil)), Registerer: prometheus.NewRegistry(),
 	})
 	if err != nil {
 		s.t.Fatal(err)
@@ -101,6 +113,13 @@ func (n *node) stop() {
 	}
 }
 
+// setRow changes what a node's row says.
+func (n *node) setRow(change func(*member.Member)) {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	change(&n.row)
+}
+
 // setDown takes a node off the network, or brings it back.
 func (n *node) setDown(down bool) {
 	n.site.mu.Lock()
@@ -131,7 +150,7 @@ func (n *node) Live() (live []member.Member) {
 	defer n.site.mu.Unlock()
 	for _, o := range n.site.nodes {
 		if o == n || !o.down && !n.down {
-			live = append(live, member.Member{ID: o.id, Addr: o.id + ":5001"})
+			live = append(live, o.row)
 		}
 	}
 	return live
@@ -142,7 +161,7 @@ func (n *node) Members(table.Reader) (members []member.Member, err error) {
 	n.site.mu.Lock()
 	defer n.site.mu.Unlock()
 	for _, o := range n.site.nodes {
-		members = append(members, member.Member{ID: o.id, Addr: o.id + ":5001"})
+		members = append(members, o.row)
 	}
 	return members, nil
 }
@@ -276,3 +295,15 @@ func (s *site) byPlacement(d digest.Digest) (order []*node) {
 func bytesOf(kind string, n int) []byte {
 	return bytes.Repeat([]byte(kind+"."), n/(len(kind)+1)+1)[:n]
 }
+
+// homes are the nodes that should hold a blob when all are alike and there.
+func homes(d digest.Digest, ids []string, n int) []string {
+	order := placement(d, ids)
+	return order[:min(n, len(order))]
+}
+
+// What the sites of the tests are set to.
+const (
+	durability = 2
+	replicas   = 3
+)

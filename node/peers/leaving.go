@@ -91,7 +91,7 @@ func (p *Peers) strands(ctx context.Context, id string) (stranded, error) {
 	_, up := p.find(id)
 	s := stranded{known: up}
 	for after := digest.Digest(""); ; {
-		rows, err := p.page(0, after)
+		rows, err := p.page(after)
 		if err != nil {
 			return s, err
 		}

@@ -59,12 +59,15 @@ type NodeStatus struct {
 	Feature  int        `json:"feature"`           // level of the rows that it can write
 	// CertExpires is when its certificate for the peer port ends.
 	CertExpires *time.Time `json:"cert_expires,omitempty"`
+	// Labels say where the node stands; Cache that it is no home for blobs.
+	Labels map[string]string `json:"labels,omitempty"`
+	Cache  bool              `json:"cache,omitempty"`
 }
 
 func nodeStatus(m member.MemberStatus) NodeStatus {
 	n := NodeStatus{
 		ID: m.ID, Name: m.Name, Addr: m.Addr, Voter: m.Voter, Leader: m.Leader, Up: m.Up, Lag: m.Lag,
-		Version: m.Version, Feature: m.Feature,
+		Version: m.Version, Feature: m.Feature, Labels: m.Labels, Cache: m.Cache,
 	}
 	if m.Draining != 0 {
 		at := time.Unix(m.Draining, 0).UTC()
@@ -150,7 +153,7 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		if out.Lost, err = p.Records.CountLost(v); err != nil {
 			return err
 		}
-		out.UnderReplicated, err = p.Records.CountUnderReplicated(v, min(Durability, len(s.Members)))
+		out.UnderReplicated, err = p.Records.CountUnderReplicated(v, min(p.Policy.Durability(), len(s.Members)))
 		return err
 	})
 	out.Tolerance = tolerance(out)

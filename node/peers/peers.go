@@ -36,13 +36,6 @@ import (
 	"github.com/atoll-registry/atoll/transfer/stream"
 )
 
-// Durability is on how many nodes a push must be before it is acknowledged, as
-// soon as that many are live; replicas is how many hold it in the long run.
-const (
-	Durability = 2
-	replicas   = 3
-)
-
 // Network is the peer port.
 type Network interface {
 	Listen(service byte) net.Listener
@@ -82,6 +75,8 @@ type Config struct {
 	Network    Network
 	Store      *blobs.Store
 	Records    *blobs.Records
+	Policy     Policy
+	Cache      Cache // the zero value: this node is none
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -100,11 +95,20 @@ type Peers struct {
 	mu      sync.Mutex
 	failing map[string]bool // nodes that could not take their last copy
 
+	absences absences
+	projects projectWants
+	ledger   ledger
+	cached   cached
+
 	unrepaired int // blobs that repair could not bring here; its goroutine's alone
 }
 
 type metrics struct {
 	underReplicated prometheus.Gauge
+	leaving         prometheus.Gauge
+	repairRows      prometheus.Counter
+	cacheBytes      prometheus.Gauge
+	evicted         prometheus.Counter
 	copiesMade      prometheus.Counter
 	copyFailures    prometheus.Counter
 	received        prometheus.Counter
@@ -116,14 +120,19 @@ type metrics struct {
 func New(c Config) (*Peers, error) {
 	p := &Peers{Config: c, tables: newPieceTables(c.Store), failing: map[string]bool{}}
 	p.metrics = metrics{
-		underReplicated: prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_underreplicated_blobs", Help: "Blobs that lack copies."}),
+		underReplicated: prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_underreplicated_blobs", Help: "Blobs that this node sees to and that are on fewer nodes than they should be: the sum over the nodes is that of the site."}),
+		leaving:         prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_leaving_blobs", Help: "Blobs that this node, which is being drained, must still hand over."}),
+		repairRows:      prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_repair_rows_total", Help: "Rows of blobs that repair has looked at."}),
+		cacheBytes:      prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_cache_bytes", Help: "Bytes of blobs that this node, which is a cache, holds."}),
+		evicted:         prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_evicted_blobs_total", Help: "Blobs that this node, which is a cache, let go of."}),
 		copiesMade:      prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_copies_total", Help: "Blobs copied to this node for durability or repair."}),
 		copyFailures:    prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_copy_failures_total", Help: "Copies to this node that did not succeed."}),
 		received:        prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_received_bytes_total", Help: "Verified bytes of blobs from peers."}),
 		served:          prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_served_bytes_total", Help: "Bytes of blobs sent to peers."}),
 		dropped:         prometheus.NewCounterVec(prometheus.CounterOpts{Name: "atoll_peers_dropped_senders_total", Help: "Peers dropped from the fetch of a blob, by reason."}, []string{"reason"}),
 	}
-	for _, m := range []prometheus.Collector{p.metrics.underReplicated, p.metrics.copiesMade, p.metrics.copyFailures, p.metrics.received, p.metrics.served, p.metrics.dropped} {
+	for _, m := range []prometheus.Collector{p.metrics.underReplicated, p.metrics.leaving, p.metrics.repairRows, p.metrics.cacheBytes, p.metrics.evicted,
+		p.metrics.copiesMade, p.metrics.copyFailures, p.metrics.received, p.metrics.served, p.metrics.dropped} {
 		if err := c.Registerer.Register(m); err != nil {
 			return nil, fmt.Errorf("peers: %w", err)
 		}
@@ -216,7 +225,10 @@ func (p *Peers) Run(ctx context.Context) error {
 	group.Go(func() error { return p.tables.run(ctx) })
 	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceBlob, p.engine.Server()) })
 	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceAPI, p.apiServer()) })
+	p.refreshProjects(ctx)
+	group.Go(func() error { return p.watchProjects(ctx) })
 	group.Go(func() error { return p.repair(ctx) })
+	group.Go(func() error { return p.keepCache(ctx) })
 	return group.Wait()
 }
 

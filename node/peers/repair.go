@@ -2,6 +2,7 @@ package peers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -10,88 +11,163 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/transfer"
 )
 
-// A pass over the blob rows that have changed follows repairSettle after the last
-// change, so that a push is not in its own way. A pass over all rows follows when a
-// node has come or gone, which changes no blob row, and after repairInterval in
-// any case, or later when there are so many rows that it would take more than a
-// twentieth of a processor. What could not be repaired is tried again after
-// repairSettle, then twice as long, up to repairInterval, or later likewise.
+// What changed is looked at repairSettle after the change, so that a push is not in
+// its own way. All blobs are looked at when a node has come or gone or stands
+// differently, which changes no row of a blob, and after repairInterval in any
+// case. What could not be mended is tried again after repairSettle, then twice as
+// long, up to retryMost.
 const (
 	repairSettle   = 2 * time.Second
-	repairInterval = time.Minute
-	repairPage     = 256
-	repairRow      = 200 * time.Microsecond // 20 times what a look at a row costs
-	liveInterval   = time.Second            // between two looks at who is live
+	retryMost      = time.Minute
+	repairInterval = time.Hour
+	repairPage     = blobsPerRequest
+	liveInterval   = time.Second // between two looks at who is live
+	changesKept    = 8192        // keys of changed rows between two looks
+	retryKept      = 4096        // blobs to try again; with more, all are looked at
 )
 
 // schedule says when repair looks at what.
 type schedule struct {
-	since   uint64        // revision up to which rows were looked at
-	backoff time.Duration // until the next full pass, should this one fail
-	full    time.Time     // when the next full pass is due
+	full    time.Time                  // when all blobs are due
+	again   time.Time                  // when retry is due
+	backoff time.Duration              // until it is after that
+	retry   map[digest.Digest]struct{} // what could not be mended
 }
 
 // plan takes the result of a pass into account.
 func (s *schedule) plan(pass result, now time.Time) {
-	s.since = pass.revision
-	dear := time.Duration(pass.looked) * repairRow
-	next := now.Add(max(repairInterval, dear))
-	switch {
-	case pass.failed > 0:
-		next = now.Add(max(s.backoff, dear))
-		s.backoff = min(2*s.backoff, repairInterval)
-	case pass.full:
-		s.backoff = repairSettle
+	if pass.full {
+		s.full, s.retry = now.Add(repairInterval), nil
 	}
-	if pass.full || next.Before(s.full) {
-		s.full = next
+	for _, d := range pass.looked {
+		delete(s.retry, d)
+	}
+	if s.retry == nil {
+		s.retry = map[digest.Digest]struct{}{}
+	}
+	for _, d := range pass.failed {
+		s.retry[d] = struct{}{}
+	}
+	failed := len(pass.failed) > 0 || pass.cause != nil
+	switch next := now.Add(s.backoff); {
+	case pass.cause != nil || len(s.retry) > retryKept:
+		s.full = earlier(s.full, next) // it was no look at all, or too much to remember
+	case failed && (s.again.IsZero() || !s.again.After(now) || next.Before(s.again)):
+		s.again = next
+	}
+	switch {
+	case failed && (pass.full || pass.again):
+		s.backoff = min(2*s.backoff, retryMost)
+	case len(s.retry) == 0 && !failed:
+		s.again, s.backoff = time.Time{}, repairSettle
 	}
 }
 
-// repair brings this node to what the placement wants of it, again and again.
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// next is when something is due without a change.
+func (s *schedule) next() time.Time {
+	if len(s.retry) == 0 || s.again.IsZero() {
+		return s.full
+	}
+	return earlier(s.full, s.again)
+}
+
+// repair brings this node, and the homes of the blobs that it leads, to what the
+// placement wants of them, again and again.
 func (p *Peers) repair(ctx context.Context) error {
-	changed := p.DB.Watch(ctx, blobs.BlobTable)
+	changes := p.DB.Collect(ctx, changesKept, blobs.BlobTable, blobs.LinkTable)
 	s := schedule{backoff: repairSettle}
+	var looked layout // for which all blobs were looked at last
+	var drained time.Time
 	for ctx.Err() == nil {
-		live := p.liveIDs()
-		from := s.since
-		if !time.Now().Before(s.full) {
-			from = 0
+		l, err := p.currentLayout()
+		if err != nil {
+			p.Log.Warn("the site's nodes could not be read; trying again", "err", err)
+			p.awaitRepair(ctx, changes, looked, time.Now().Add(repairSettle))
+			continue
 		}
-		pass := p.repairPass(ctx, from)
-		p.noteRepair(pass)
+		keys, lost := changes.Take()
+		var pass result
+		if now := time.Now(); lost || !l.equal(looked) || !now.Before(s.full) {
+			if !l.equal(looked) {
+				s.backoff, drained = repairSettle, time.Time{}
+			}
+			looked = l
+			pass = p.repairAll(ctx, l)
+		} else {
+			ds := digestsOf(keys)
+			again := !s.again.IsZero() && !now.Before(s.again)
+			if again {
+				for d := range s.retry {
+					ds[d] = struct{}{}
+				}
+			}
+			pass = p.repairSome(ctx, l, ds)
+			pass.again = again
+		}
+		if ctx.Err() != nil {
+			return nil // what failed, failed for that
+		}
 		s.plan(pass, time.Now())
-		if p.awaitRepair(ctx, changed, live, time.Until(s.full)) {
-			s.full, s.backoff = time.Time{}, repairSettle
+		p.noteRepair(pass, len(s.retry))
+		wait := s.next()
+		if due := p.drainWhenDue(ctx, l, &drained); !due.IsZero() {
+			wait = earlier(wait, due)
 		}
+		p.awaitRepair(ctx, changes, looked, wait)
 	}
 	return nil
 }
 
-// awaitRepair waits until there is something to do; moved says that other nodes
-// are live than those given.
-func (p *Peers) awaitRepair(ctx context.Context, changed <-chan uint64, live []string, wait time.Duration) (moved bool) {
-	due, look := time.NewTimer(wait), time.NewTicker(liveInterval)
+// digestsOf names the blobs that changed rows are about: a new link may want more
+// copies of a blob than there are.
+func digestsOf(keys []table.Key) map[digest.Digest]struct{} {
+	ds := map[digest.Digest]struct{}{}
+	for _, k := range keys {
+		ds[digest.Digest(k.Parts[len(k.Parts)-1])] = struct{}{}
+	}
+	return ds
+}
+
+// currentLayout is the site as it stands in the newest local state.
+func (p *Peers) currentLayout() (l layout, err error) {
+	err = p.DB.View(func(v *table.View) error {
+		l, err = p.layout(v)
+		return err
+	})
+	return l, err
+}
+
+// awaitRepair waits until there is something to do: a change, another layout than
+// the given one, or the time.
+func (p *Peers) awaitRepair(ctx context.Context, changes *table.Changes, looked layout, until time.Time) {
+	due, look := time.NewTimer(time.Until(until)), time.NewTicker(liveInterval)
 	defer due.Stop()
 	defer look.Stop()
+	some := changes.Some()
 	for {
 		select {
 		case <-ctx.Done():
-			return false
+			return
 		case <-due.C:
-			return false
-		case <-changed:
-			changed = nil // one is enough
-			due.Reset(min(wait, repairSettle))
+			return
+		case <-some:
+			some = nil // one is enough
+			due.Reset(min(time.Until(until), repairSettle))
 		case <-look.C:
-			if !slices.Equal(live, p.liveIDs()) {
-				return true
+			if l, err := p.currentLayout(); err == nil && !l.equal(looked) {
+				return
 			}
 		}
 	}
@@ -99,188 +175,263 @@ func (p *Peers) awaitRepair(ctx context.Context, changed <-chan uint64, live []s
 
 // result of a pass.
 type result struct {
-	full     bool   // over all rows
-	alone    bool   // no other node was live: nothing could be done
-	revision uint64 // of the state that was looked at
-	failed   int    // blobs for which something could not be done
-	example  error  // why, for one of them
-	looked   int    // rows that were read
+	full    bool            // over all blobs
+	again   bool            // over what had failed before, too
+	looked  []digest.Digest // by a pass that was not full
+	failed  []digest.Digest // for which something could not be done
+	example error           // why, for one of them
+	cause   error           // why the pass itself ended early
 }
 
-// repairPass walks over the rows of live blobs that have changed after a revision,
-// over all when it is 0.
-func (p *Peers) repairPass(ctx context.Context, since uint64) result {
-	r := result{full: since == 0, revision: since}
-	if err := p.repairRows(ctx, since, &r); err != nil {
-		r.failed, r.example = r.failed+1, err
+func (r *result) fail(d digest.Digest, err error) {
+	r.failed = append(r.failed, d)
+	r.example = fmt.Errorf("blob %s: %w", d, err)
+}
+
+// repairSome looks at some blobs and mends what they lack.
+func (p *Peers) repairSome(ctx context.Context, l layout, ds map[digest.Digest]struct{}) (r result) {
+	for d := range ds {
+		r.looked = append(r.looked, d)
 	}
-	if ctx.Err() != nil {
-		r.failed = 0 // not for want of anything
+	slices.Sort(r.looked)
+	for part := range slices.Chunk(r.looked, repairPage) {
+		rows, err := p.rowsOf(part, isLiveState)
+		if err == nil {
+			gone := slices.DeleteFunc(slices.Clone(part), func(d digest.Digest) bool {
+				return slices.ContainsFunc(rows, func(r row) bool { return r.digest == d })
+			})
+			for _, d := range gone {
+				p.ledger.set(d, false)
+			}
+			err = p.mend(ctx, l, rows, &r)
+		}
+		if err != nil {
+			r.cause = err
+			break
+		}
+	}
+	p.metrics.underReplicated.Set(float64(p.ledger.count()))
+	return r
+}
+
+// repairAll counts first what lacks copies, so that the figure is right from the
+// beginning of what may take hours, and then mends it.
+func (p *Peers) repairAll(ctx context.Context, l layout) result {
+	r := result{full: true}
+	p.ledger.begin()
+	if len(l.homes) == 1 && l.homes[0] == l.self && len(l.live) == 1 {
+		p.ledger.end(l) // nobody to copy to or from
+		p.metrics.underReplicated.Set(0)
+		return r
+	}
+	todo := map[uint64]struct{}{}
+	r.cause = p.walk(ctx, func(rows []row) error {
+		found, err := p.survey(ctx, l, rows, false)
+		for _, s := range found {
+			p.ledger.set(s.digest, s.lacks(l))
+			if s.needs(l) {
+				todo[mark(s.digest)] = struct{}{}
+			}
+		}
+		p.metrics.underReplicated.Set(float64(p.ledger.count()))
+		return err
+	})
+	if r.cause != nil {
+		return r
+	}
+	p.ledger.end(l)
+	if len(todo) == 0 {
+		return r
+	}
+	r.cause = p.walk(ctx, func(rows []row) error {
+		rows = slices.DeleteFunc(rows, func(r row) bool { _, due := todo[mark(r.digest)]; return !due })
+		if len(rows) == 0 {
+			return nil
+		}
+		if now, err := p.currentLayout(); err != nil || !now.equal(l) {
+			return errMoved
+		}
+		defer func() { p.metrics.underReplicated.Set(float64(p.ledger.count())) }()
+		return p.mend(ctx, l, rows, &r)
+	})
+	if errors.Is(r.cause, errMoved) {
+		r.cause = nil // the next pass begins at once
 	}
 	return r
 }
 
-func (p *Peers) repairRows(ctx context.Context, since uint64, r *result) error {
-	view, err := p.look()
-	if err != nil {
-		return err
-	}
-	r.revision = view.revision
-	p.metrics.underReplicated.Set(float64(view.lacking))
-	var mu sync.Mutex
-	for after := digest.Digest(""); ctx.Err() == nil; {
-		rows, err := p.page(since, after)
+// errMoved: the site is another one than at the beginning of a walk.
+var errMoved = errors.New("nodes have come or gone")
+
+// walk calls see with all rows of live blobs, some at a time.
+func (p *Peers) walk(ctx context.Context, see func([]row) error) error {
+	for after := digest.Digest(""); ; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		rows, err := p.page(after)
 		if err != nil {
 			return err
 		}
-		r.looked += len(rows)
-		view.live = p.liveIDs()
-		if len(view.live) < 2 {
-			r.alone = true
-			break
-		}
-		var group errgroup.Group
-		group.SetLimit(copiesAtOnce)
-		for _, b := range rows {
-			if b.State != blobs.Live {
-				continue // on its way out: whoever wants it revives it
-			}
-			group.Go(func() error {
-				if err := p.repairBlob(ctx, b, view); err != nil {
-					mu.Lock()
-					defer mu.Unlock()
-					r.failed++
-					r.example = fmt.Errorf("blob %s: %w", b.digest, err)
-				}
-				return nil
-			})
-		}
-		_ = group.Wait() // failures are in r
-		if len(rows) < repairPage {
-			break
-		}
-		after = rows[len(rows)-1].digest
-	}
-	return nil
-}
-
-// noteRepair logs when repair begins to fail, fails for more blobs, or has caught
-// up; not once more for each pass over the same missing blob.
-func (p *Peers) noteRepair(r result) {
-	switch {
-	case r.alone:
-	case r.failed > p.unrepaired:
-		p.Log.Warn("blobs lack copies that cannot be made now; they are made when nodes that hold them are up", "blobs", r.failed, "err", r.example)
-		p.unrepaired = r.failed
-	case r.full && r.failed == 0 && p.unrepaired > 0:
-		p.Log.Info("repair has caught up", "blobs", p.unrepaired)
-		p.unrepaired = 0
-	case r.full:
-		p.unrepaired = r.failed
-	}
-}
-
-// repairBlob fetches one blob when this node should hold it and does not, commits
-// its piece root and sees to its copies when that falls to this node: to the live
-// one that comes first in the blob's placement.
-func (p *Peers) repairBlob(ctx context.Context, b row, view overview) error {
-	self := p.Roster.Self()
-	first := placement(b.digest, view.live)[0] == self
-	lacking := b.Copies < Durability
-	home := slices.Contains(homes(b.digest, view.members, replicas), self) || first && lacking
-	if _, err := p.Store.Stat(b.digest); err != nil {
-		if !home {
+		if len(rows) == 0 {
 			return nil
 		}
-		if err := p.obtain(ctx, heldBlob{b.digest, b.Size}); err != nil {
+		after = rows[len(rows)-1].digest
+		rows = slices.DeleteFunc(rows, func(r row) bool { return !isLiveState(r.State) })
+		if err := see(rows); err != nil {
 			return err
 		}
 	}
-	if b.Lost != 0 {
-		if err := p.Records.Found(ctx, b.digest); err != nil {
-			return err
-		}
-	}
-	if !first {
-		return nil
-	}
-	// What all nodes read from one storage does not travel between them.
-	if b.Root == nil && b.Size > transfer.PieceSize && !p.Store.Shelved(b.digest) {
-		if err := p.commitRoot(ctx, b.digest); err != nil {
-			return err
-		}
-	}
-	if lacking {
-		return p.recount(ctx, b)
-	}
-	return nil
 }
 
-// recount has a blob copied whose row says that it lacks copies, and writes down
-// how many there are.
-func (p *Peers) recount(ctx context.Context, b row) error {
-	copies, err := p.Ensure(ctx, []digest.Digest{b.digest})
+// needs says that there is something for this node to do.
+func (s *standing) needs(l layout) bool {
+	short := s.leads && !s.shelved && s.holders < l.floor && len(l.takers(s.digest, s.replicas, s.here)) > 0
+	unknown := s.leads && s.Copies < l.floor && (s.holders > s.Copies || s.shelved)
+	standsIn := s.leads && !s.here && s.holders < l.floor && slices.Contains(l.homes, l.self)
+	return s.absent(l) || standsIn || len(s.missing) > 0 || s.unsure != nil || short || unknown ||
+		s.rootless(l, transfer.PieceSize) || s.Lost != 0 && s.here
+}
+
+// mend looks at blobs and does what this node can for their copies: it fetches
+// those that it should hold, has the other homes fetch theirs, commits piece roots
+// and writes down how many copies there are.
+func (p *Peers) mend(ctx context.Context, l layout, rows []row, r *result) error {
+	found, err := p.survey(ctx, l, rows, false)
 	if err != nil {
 		return err
 	}
-	if copies <= b.Copies {
-		return fmt.Errorf("no other node could take a copy")
+	var mu sync.Mutex
+	fail := func(s *standing, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		r.fail(s.digest, err)
 	}
-	_, err = p.DB.Update(ctx, func(tx *table.Tx) error {
-		return p.Records.SetCopies(tx, b.digest, copies)
+	var group errgroup.Group
+	group.SetLimit(copiesAtOnce)
+	for _, s := range found {
+		p.ledger.set(s.digest, s.lacks(l))
+		if !s.needs(l) {
+			continue
+		}
+		group.Go(func() error {
+			if err := p.mendHere(ctx, l, s); err != nil {
+				fail(s, err)
+			}
+			return nil
+		})
+	}
+	_ = group.Wait() // failures are in r
+	p.mendElsewhere(ctx, found)
+	for _, s := range found {
+		if !s.leads || !s.here {
+			continue
+		}
+		if err := p.record(ctx, l, s); err != nil {
+			fail(s, err)
+		} else if len(s.missing) > 0 {
+			fail(s, fmt.Errorf("node %s could not take a copy", s.missing[0]))
+		} else if s.unsure != nil {
+			fail(s, s.unsure)
+		}
+		p.ledger.set(s.digest, s.lacks(l))
+	}
+	return ctx.Err()
+}
+
+// mendHere does what needs no other home: this node's own copy, and its root.
+func (p *Peers) mendHere(ctx context.Context, l layout, s *standing) error {
+	standsIn := s.leads && s.holders < l.floor && slices.Contains(l.homes, l.self)
+	if !s.here && (s.absent(l) || standsIn) {
+		if err := p.obtain(ctx, heldBlob{s.digest, s.Size}); err != nil {
+			return err
+		}
+		s.here = true
+		if slices.Contains(s.homes, l.self) {
+			s.holders++
+		}
+	}
+	if s.Lost != 0 && s.here {
+		if err := p.Records.Found(ctx, s.digest); err != nil {
+			return err
+		}
+	}
+	// What all nodes read from one storage does not travel between them.
+	if s.rootless(l, transfer.PieceSize) {
+		return p.commitRoot(ctx, s.digest)
+	}
+	return nil
+}
+
+// mendElsewhere has other homes fetch what they said that they lack, and takes
+// those that did off the missing.
+func (p *Peers) mendElsewhere(ctx context.Context, found []*standing) {
+	batches := map[string][]*copyPlan{}
+	for _, s := range found {
+		if !s.leads || !s.here && s.holders == 0 {
+			continue // they would find nobody
+		}
+		for _, id := range s.missing {
+			batches[id] = append(batches[id], &copyPlan{blob: heldBlob{s.digest, s.Size}})
+		}
+	}
+	if len(batches) == 0 {
+		return
+	}
+	p.askToHold(ctx, batches)
+	took := map[string]map[digest.Digest]bool{}
+	for id, batch := range batches {
+		took[id] = map[digest.Digest]bool{}
+		for _, c := range batch {
+			took[id][c.blob.Digest] = c.holders > 0
+		}
+	}
+	for _, s := range found {
+		s.missing = slices.DeleteFunc(s.missing, func(id string) bool {
+			if took[id][s.digest] {
+				s.holders++
+				return true
+			}
+			return false
+		})
+	}
+}
+
+// record writes down how many copies there are of a blob whose row knows of fewer
+// than a push waits for. When its homes are too few, other nodes take copies.
+func (p *Peers) record(ctx context.Context, l layout, s *standing) error {
+	copies := s.holders
+	if s.shelved {
+		copies = l.floor
+	}
+	if copies < l.floor && len(l.takers(s.digest, s.replicas, s.here)) > 0 {
+		n, err := p.Ensure(ctx, []digest.Digest{s.digest})
+		if err != nil {
+			return err
+		}
+		copies = max(copies, n)
+	}
+	if s.Copies >= l.floor || copies <= s.Copies {
+		return nil
+	}
+	_, err := p.DB.Update(ctx, func(tx *table.Tx) error {
+		return p.Records.SetCopies(tx, s.digest, min(copies, l.floor))
 	})
 	return err
 }
 
-// liveIDs are the ids of the live nodes in their order.
-func (p *Peers) liveIDs() []string { return ids(p.Roster.Live()) }
-
-func ids(members []member.Member) []string {
-	out := make([]string, len(members))
-	for i, m := range members {
-		out[i] = m.ID
+// noteRepair logs when repair begins to fail, fails for more blobs, or has caught
+// up; not once more for each pass over the same missing blob.
+func (p *Peers) noteRepair(r result, failing int) {
+	switch {
+	case r.cause != nil:
+		p.Log.Warn("the copies of blobs could not be looked at; trying again", "err", r.cause)
+	case failing > p.unrepaired:
+		p.Log.Warn("blobs lack copies that cannot be made now; they are made when nodes that hold them are up", "blobs", failing, "err", r.example)
+	case failing == 0 && p.unrepaired > 0:
+		p.Log.Info("repair has caught up", "blobs", p.unrepaired)
 	}
-	slices.Sort(out)
-	return out
-}
-
-// row is a blob's row with its digest.
-type row struct {
-	digest digest.Digest
-	blobs.Blob
-}
-
-// page gives the next blobs whose rows were written after a revision.
-func (p *Peers) page(since uint64, after digest.Digest) (page []row, err error) {
-	err = p.DB.View(func(v *table.View) error {
-		for r, err := range p.Records.Changed(v, since, after, repairPage) {
-			if err != nil {
-				return err
-			}
-			page = append(page, row{digest.Digest(r.Key[0]), r.Value})
-		}
-		return nil
-	})
-	return page, err
-}
-
-// overview is the state at the start of a pass.
-type overview struct {
-	revision uint64
-	members  []string
-	live     []string // at the present page
-	lacking  int      // blobs that lack copies
-}
-
-func (p *Peers) look() (o overview, err error) {
-	err = p.DB.View(func(v *table.View) error {
-		members, err := p.Roster.Members(v)
-		if err != nil {
-			return err
-		}
-		o.revision, o.members = v.Revision(), ids(members)
-		o.lacking, err = p.Records.CountUnderReplicated(v, min(Durability, len(members)))
-		return err
-	})
-	return o, err
+	if r.cause == nil {
+		p.unrepaired = failing
+	}
 }

@@ -1,6 +1,8 @@
 package peers
 
 import (
+	"errors"
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -35,7 +37,7 @@ func TestRepairBringsBlobsHome(t *testing.T) {
 			}
 		}
 		row := s.row(d)
-		if row.Copies < Durability {
+		if row.Copies < durability {
 			t.Errorf("the row says %d copies", row.Copies)
 		}
 		table, err := transfer.HashPieces(open(t, order[0], d), int64(len(b)))
@@ -69,7 +71,7 @@ func TestRepairLeavesAloneWhatIsOnItsWayOut(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.run()
-		pass(t, 2*repairInterval)
+		pass(t, 2*time.Minute)
 		if n := s.nodes[1]; !n.holds(keep) || n.holds(condemned) || n.holds(gone) {
 			t.Errorf("live %v, condemned %v, gone %v", n.holds(keep), n.holds(condemned), n.holds(gone))
 		}
@@ -81,7 +83,7 @@ func TestLoneNodeComputesNoRoots(t *testing.T) {
 		s := newSite(t, 1)
 		d := s.put(bytesOf("blob", 3*transfer.PieceSize), s.nodes[0])
 		s.run()
-		pass(t, 3*repairInterval)
+		pass(t, 10*time.Minute)
 		if row := s.row(d); row.Root != nil || row.Copies != 1 {
 			t.Errorf("a node without peers made %+v", row)
 		}
@@ -118,7 +120,7 @@ func TestMissingBlobIsLoggedOnce(t *testing.T) {
 			t.Error("a lost blob holds up another")
 		}
 		s.put(b, s.nodes[0])
-		pass(t, 2*repairInterval)
+		pass(t, 2*time.Minute)
 		if !s.nodes[1].holds(d) || s.nodes[1].logged("caught up") != 1 {
 			t.Errorf("the blob is back, held by the other: %v\n%s", s.nodes[1].holds(d), s.nodes[1].logs.String())
 		}
@@ -131,7 +133,7 @@ func TestNodeThatReturnsIsBroughtUpToDate(t *testing.T) {
 		s.nodes[1].setDown(true)
 		s.run()
 		d := s.put(bytesOf("blob", 1000), s.nodes[0])
-		pass(t, 10*repairInterval)
+		pass(t, 20*time.Minute)
 		if s.row(d).Copies != 1 || s.nodes[1].holds(d) {
 			t.Fatalf("the other is down: %+v", s.row(d))
 		}
@@ -146,29 +148,38 @@ func TestNodeThatReturnsIsBroughtUpToDate(t *testing.T) {
 func TestScheduleBacksOff(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 	s := schedule{backoff: repairSettle}
-	for i, want := range []time.Duration{repairSettle, 2 * repairSettle, 4 * repairSettle, 8 * repairSettle, 16 * repairSettle, repairInterval, repairInterval} {
-		s.plan(result{full: true, failed: 1, revision: uint64(i)}, now)
-		if got := s.full.Sub(now); got != want || s.since != uint64(i) {
-			t.Fatalf("after failure %d the next full pass is in %v, want %v", i+1, got, want)
+	d, e := digest.FromString("d"), digest.FromString("e")
+	s.plan(result{full: true, failed: []digest.Digest{d}}, now)
+	for i, want := range []time.Duration{repairSettle, 2 * repairSettle, 4 * repairSettle, 8 * repairSettle, 16 * repairSettle, retryMost, retryMost} {
+		if got := s.next().Sub(now); got != want || len(s.retry) != 1 {
+			t.Fatalf("after failure %d the next try of %d is in %v, want %v", i+1, len(s.retry), got, want)
 		}
-		now = s.full
+		now = s.next()
+		s.plan(result{again: true, looked: []digest.Digest{d}, failed: []digest.Digest{d}}, now)
 	}
-	s.plan(result{full: true}, now)
-	if s.full.Sub(now) != repairInterval || s.backoff != repairSettle {
-		t.Errorf("after success: in %v, then %v", s.full.Sub(now), s.backoff)
+	// A pass over what changed, well or not, does not put the try off.
+	again := s.next()
+	s.plan(result{looked: []digest.Digest{e}}, now.Add(time.Second))
+	s.plan(result{looked: []digest.Digest{e}, failed: []digest.Digest{e}}, now.Add(2*time.Second))
+	if s.next() != again || len(s.retry) != 2 {
+		t.Errorf("other blobs moved the try by %v; to try: %v", s.next().Sub(again), s.retry)
 	}
-	s.plan(result{full: true, looked: 1_000_000}, now)
-	if got := s.full.Sub(now); got != 200*time.Second {
-		t.Errorf("after a look at a million rows the next is in %v", got)
+	s.plan(result{again: true, looked: []digest.Digest{d, e}}, again)
+	if s.next() != s.full || len(s.retry) != 0 || s.backoff != repairSettle {
+		t.Errorf("after success: to try %v in %v, then %v", s.retry, s.next().Sub(again), s.backoff)
 	}
-	s.plan(result{full: true, looked: 1000}, now)
-	full := s.full
-	s.plan(result{revision: 9}, now.Add(time.Second))
-	if s.full != full || s.since != 9 {
-		t.Errorf("a pass over what changed moved the full one by %v", s.full.Sub(full))
+	// Too much to remember, and a pass that ended early, make all due.
+	many := result{full: true}
+	for i := range retryKept + 1 {
+		many.failed = append(many.failed, digest.FromString(fmt.Sprint(i)))
 	}
-	s.plan(result{failed: 1}, now.Add(time.Second))
-	if s.full != now.Add(time.Second+repairSettle) {
-		t.Errorf("a failure over what changed: the full pass is in %v", s.full.Sub(now))
+	s.plan(many, now)
+	if got := s.next().Sub(now); got != repairSettle {
+		t.Errorf("too much to remember: all are due in %v", got)
+	}
+	s = schedule{backoff: repairSettle}
+	s.plan(result{full: true, cause: errors.New("no state")}, now)
+	if got := s.full.Sub(now); got != repairSettle {
+		t.Errorf("a pass that ended early: all are due in %v", got)
 	}
 }
