@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -53,6 +54,7 @@ func New(t testing.TB, opts Options) *Cluster {
 type Node struct {
 	*member.Node // of the present run
 	DB           *table.DB
+	Epoch        *epoch.Guard
 	Name, Addr   string
 	Dir          string
 	Tables       any // for Options.Define to keep what it defined
@@ -143,7 +145,7 @@ func (n *Node) TryStart() error {
 	if err != nil {
 		return err
 	}
-	if n.engine, err = kv.OpenBolt(filepath.Join(n.Dir, "state.db")); err != nil {
+	if n.engine, err = kv.OpenBolt(filepath.Join(n.Dir, "meta.db")); err != nil {
 		return err
 	}
 	n.logs = &lines{t: t, name: n.Name}
@@ -152,8 +154,12 @@ func (n *Node) TryStart() error {
 	if opts.Define != nil {
 		opts.Define(n, n.DB)
 	}
+	if n.Epoch, err = epoch.Open(n.Dir, identity.SiteID, identity.CA, log); err != nil {
+		return err
+	}
 	var node *member.Node
 	n.host = &host{
+		epoch:     n.Epoch,
 		addr:      n.Addr,
 		identity:  func() member.Identity { return node.Identity() },
 		authorize: func(peer string, service byte) error { return node.Authorize(peer, service) },
@@ -167,7 +173,7 @@ func (n *Node) TryStart() error {
 		clock = opts.Clock(n)
 	}
 	node, err = member.New(member.Config{
-		Disk: disk, Clock: clock, Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Network: n.host, DB: n.DB, Log: log,
+		Disk: disk, Clock: clock, Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Network: n.host, DB: n.DB, Log: log, Epoch: n.Epoch,
 		Timings: opts.Timings, Snapshots: opts.Snapshots, Labels: n.Labels, Cache: n.Cache,
 	}, identity)
 	if err != nil {

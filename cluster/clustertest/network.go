@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/member"
 )
 
@@ -73,6 +74,7 @@ type host struct {
 	addr      string
 	identity  func() member.Identity
 	authorize func(peer string, service byte) error
+	epoch     *epoch.Guard
 
 	// under network.mu:
 	services map[byte]*listener
@@ -144,6 +146,10 @@ func (h *host) ListenJoin() net.Listener {
 func (h *host) Dial(ctx context.Context, addr string, service byte) (net.Conn, error) {
 	self := h.identity().NodeID
 	return h.network.dial(ctx, h, addr, self, func(to *host) (*listener, error) {
+		theirs, ours := to.epoch.Meet(self, h.epoch.Wire()), h.epoch.Meet(to.identity().NodeID, to.epoch.Wire())
+		if err := errors.Join(ours, theirs); err != nil {
+			return nil, err
+		}
 		if err := to.authorize(self, service); err != nil {
 			return nil, err
 		}

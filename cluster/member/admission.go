@@ -200,7 +200,7 @@ func (n *Node) admit(ctx context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	n.log.Info("a node joined", "node", a.Node, "name", a.Name, "address", a.Addr)
-	return joinAnswer{Site: id.SiteID, CA: id.CA, Cert: cert, ClusterKey: id.ClusterKey}, nil
+	return joinAnswer{Site: id.SiteID, CA: id.CA, Cert: cert, ClusterKey: id.ClusterKey, Epoch: n.cfg.Epoch.Wire()}, nil
 }
 
 // redeem takes one use of the applicant's token; known when this very key has

@@ -26,6 +26,10 @@ const (
 	joiningFile    = "joining.json"  // until the site has answered
 )
 
+// Files are the names of the files that make a directory that of a node, the
+// identity first.
+func Files() []string { return []string{identityFile, clusterKeyFile, foundingFile, joiningFile} }
+
 // identityFormat is the version of identity.json.
 const identityFormat = 1
 
@@ -102,6 +106,10 @@ func (id Identity) Certificate() (tls.Certificate, error) {
 // Pool holds the site's authority.
 func (id Identity) Pool() (*x509.CertPool, error) { return pki.Pool(id.CA) }
 
+// Save writes the identity of a node that was made outside of Found and Join:
+// by a restore.
+func (id Identity) Save(dir string) error { return id.save(dir) }
+
 // save writes the identity; the identity file comes last, because its
 // existence says that the directory belongs to a site.
 func (id Identity) save(dir string) error {
@@ -166,8 +174,10 @@ func prepareDir(dir string) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("looking into the data directory: %w", err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, "raft")); err == nil {
-		return fmt.Errorf("%s holds the state of a node but no %s: restore that file, or take an empty directory", dir, identityFile)
+	for _, state := range []string{"raft", "meta.db"} {
+		if _, err := os.Stat(filepath.Join(dir, state)); err == nil {
+			return fmt.Errorf("%s holds the state of a node (%s) but no %s: restore that file, or clear the directory with atoll node wipe", dir, state, identityFile)
+		}
 	}
 	return nil
 }

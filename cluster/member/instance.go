@@ -170,15 +170,28 @@ func (in *instance) elect(addr string) error {
 	}, &raft.TimeoutNowResponse{})
 }
 
-// stop ends raft: leadership is handed over first, so that writes elsewhere do
-// not wait for a timeout.
+// stop ends raft and closes its files.
 func (in *instance) stop(n *Node) {
 	n.cfg.Disk.Stop()
+	in.halt(n)
+	in.packed.Close()
+	if err := in.store.Close(); err != nil {
+		n.log.Warn("closing the log", "error", err)
+	}
+}
+
+// halt ends raft, once: leadership is handed over first, so that writes
+// elsewhere do not wait for a timeout; not by a node that is fenced.
+func (in *instance) halt(n *Node) {
 	in.gate.Lock()
+	before := in.stopped
 	in.stopped = true
 	in.gate.Unlock()
+	if before {
+		return
+	}
 	patience := n.cfg.Timings.Election
-	if in.State() == raft.Leader && in.otherVoters() {
+	if in.State() == raft.Leader && in.otherVoters() && n.cfg.Epoch.Err() == nil {
 		if err := within(patience+time.Second, in.LeadershipTransfer().Error); err != nil {
 			n.log.Info("the leadership was not handed over; the others elect a leader after a timeout", "error", err)
 		}
@@ -190,10 +203,6 @@ func (in *instance) stop(n *Node) {
 	in.layer.Close() // cuts messages that raft would wait for
 	if err := ended.Error(); err != nil {
 		n.log.Warn("stopping the consensus", "error", err)
-	}
-	in.packed.Close()
-	if err := in.store.Close(); err != nil {
-		n.log.Warn("closing the log", "error", err)
 	}
 }
 

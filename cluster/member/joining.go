@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -60,6 +61,7 @@ type joinAnswer struct {
 	CA         []byte `json:"ca"`
 	Cert       []byte `json:"cert"`
 	ClusterKey []byte `json:"cluster_key"`
+	Epoch      string `json:"epoch,omitempty"` // of the last recovery
 }
 
 // renewRequest asks for a new certificate of the key that the row names.
@@ -160,6 +162,16 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	}
 	if err := id.check(token.Pin); err != nil {
 		return Identity{}, fmt.Errorf("the site's answer: %w", err)
+	}
+	recovered, err := epoch.Parse(answer.Epoch)
+	if err == nil {
+		err = recovered.Verify(id.SiteID, id.CA)
+	}
+	if err != nil {
+		return Identity{}, fmt.Errorf("the site's answer: %w", err)
+	}
+	if err := epoch.Save(cfg.Dir, recovered); err != nil {
+		return Identity{}, err
 	}
 	if err := id.save(cfg.Dir); err != nil {
 		return Identity{}, err

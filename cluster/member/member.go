@@ -20,6 +20,7 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -62,8 +63,10 @@ type Config struct {
 	APIURL    string // where clients reach this node's public API
 	Network   Network
 	DB        *table.DB // New defines its tables on it; built before Run
-	Log       *slog.Logger
-	Registry  prometheus.Registerer // may be nil
+	// Epoch judges the peers that Network meets; nil: there was no recovery.
+	Epoch    *epoch.Guard
+	Log      *slog.Logger
+	Registry prometheus.Registerer // may be nil
 	// Labels and Cache are what the node's row says of it: see Member.
 	Labels map[string]string
 	Cache  bool

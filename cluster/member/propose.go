@@ -36,6 +36,11 @@ func (n *Node) Propose(ctx context.Context, txn []byte) (kv.Result, error) {
 	sent := false
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
 		changed := n.changed.wait()
+		if err := n.cfg.Epoch.Err(); err != nil && !sent {
+			return kv.Result{}, fmt.Errorf("%w: %w", table.ErrNoLeader, err)
+		} else if err != nil {
+			return kv.Result{}, fmt.Errorf("%w: %w", table.ErrUnknownOutcome, err)
+		}
 		result, outcome, err := n.attempt(bounded, txn)
 		switch {
 		case err == nil:
@@ -186,6 +191,9 @@ func (n *Node) awaitSecondCopy(ctx context.Context, in *instance, rev uint64) er
 // ReadIndex implements table.Backend. It does not wait for a leader: a caller
 // with patience asks again.
 func (n *Node) ReadIndex(ctx context.Context) (uint64, error) {
+	if err := n.cfg.Epoch.Err(); err != nil {
+		return 0, fmt.Errorf("%w: %w", table.ErrNoLeader, err)
+	}
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.ReadWait)
 	defer cancel()
 	addr, id := n.route()

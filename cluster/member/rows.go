@@ -1,11 +1,15 @@
 package member
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"reflect"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -33,6 +37,9 @@ type Member struct {
 	// Draining is since when the node is no home for blobs because it is to be
 	// taken away, in Unix seconds; 0 while it is not.
 	Draining int64 `cbor:"draining,omitempty"`
+	// Outcast is the id of the recovery epoch that began without the node; ""
+	// unless it was removed in that way.
+	Outcast string `cbor:"outcast,omitempty"`
 }
 
 // equal says that two rows are the same.
@@ -162,4 +169,66 @@ func (n *Node) Authorize(peerID string, service byte) error {
 		return fmt.Errorf("the peer %s is not a member of the site as far as this node knows", peerID)
 	}
 	return nil
+}
+
+// Offline reads and changes the rows of a site whose node does not run.
+type Offline struct{ node *Node }
+
+// NewOffline defines the tables of members on a database that is not built yet.
+// The cluster key opens the site's secrets.
+func NewOffline(db *table.DB, clusterKey []byte) *Offline {
+	return &Offline{&Node{db: db, rows: defineRows(db), identity: Identity{ClusterKey: clusterKey}}}
+}
+
+// Members are the site's nodes.
+func (o *Offline) Members() ([]Member, error) { return o.node.roster() }
+
+// Seal is Node.Seal.
+func (o *Offline) Seal(name string, plain []byte) ([]byte, error) { return o.node.Seal(name, plain) }
+
+// Unseal is Node.Unseal.
+func (o *Offline) Unseal(name string, sealed []byte) ([]byte, error) {
+	return o.node.Unseal(name, sealed)
+}
+
+// Authority is the site's.
+func (o *Offline) Authority() (*pki.Authority, error) {
+	a, err := o.node.localAuthority()
+	if errors.Is(err, errNoAuthority) {
+		return nil, errors.New("the state names no authority: it is not that of a site")
+	}
+	return a, err
+}
+
+// Alone makes the rows those of a site that goes on with the member self alone:
+// every other is marked as left out by the epoch, and its name is free.
+func (o *Offline) Alone(ctx context.Context, self Member, e epoch.Epoch) error {
+	rows := o.node.rows
+	now := time.Now().Unix()
+	self.Removed, self.Outcast, self.ReplacedBy = 0, "", ""
+	_, err := o.node.db.Update(ctx, func(tx *table.Tx) error {
+		var others []Member
+		for row, err := range rows.members.Scan(tx, table.Range{}) {
+			if err != nil {
+				return fmt.Errorf("reading the member rows: %w", err)
+			}
+			if m := row.Value; m.ID != self.ID && m.Removed == 0 {
+				others = append(others, m)
+			}
+		}
+		for _, m := range others {
+			if err := rows.names.Delete(tx, m.Name); err != nil {
+				return err
+			}
+			m.Removed, m.Outcast, m.ReplacedBy = now, e.ID, ""
+			if err := rows.members.Put(tx, m, m.ID); err != nil {
+				return err
+			}
+		}
+		if err := rows.members.Put(tx, self, self.ID); err != nil {
+			return err
+		}
+		return rows.names.Put(tx, nameRow{Node: self.ID}, self.Name)
+	})
+	return err
 }

@@ -27,6 +27,7 @@ func (n *Node) Run(ctx context.Context) error {
 	if n.ran.Swap(true) {
 		return errors.New("member: Run was called twice")
 	}
+	n.meetMembers(ctx)
 	in, err := n.open()
 	if err != nil {
 		return err
@@ -55,6 +56,7 @@ func (n *Node) Run(ctx context.Context) error {
 		func(ctx context.Context) error { return n.snapshotWhenDue(ctx, in) },
 		func(ctx context.Context) error { return n.giveWay(ctx, in) },
 		n.watchPeers, n.publish, n.renew,
+		func(ctx context.Context) error { return n.standAside(ctx, in) },
 		func(ctx context.Context) error { return n.start(ctx, in) },
 		func(ctx context.Context) error {
 			select {
@@ -201,4 +203,18 @@ func (n *Node) publishOnce(ctx context.Context) error {
 		return n.rows.members.Put(tx, is, is.ID)
 	})
 	return err
+}
+
+// standAside takes the node out of the consensus as soon as it is fenced. What
+// it holds stays readable, and says that it may be old.
+func (n *Node) standAside(ctx context.Context, in *instance) error {
+	select {
+	case <-n.cfg.Epoch.Fenced():
+	case <-ctx.Done():
+		return nil
+	}
+	n.log.Error(n.cfg.Epoch.Err().Error())
+	in.halt(n)
+	n.changed.fire()
+	return nil
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -26,6 +27,12 @@ type Status struct {
 	// LastContact is when this node last heard of a leader.
 	LastContact time.Time
 	Members     []MemberStatus // by time of joining
+	// Epoch is the site's recovery epoch as this node has it; Fenced says why the
+	// node takes no part in the site, nil while it does; Strays are the peers that
+	// it refused for their epoch.
+	Epoch  epoch.Epoch
+	Fenced error
+	Strays []epoch.Stray
 }
 
 // MemberStatus is one member as this node sees it.
@@ -66,6 +73,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	s := Status{
 		Self: n.Self(), Leader: n.Leader(), Term: in.CurrentTerm(), Applied: in.machine.Applied(),
 		Quorum: unconfirmed == nil, LastContact: n.LastContact(),
+		Epoch: n.cfg.Epoch.Epoch(), Fenced: n.cfg.Epoch.Err(), Strays: n.cfg.Epoch.Strays(),
 	}
 	voters := make(map[string]bool)
 	for _, server := range in.servers() {
@@ -197,10 +205,13 @@ func (n *Node) route() (addr, id string) {
 func (n *Node) watchPeers(ctx context.Context) error {
 	rows := n.db.Watch(ctx, "member")
 	var asked time.Time
-	for {
+	for round := 0; ; round++ {
 		members, err := n.roster()
 		if err != nil {
 			n.log.Warn("reading the members", "error", err)
+		}
+		if round%outcastPings == 0 {
+			n.meetOutcasts(ctx)
 		}
 		n.pingAll(ctx, members)
 		if n.Leader() == "" && time.Since(asked) > 5*n.cfg.Timings.Ping {
@@ -445,4 +456,61 @@ func (n *Node) heir(in *instance, than Fitness) (raft.ServerID, raft.ServerAddre
 		return cmp.Compare(in.progress.Of(string(a.ID), term).Durable, in.progress.Of(string(b.ID), term).Durable)
 	})
 	return best.ID, best.Address, true
+}
+
+// outcastPings: the members that a recovery left out are looked for at every
+// so manieth sign of life.
+const outcastPings = 30
+
+// meetMembers says hello to the members that this node knows, before it can
+// vote or lead: when the site was recovered without it, it learns so here. It
+// takes as long as those need who do not refuse, half of Timings.Live at most.
+func (n *Node) meetMembers(ctx context.Context) {
+	members, err := n.roster()
+	if err != nil {
+		n.log.Warn("reading the members", "error", err)
+		return
+	}
+	n.meet(ctx, members)
+}
+
+// meetOutcasts tells the members that a recovery left out, at their last
+// addresses, that the site goes on without them: when this node's address has
+// changed they could not find it.
+func (n *Node) meetOutcasts(ctx context.Context) {
+	var outcasts []Member
+	err := n.db.View(func(v *table.View) error {
+		all, err := n.everMembers(v)
+		for _, m := range all {
+			if m.Outcast != "" {
+				outcasts = append(outcasts, m)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		n.log.Warn("reading the members", "error", err)
+		return
+	}
+	n.meet(ctx, outcasts)
+}
+
+func (n *Node) meet(ctx context.Context, members []Member) {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live/2)
+	defer cancel()
+	var asked errgroup.Group
+	for _, m := range members {
+		if m.ID == n.Self() {
+			continue
+		}
+		asked.Go(func() error {
+			c, err := n.cfg.Network.Dial(ctx, m.Addr, ServiceControl)
+			if err != nil {
+				n.log.Debug("saying hello to a member", "node", m.ID, "name", m.Name, "address", m.Addr, "error", err)
+				return nil
+			}
+			return c.Close()
+		})
+	}
+	_ = asked.Wait() // only a Close fails
 }

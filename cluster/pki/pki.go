@@ -101,6 +101,10 @@ func (a *Authority) CertPEM() []byte { return encodeCert(a.cert.Raw) }
 // KeyPEM is the authority's private key; store it sealed only.
 func (a *Authority) KeyPEM() ([]byte, error) { return MarshalKey(a.key) }
 
+// Signer signs in the authority's name what is no certificate. What it signs has
+// to say what it is, in words that no certificate begins with.
+func (a *Authority) Signer() crypto.Signer { return a.key }
+
 // Pin identifies the authority: see PinOf.
 func (a *Authority) Pin() []byte { return PinOf(a.cert) }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 )
 
 // What the server answers to the service byte, before the service's own protocol.
@@ -15,12 +16,13 @@ const (
 	statusOK        byte = 0
 	statusRefused   byte = 1
 	statusNoService byte = 2
+	statusEpoch     byte = 3
 )
 
 // Dial opens a connection for a service of the node at addr (host:port of its peer
 // port). It returns once the peer has proved to be a node of this site and has let
-// this node in. Errors wrap ErrOtherSite, ErrRefused or ErrNoService where they
-// apply. The connection is the caller's to close.
+// this node in. Errors wrap ErrOtherSite, ErrRefused, ErrOtherEpoch or ErrNoService
+// where they apply. The connection is the caller's to close.
 func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, error) {
 	if n.cfg.Cert == nil {
 		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
@@ -29,7 +31,7 @@ func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, er
 	cert := n.cfg.Cert()
 	cfg := &tls.Config{
 		MinVersion:   tls.VersionTLS13,
-		NextProtos:   []string{ProtoNode},
+		NextProtos:   n.protocols(),
 		Certificates: []tls.Certificate{cert},
 		Time:         n.cfg.Now,
 		// Nodes are known by the URI of their certificate, not by a host name:
@@ -40,7 +42,7 @@ func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, er
 			return err
 		},
 	}
-	if err := n.dial(ctx, addr, cfg, c, []byte{service}); err != nil {
+	if err := n.dial(ctx, addr, cfg, c); err != nil {
 		return nil, fmt.Errorf("dialling %s for service %d: %w", addr, service, err)
 	}
 	return c, nil
@@ -61,15 +63,23 @@ func (n *Net) DialJoin(ctx context.Context, addr string, caPin []byte) (net.Conn
 			return err
 		},
 	}
-	if err := n.dial(ctx, addr, cfg, c, nil); err != nil {
+	if err := n.dial(ctx, addr, cfg, c); err != nil {
 		return nil, fmt.Errorf("dialling %s to join its site: %w", addr, err)
 	}
 	return c, nil
 }
 
-// dial connects, shakes hands, sends hello and awaits the status byte, all within
-// the handshake timeout.
-func (n *Net) dial(ctx context.Context, addr string, cfg *tls.Config, c *Conn, hello []byte) error {
+// protocols between nodes, the one that is liked best first.
+func (n *Net) protocols() []string {
+	if n.cfg.Epoch == nil {
+		return []string{ProtoNode}
+	}
+	return []string{ProtoEpoch, ProtoNode}
+}
+
+// dial connects, shakes hands, names the service and awaits the status byte, all
+// within the handshake timeout.
+func (n *Net) dial(ctx context.Context, addr string, cfg *tls.Config, c *Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
 	var d net.Dialer
@@ -82,12 +92,12 @@ func (n *Net) dial(ctx context.Context, addr string, cfg *tls.Config, c *Conn, h
 		raw.Close()
 		return err
 	}
-	if c.ConnectionState().NegotiatedProtocol != cfg.NextProtos[0] {
+	if !slices.Contains(cfg.NextProtos, c.ConnectionState().NegotiatedProtocol) {
 		raw.Close()
 		return fmt.Errorf("peer does not speak %s", cfg.NextProtos[0])
 	}
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
-	err = greet(c.Conn, hello)
+	err = n.greet(c)
 	if !stop() { // the timeout or ctx closed the connection under it
 		return ctx.Err()
 	}
@@ -97,18 +107,34 @@ func (n *Net) dial(ctx context.Context, addr string, cfg *tls.Config, c *Conn, h
 	return err
 }
 
-func greet(c *tls.Conn, hello []byte) error {
-	if _, err := c.Write(hello); err != nil {
+// greet says what this end has to say and hears whether it may go on. A peer's
+// epoch is judged whatever its status: an older node learns in this way that the
+// site has gone on without it.
+func (n *Net) greet(c *Conn) error {
+	protocol := c.ConnectionState().NegotiatedProtocol
+	var hello []byte
+	switch protocol {
+	case ProtoNode:
+		hello = []byte{c.service}
+	case ProtoEpoch:
+		hello = append([]byte{c.service}, n.epoch()...)
+	}
+	if _, err := c.Conn.Write(hello); err != nil {
 		return err
 	}
 	var status [1]byte
-	if _, err := io.ReadFull(c, status[:]); err != nil {
+	if _, err := io.ReadFull(c.Conn, status[:]); err != nil {
 		// In TLS 1.3 the client learns only now that its certificate was not taken.
 		var alert *net.OpError
 		if errors.As(err, &alert) && alert.Op == "remote error" {
 			return fmt.Errorf("%w (%v)", ErrRefused, err)
 		}
 		return err
+	}
+	if protocol != ProtoJoin {
+		if err := n.meet(c); err != nil {
+			return err
+		}
 	}
 	switch status[0] {
 	case statusOK:
@@ -117,6 +143,36 @@ func greet(c *tls.Conn, hello []byte) error {
 		return ErrRefused
 	case statusNoService:
 		return ErrNoService
+	case statusEpoch:
+		return ErrOtherEpoch
 	}
 	return fmt.Errorf("peer answered with the unknown status %d", status[0])
+}
+
+// epoch is this node's, with its length before it.
+func (n *Net) epoch() []byte {
+	wire := n.cfg.Epoch()
+	return append([]byte{byte(len(wire))}, wire...)
+}
+
+// meet reads the peer's epoch, if the protocol has it, and judges it.
+func (n *Net) meet(c *Conn) error {
+	if n.cfg.Meet == nil {
+		return nil
+	}
+	var wire []byte
+	if c.ConnectionState().NegotiatedProtocol == ProtoEpoch {
+		var length [1]byte
+		if _, err := io.ReadFull(c.Conn, length[:]); err != nil {
+			return fmt.Errorf("node %s told no recovery epoch: %w", c.peer, err)
+		}
+		wire = make([]byte, length[0])
+		if _, err := io.ReadFull(c.Conn, wire); err != nil {
+			return fmt.Errorf("node %s told no recovery epoch: %w", c.peer, err)
+		}
+	}
+	if err := n.cfg.Meet(c.peer, string(wire)); err != nil {
+		return fmt.Errorf("%w: %w", ErrOtherEpoch, err)
+	}
+	return nil
 }

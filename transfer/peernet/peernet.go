@@ -34,6 +34,11 @@ const (
 const (
 	ProtoNode = "atoll/1"
 	ProtoJoin = "atoll-join/1"
+	// ProtoEpoch is ProtoNode between nodes that tell each other their recovery
+	// epochs: after the service byte the caller sends one byte and so many of its
+	// epoch, after the status byte the answerer does. A version that speaks only
+	// ProtoNode knows no epoch but the first.
+	ProtoEpoch = "atoll/1+epoch"
 )
 
 var (
@@ -43,6 +48,9 @@ var (
 	ErrRefused = errors.New("the peer refuses this node; is it still a member of the site?")
 	// ErrNoService: nobody at the peer listens for the service.
 	ErrNoService = errors.New("the peer does not offer the service at the moment")
+	// ErrOtherEpoch: the peer, or this node, has data from before a recovery of
+	// the site.
+	ErrOtherEpoch = errors.New("the peer is of another recovery epoch of the site")
 	// ErrNoCertificate: this node has not joined a site yet.
 	ErrNoCertificate = errors.New("this node has no certificate of a site yet")
 )
@@ -60,6 +68,12 @@ type Config struct {
 	// Authorize decides whether a node may use a service of this one; its error is
 	// logged. Nil allows every node of the site.
 	Authorize func(peerID string, service byte) error
+	// Epoch is the site's recovery epoch as this node tells it, at most 255 bytes
+	// of which peernet knows no meaning; Meet judges that of a peer before
+	// Authorize is asked, on both ends of a connection, and its error refuses it.
+	// Both are nil, or neither.
+	Epoch func() string
+	Meet  func(peerID, epoch string) error
 	// Now for certificates' validity; nil means time.Now. A node whose clock may be
 	// wrong gives the newest time that it knows to be committed.
 	Now func() time.Time
@@ -101,6 +115,9 @@ func New(cfg Config) (*Net, error) {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if (cfg.Epoch == nil) != (cfg.Meet == nil) {
+		return nil, errors.New("peernet: Epoch and Meet belong together")
 	}
 	if cfg.Authorize == nil {
 		cfg.Authorize = func(string, byte) error { return nil }

@@ -184,7 +184,7 @@ func (n *Net) handshake(ctx context.Context, raw net.Conn, c *Conn) (*listener, 
 		n.mu.Lock()
 		l := n.join
 		n.mu.Unlock()
-		return l, answer(c.Conn, l, nil)
+		return l, n.answer(c, l, nil)
 	}
 	var service [1]byte
 	if _, err := io.ReadFull(c.Conn, service[:]); err != nil {
@@ -194,8 +194,11 @@ func (n *Net) handshake(ctx context.Context, raw net.Conn, c *Conn) (*listener, 
 	n.mu.Lock()
 	l := n.services[c.service]
 	n.mu.Unlock()
-	denied := n.cfg.Authorize(c.peer, c.service)
-	if err := answer(c.Conn, l, denied); err != nil {
+	denied := n.meet(c)
+	if denied == nil {
+		denied = n.cfg.Authorize(c.peer, c.service)
+	}
+	if err := n.answer(c, l, denied); err != nil {
 		return nil, fmt.Errorf("node %s, service %d: %w", c.peer, c.service, err)
 	}
 	if !stop() { // the time was up
@@ -205,16 +208,22 @@ func (n *Net) handshake(ctx context.Context, raw net.Conn, c *Conn) (*listener, 
 }
 
 // answer tells the peer whether it may go on; the error says why not.
-func answer(c *tls.Conn, l *listener, denied error) error {
+func (n *Net) answer(c *Conn, l *listener, denied error) error {
 	status := statusOK
 	err := denied
 	switch {
+	case errors.Is(denied, ErrOtherEpoch):
+		status = statusEpoch
 	case denied != nil:
 		status = statusRefused
 	case l == nil || l.isClosed():
 		status, err = statusNoService, ErrNoService
 	}
-	if _, werr := c.Write([]byte{status}); werr != nil && err == nil {
+	reply := []byte{status}
+	if c.ConnectionState().NegotiatedProtocol == ProtoEpoch {
+		reply = append(reply, n.epoch()...)
+	}
+	if _, werr := c.Conn.Write(reply); werr != nil && err == nil {
 		err = werr
 	}
 	return err
@@ -230,7 +239,7 @@ func (n *Net) serverConfig(hello *tls.ClientHelloInfo, c *Conn) (*tls.Config, er
 	}
 	switch {
 	case slices.Contains(hello.SupportedProtos, ProtoNode):
-		cfg.NextProtos = []string{ProtoNode}
+		cfg.NextProtos = n.protocols()
 		cfg.ClientAuth = tls.RequireAnyClientCert
 		cfg.VerifyConnection = func(cs tls.ConnectionState) (err error) {
 			c.site, c.peer, err = n.verify(cs, x509.ExtKeyUsageClientAuth)
