@@ -24,9 +24,11 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
+	"github.com/atoll-registry/atoll/cluster/recovery"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/identity"
@@ -71,6 +73,9 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	}()
 	if n.lock, err = lockData(c.Data); err != nil {
 		return nil, err
+	}
+	if err := recovery.Pending(c.Data); err != nil {
+		return nil, fault.New(fault.Conflict, "%v", err)
 	}
 	// The addresses and the certificate first: a node that cannot have them must
 	// not found a site.
@@ -236,8 +241,12 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	if err != nil {
 		return err
 	}
+	guard, err := epoch.Open(n.config.Data, who.SiteID, who.CA, n.log)
+	if err != nil {
+		return err
+	}
 	if n.network, err = peernet.New(peernet.Config{
-		SiteID: who.SiteID, Log: n.log,
+		SiteID: who.SiteID, Log: n.log, Epoch: guard.Wire, Meet: guard.Meet,
 		Cert:      func() tls.Certificate { return n.member.Certificate() },
 		CA:        func() *x509.CertPool { return pool },
 		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },
@@ -251,7 +260,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	n.db = table.New(n.engine, n.log)
 	if n.member, err = member.New(member.Config{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
-		Network: n.network, DB: n.db, Log: n.log, Registry: metrics,
+		Network: n.network, DB: n.db, Epoch: guard, Log: n.log, Registry: metrics,
 		Version: n.config.Version, Timings: n.config.timings, Clock: n.config.clock,
 		Labels: n.config.Labels,
 	}, who); err != nil {

@@ -93,6 +93,18 @@ func (l logLength) encode() []byte {
 	return binary.BigEndian.AppendUint64(b, l.kept)
 }
 
+// Logs gives the names of all logs, in order, and how many entries were ever
+// appended to each. The names alias the state.
+func Logs(c Content) iter.Seq2[[]byte, uint64] {
+	return func(yield func([]byte, uint64) bool) {
+		for name := range c.Ascend(lengths, nil, nil) {
+			if !yield(name, LogLen(c, name)) {
+				return
+			}
+		}
+	}
+}
+
 // LogLen gives how many entries were ever appended to a log.
 func LogLen(c Content, log []byte) uint64 { return readLength(c, log).length }
 

@@ -147,7 +147,7 @@ func TestAStartAppliesWhatTheStateLacks(t *testing.T) {
 		n := c.Found()
 		say(t, n, 0, 50)
 		n.Kill()
-		file := filepath.Join(n.Dir, "state.db")
+		file := filepath.Join(n.Dir, "meta.db")
 		old, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)

@@ -214,7 +214,7 @@ func (n *Node) watchPeers(ctx context.Context) error {
 			n.meetOutcasts(ctx)
 		}
 		n.pingAll(ctx, members)
-		if n.Leader() == "" && time.Since(asked) > 5*n.cfg.Timings.Ping {
+		if n.Leader() == "" && n.cfg.Epoch.Err() == nil && time.Since(asked) > 5*n.cfg.Timings.Ping {
 			if err := n.inquire(ctx, members); err != nil {
 				return err
 			}

@@ -92,11 +92,16 @@ func KindOf(err error) Kind {
 func Is(err error, kind Kind) bool { return err != nil && KindOf(err) == kind }
 
 // Public gives what a client may see of an error: code (may be ""), text and
-// detail (may be nil). An error without a public text shows a general one.
+// detail (may be nil). An error of a lower floor gives its text with a method
+// Public; one without a public text shows a general one.
 func Public(err error) (code, text string, detail any) {
 	var f *Error
 	if errors.As(err, &f) {
 		return f.Code, f.Text, f.Detail
+	}
+	var reason interface{ Public() string }
+	if errors.As(err, &reason) {
+		return "", reason.Public(), nil
 	}
 	if KindOf(err) == Unavailable {
 		return "", "the site has no leader at the moment; reads go on, try this again in a few seconds", nil

@@ -40,6 +40,10 @@ type Status struct {
 	// Tolerance is how many more of the voters that are up may fail before no
 	// write succeeds any more; -1 when none does now.
 	Tolerance int `json:"tolerance"`
+	// Epoch is the site's recovery epoch as this node has it; "0" when the site was
+	// never recovered. Fenced says why this node takes no part in it; "" while it does.
+	Epoch  string `json:"epoch"`
+	Fenced string `json:"fenced,omitempty"`
 	// Advice says in words what is wrong and what to do; empty when all is well.
 	Advice []string `json:"advice"`
 }
@@ -142,7 +146,10 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 	if err != nil {
 		return Status{}, fault.Wrap(err, fault.Unavailable, "the state of the cluster cannot be read now")
 	}
-	out := Status{Site: p.Cluster.Identity().SiteID, Self: p.Roster.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Advice: []string{}}
+	out := Status{Site: p.Cluster.Identity().SiteID, Self: p.Roster.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Epoch: s.Epoch.String(), Advice: []string{}}
+	if s.Fenced != nil {
+		out.Fenced = s.Fenced.Error()
+	}
 	for _, m := range s.Members {
 		out.Nodes = append(out.Nodes, nodeStatus(m))
 	}
@@ -200,6 +207,8 @@ func advise(out Status, s member.Status, now time.Time) []string {
 		}
 	}
 	switch {
+	case out.Fenced != "":
+		return append(advice, out.Fenced) // nothing else is of use
 	case s.Quorum:
 	case up > voters/2:
 		advice = append(advice, "no leader at the moment: the nodes that are up are electing one; pulls go on, pushes wait for it")
@@ -222,6 +231,13 @@ func advise(out Status, s member.Status, now time.Time) []string {
 		advice = append(advice, "one node: add two more (atoll token create, then atoll serve --join there), so that one may fail")
 	case 2:
 		advice = append(advice, "two nodes: if the first fails, pushes wait for it; add a third")
+	}
+	for _, stray := range s.Strays {
+		if stray.Apart {
+			advice = append(advice, fmt.Sprintf("node %s was recovered apart from this one (its recovery epoch is %s): decide which of the two goes on; on the other: atoll node wipe --yes, then join it again", stray.Node, stray.Epoch))
+		} else {
+			advice = append(advice, fmt.Sprintf("node %s came back with data from before the recovery and is refused; on it: atoll cluster salvage -o FILE, atoll node wipe --yes, then join it again", stray.Node))
+		}
 	}
 	if out.Lost > 0 {
 		advice = append(advice, fmt.Sprintf("no node that is up holds %d of the blobs: bring back the nodes that are down; if all are up, push the images again that atoll scrub status names", out.Lost))

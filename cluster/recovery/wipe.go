@@ -1,0 +1,46 @@
+package recovery
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/member"
+)
+
+// wiped are the names that make a directory that of a node, in the order in
+// which they go. The identity is first: without it nothing starts on the rest.
+// The state is before the log, and the log last, because a directory with a log
+// and no identity is refused by all but another Wipe.
+func wiped() []string {
+	return append(member.Files(), planFile, buildDir, stateFile, stateFile+".new", epoch.File, epoch.FencedFile, raftDir)
+}
+
+// Wipe makes the data directory that of a node which has never been a member of
+// a site. Blobs stay, and what earlier recoveries kept. Cut short, it is to be
+// run again; nothing else can be done with the directory then.
+func Wipe(dir string) (removed []string, err error) {
+	return wipe(dir, func(string) error { return nil })
+}
+
+func wipe(dir string, at func(string) error) (removed []string, err error) {
+	for _, name := range wiped() {
+		path := filepath.Join(dir, name)
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return removed, err
+		}
+		if err := os.RemoveAll(path); err != nil {
+			return removed, fmt.Errorf("wiping %s: %w", path, err)
+		}
+		if err := errors.Join(syncDir(dir), at(name)); err != nil {
+			return removed, err
+		}
+		removed = append(removed, name)
+	}
+	return removed, nil
+}
