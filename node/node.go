@@ -192,7 +192,7 @@ func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 	case len(c.Join) > 0:
 		return n.join(ctx)
 	}
-	return who, fault.New(fault.Invalid, "%s holds no node. If its disk is not mounted, mount it. Else choose: --init founds a new site, --join ADDR --token TOKEN joins one, or restore this node's data directory from a backup", c.Data)
+	return who, fault.New(fault.Invalid, "%s holds no node. If its disk is not mounted, mount it. Else choose: --init founds a new site, --join ADDR --token TOKEN joins one, or make a site of a backup in it with: atoll restore FILE", c.Data)
 }
 
 func (n *Node) join(ctx context.Context) (member.Identity, error) {
@@ -266,7 +266,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	}, who); err != nil {
 		return err
 	}
-	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.db, n.member, n.network})
+	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network})
 	return err
 }
 

@@ -12,10 +12,12 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/adopt"
+	"github.com/atoll-registry/atoll/node/backup"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -50,6 +52,7 @@ type rooms struct {
 	offline   *offline.Offline
 	storage   *storage.Storage
 	adopt     *adopt.Adopt
+	backup    *backup.Backup
 	kernel    *rest.Kernel
 	http      http.Handler
 }
@@ -60,6 +63,7 @@ type ground struct {
 	url     string // where clients find this node
 	log     *slog.Logger
 	metrics *prometheus.Registry
+	engine  kv.Engine
 	db      *table.DB
 	member  *member.Node
 	network peers.Network
@@ -116,6 +120,9 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r.adopt = adopt.New(adopt.Config{
 		DB: g.db, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records, Copies: r.peers, Log: g.log,
 	})
+	r.backup = backup.New(backup.Config{
+		DB: g.db, Engine: g.engine, Member: g.member, Store: r.store, Records: r.records, Fetcher: r.peers, Version: g.config.Version, Log: g.log,
+	})
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
 		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Teller: r.peers, Guardian: r.scrub, Log: g.log, Registerer: g.metrics,
@@ -153,6 +160,7 @@ func (r *rooms) register(g ground) {
 	r.offline.Operations(r.kernel)
 	r.storage.Operations(r.kernel)
 	r.adopt.Operations(r.kernel)
+	r.backup.Operations(r.kernel)
 }
 
 // members counts the site's nodes.

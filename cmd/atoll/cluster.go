@@ -14,7 +14,7 @@ import (
 
 func newCluster() *cobra.Command {
 	return group(&cobra.Command{Use: "cluster", Short: "Look at the nodes of this site and change them"},
-		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove())
+		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove(), newClusterRecover(), newClusterSalvage())
 }
 
 func newClusterStatus() *cobra.Command {
@@ -75,6 +75,9 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		fmt.Fprintf(w, "\n%d more voter(s) may fail\n", s.Tolerance)
 	}
 	fmt.Fprintf(w, "blobs: %d, lacking copies: %d, lost: %d\n", s.Blobs, s.UnderReplicated, s.Lost)
+	if s.Epoch != "0" {
+		fmt.Fprintf(w, "recovery epoch: %s\n", s.Epoch)
+	}
 	for _, line := range s.Advice {
 		fmt.Fprintln(w, line)
 	}

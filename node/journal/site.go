@@ -88,6 +88,19 @@ func (j *Journal) EnsureSite(ctx context.Context, siteID, name string) (Site, er
 	return site, nil
 }
 
+// NewLife begins a new life of the site, for a state that may be older than what
+// the site has told others: what it writes from now on goes to new logs, so that no
+// number of the old ones is ever used for something else. It is called while
+// nothing else writes. A site that has no identity yet needs no new life.
+func (j *Journal) NewLife(tx *table.Tx) error {
+	row, _, ok, err := j.sites.Get(tx, self)
+	if err != nil || !ok {
+		return err
+	}
+	row.Incarnation = table.NewID()
+	return j.sites.Put(tx, row, self)
+}
+
 func (j *Journal) found(tx *table.Tx, siteID, name string) error {
 	now := time.Now()
 	root, err := j.newKey(tx, siteID)

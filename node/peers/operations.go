@@ -213,7 +213,7 @@ func advise(out Status, s member.Status, now time.Time) []string {
 	case up > voters/2:
 		advice = append(advice, "no leader at the moment: the nodes that are up are electing one; pulls go on, pushes wait for it")
 	default:
-		advice = append(advice, "no quorum: pulls go on, pushes are refused; bring back enough of the nodes that are down")
+		advice = append(advice, "no quorum: pulls go on, pushes are refused; bring back enough of the nodes that are down; if most voters are gone for good: stop this node, then atoll cluster recover")
 	}
 	for _, n := range out.Nodes {
 		if !n.Up {

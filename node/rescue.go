@@ -1,0 +1,125 @@
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/recovery"
+	"github.com/atoll-registry/atoll/node/backup"
+	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/transfer/peernet"
+)
+
+// What is done with the data directory of a node that does not run. Each takes
+// the directory's lock, so that no node can start meanwhile.
+
+// Restore makes a site of a backup in a data directory that holds no node.
+func Restore(ctx context.Context, r backup.Restoring) (out backup.Restored, err error) {
+	err = locked(r.Data, func() error {
+		out, err = backup.Restore(ctx, r)
+		return err
+	})
+	return out, err
+}
+
+// Recover makes the node of a data directory, alone, the whole of its site. A
+// fault Conflict says why it is not done.
+func Recover(ctx context.Context, data string, log *slog.Logger) (out recovery.Recovered, err error) {
+	err = locked(data, func() error {
+		answers, err := answering(data, log)
+		if err != nil {
+			return err
+		}
+		out, err = recovery.Recover(ctx, recovery.Survivor{Dir: data, Answers: answers, Prepare: backup.NewLife(data), Log: log})
+		return refused(err)
+	})
+	return out, err
+}
+
+// Salvage writes what a fenced node alone has.
+func Salvage(data string, w io.Writer, log *slog.Logger) (out recovery.Count, err error) {
+	err = locked(data, func() error {
+		out, err = recovery.Salvage(data, w, log)
+		return refused(err)
+	})
+	return out, err
+}
+
+// Wipe makes a data directory one of no node; its blobs stay.
+func Wipe(data string) (removed []string, err error) {
+	err = locked(data, func() error {
+		removed, err = recovery.Wipe(data)
+		for _, name := range []string{PasswordName, SocketName} {
+			if gone := os.Remove(filepath.Join(data, name)); gone == nil {
+				removed = append(removed, name)
+			}
+		}
+		return err
+	})
+	return removed, err
+}
+
+// refused gives the reasons why nothing was done the kind that decides the exit
+// code.
+func refused(err error) error {
+	for _, reason := range []error{recovery.ErrAnswers, recovery.ErrNotNeeded, recovery.ErrNotFenced, epoch.ErrFenced, member.ErrEmpty} {
+		if errors.Is(err, reason) {
+			return fault.New(fault.Conflict, "%v", err)
+		}
+	}
+	return err
+}
+
+func locked(data string, work func() error) error {
+	if err := checkDir(data); err != nil {
+		return err
+	}
+	lock, err := lockData(data)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return work()
+}
+
+// answering asks nodes of the site whether they are up. A node that refuses is.
+func answering(data string, log *slog.Logger) (func(ctx context.Context, addr, id string) bool, error) {
+	who, err := member.LoadIdentity(data)
+	if err != nil {
+		return nil, refused(err)
+	}
+	cert, err := who.Certificate()
+	if err != nil {
+		return nil, err
+	}
+	pool, err := who.Pool()
+	if err != nil {
+		return nil, err
+	}
+	port, err := peernet.New(peernet.Config{
+		SiteID: who.SiteID, Log: log,
+		Cert: func() tls.Certificate { return cert },
+		CA:   func() *x509.CertPool { return pool },
+	})
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, addr, id string) bool {
+		conn, err := port.Dial(ctx, addr, peernet.ServiceControl)
+		if err != nil {
+			log.Info("a node does not answer", "node", id, "address", addr, "error", err)
+			return errors.Is(err, peernet.ErrRefused) || errors.Is(err, peernet.ErrNoService)
+		}
+		defer conn.Close()
+		proven, ok := conn.(interface{ PeerID() string })
+		return ok && proven.PeerID() == id
+	}, nil
+}
