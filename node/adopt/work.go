@@ -359,22 +359,19 @@ func (w *work) tag(ctx context.Context, at *place, tag string, d digest.Digest) 
 // tagsHere reads the tags that the repository has on this site.
 func (w *work) tagsHere(ctx context.Context, at *place) (map[string]digest.Digest, error) {
 	here := map[string]digest.Digest{}
-	after, more := "", true
-	for more {
-		var page []catalog.Tag
-		var err error
-		page, more, err = w.Catalog.Tags(ctx, at.project, at.repository, after, 1000)
+	for after, more := "", true; more; {
+		tags, page, err := w.Catalog.Tags(ctx, at.project, at.repository, after, 1000)
 		if fault.Is(err, fault.NotFound) {
 			return here, nil // not a repository yet
 		}
 		if err != nil {
 			return nil, err
 		}
-		for _, t := range page {
+		for _, t := range tags {
 			here[t.Name] = t.Digest
 			after = t.Name
 		}
-		more = more && len(page) > 0
+		more = page.More && len(tags) > 0
 	}
 	return here, nil
 }

@@ -128,10 +128,10 @@ func TestConcurrentPushesLoseNothing(t *testing.T) {
 	}
 	wait.Wait()
 	must(t, errors.Join(failures...))
-	tags, more, err := s.catalog.Tags(t.Context(), "library", "app", "", 0)
+	tags, page, err := s.catalog.Tags(t.Context(), "library", "app", "", 0)
 	must(t, err)
-	if len(tags) != n || more {
-		t.Fatalf("%d tags, more %v", len(tags), more)
+	if len(tags) != n || page.More {
+		t.Fatalf("%d tags, more %v", len(tags), page.More)
 	}
 	for i, tag := range tags {
 		if tag.Digest != digest.FromBytes(bodies[i]) {
@@ -195,12 +195,10 @@ func TestTagMovesAndPages(t *testing.T) {
 	}
 	s.mustPush("app", "b", two)
 	var got []string
-	after := ""
-	for more := true; more; {
-		var tags []catalog.Tag
-		var err error
-		tags, more, err = s.catalog.Tags(t.Context(), "library", "app", after, 3)
+	for after, more := "", true; more; {
+		tags, page, err := s.catalog.Tags(t.Context(), "library", "app", after, 3)
 		must(t, err)
+		more = page.More
 		for _, tag := range tags {
 			got = append(got, tag.Name)
 			after = tag.Name
@@ -216,9 +214,9 @@ func TestTagMovesAndPages(t *testing.T) {
 	if len(tags) != 1 || tags[0].Name != "b" {
 		t.Fatalf("tags are %+v", tags)
 	}
-	repositories, more, err := s.catalog.Repositories(t.Context(), "", "library/aaa", 10)
+	repositories, page, err := s.catalog.Repositories(t.Context(), "", "library/aaa", 10)
 	must(t, err)
-	if len(repositories) != 1 || more || repositories[0].Name != "app" {
+	if len(repositories) != 1 || page.More || repositories[0].Name != "app" {
 		t.Fatalf("repositories are %+v", repositories)
 	}
 	_, _, err = s.catalog.Tags(t.Context(), "library", "none", "", 0)
@@ -239,10 +237,9 @@ func TestReferrers(t *testing.T) {
 	var got []v1.Descriptor
 	q := catalog.Referrers{Project: "library", Repository: "app", Subject: target.Digest, ArtifactType: "application/spdx", N: 2}
 	for more := true; more; {
-		var list []v1.Descriptor
-		var err error
-		list, more, err = s.catalog.Referrers(t.Context(), q)
+		list, page, err := s.catalog.Referrers(t.Context(), q)
 		must(t, err)
+		more = page.More
 		got = append(got, list...)
 		q.After = list[len(list)-1].Digest
 	}

@@ -202,26 +202,31 @@ func (c *Catalog) content(ctx context.Context, a Artifact) (*Document, error) {
 	return &doc, nil
 }
 
+// Page says of a part of a list what its items do not.
+type Page struct {
+	More  bool // others follow
+	Fresh table.Freshness
+}
+
 // Tags lists a repository's tags in the order of their names, at most n (0 is
-// all) after one; more says that others follow. An unknown repository is a fault
-// NotFound.
-func (c *Catalog) Tags(ctx context.Context, project, repository, after string, n int) (tags []Tag, more bool, err error) {
+// all) after one. An unknown repository is a fault NotFound.
+func (c *Catalog) Tags(ctx context.Context, project, repository, after string, n int) (tags []Tag, p Page, err error) {
 	if err := CheckRepository(repository); err != nil {
-		return nil, false, err
+		return nil, p, err
 	}
 	if err := checkAfter(after); err != nil {
-		return nil, false, err
+		return nil, p, err
 	}
-	_, err = c.confirmed(ctx, func(v *table.View) error {
+	p.Fresh, err = c.confirmed(ctx, func(v *table.View) error {
 		if _, _, ok, err := c.repositories.Get(v, project, repository); err != nil {
 			return err
 		} else if !ok {
 			return nameUnknown(project, repository)
 		}
-		tags, more, err = listTags(v, c.tags, []string{project, repository}, after, n)
+		tags, p.More, err = listTags(v, c.tags, []string{project, repository}, after, n)
 		return err
 	})
-	return tags, more, err
+	return tags, p, err
 }
 
 func listTags(v *table.View, t *table.Table[tagRow], prefix []string, after string, n int) (tags []Tag, more bool, err error) {
@@ -261,15 +266,15 @@ func page(prefix []string, after string, n int) table.Range {
 // Repositories lists the repositories of a project, in the order of their names,
 // at most n (0 is all) after one; of project "" those of all projects, after
 // "project/repository".
-func (c *Catalog) Repositories(ctx context.Context, project, after string, n int) (list []Repository, more bool, err error) {
+func (c *Catalog) Repositories(ctx context.Context, project, after string, n int) (list []Repository, p Page, err error) {
 	if err := checkAfter(after); err != nil {
-		return nil, false, err
+		return nil, p, err
 	}
-	_, err = c.confirmed(ctx, func(v *table.View) error {
-		list, more, err = c.repositoriesOf(v, project, after, n)
+	p.Fresh, err = c.confirmed(ctx, func(v *table.View) error {
+		list, p.More, err = c.repositoriesOf(v, project, after, n)
 		return err
 	})
-	return list, more, err
+	return list, p, err
 }
 
 func (c *Catalog) repositoriesOf(v *table.View, project, after string, n int) (list []Repository, more bool, err error) {
@@ -327,37 +332,37 @@ func (c *Catalog) tagsOf(v *table.View, a Artifact) ([]Tag, error) {
 
 // Referrers lists the artifacts whose subject is the one asked for, in the order
 // of their digests, which does not change while artifacts come and go. The
-// subject need not exist. more says that others follow.
-func (c *Catalog) Referrers(ctx context.Context, q Referrers) (list []v1.Descriptor, more bool, err error) {
+// subject need not exist.
+func (c *Catalog) Referrers(ctx context.Context, q Referrers) (list []v1.Descriptor, p Page, err error) {
 	if err := CheckRepository(q.Repository); err != nil {
-		return nil, false, err
+		return nil, p, err
 	}
 	var found []Manifest
-	fresh, err := c.confirmed(ctx, func(v *table.View) error {
-		found, more, err = c.referrersOf(v, q)
+	p.Fresh, err = c.confirmed(ctx, func(v *table.View) error {
+		found, p.More, err = c.referrersOf(v, q)
 		return err
 	})
 	if err != nil {
-		return nil, false, err
+		return nil, p, err
 	}
-	if fresh.Stale && len(found) == 0 {
-		return nil, false, fault.New(fault.Unavailable, "whether %s has referrers cannot be said: the site has no leader at the moment; try again in a few seconds", q.Subject)
+	if p.Fresh.Stale && len(found) == 0 {
+		return nil, p, fault.New(fault.Unavailable, "whether %s has referrers cannot be said: the site has no leader at the moment; try again in a few seconds", q.Subject)
 	}
 	for _, m := range found {
 		if m.Bytes == nil {
 			if m.Bytes, err = c.big.Read(ctx, m.Digest); err != nil {
-				return nil, false, fmt.Errorf("read referrer %s: %w", m.Digest, err)
+				return nil, p, fmt.Errorf("read referrer %s: %w", m.Digest, err)
 			}
 		}
 		var own struct {
 			Annotations map[string]string `json:"annotations"`
 		}
 		if err := json.Unmarshal(m.Bytes, &own); err != nil {
-			return nil, false, fmt.Errorf("read referrer %s: %w", m.Digest, err)
+			return nil, p, fmt.Errorf("read referrer %s: %w", m.Digest, err)
 		}
 		list = append(list, m.descriptor(own.Annotations))
 	}
-	return list, more, nil
+	return list, p, nil
 }
 
 func (c *Catalog) referrersOf(v *table.View, q Referrers) (found []Manifest, more bool, err error) {

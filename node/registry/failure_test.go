@@ -286,7 +286,9 @@ func TestNoLeader(t *testing.T) {
 	var m v1.Manifest
 	must(t, json.Unmarshal(manifest, &m))
 	n.site.backend.SetLeader(false)
-	n.do("GET", "/v2/app/manifests/v1", nil).want(200).has("Atoll-Stale", "*")
+	for _, path := range []string{"/v2/app/manifests/v1", "/v2/app/tags/list", "/v2/_catalog"} {
+		n.do("GET", path, nil).want(200).has("Atoll-Stale", "*")
+	}
 	n.do("GET", "/v2/app/blobs/"+m.Layers[0].Digest.String(), nil).want(200)
 	for _, path := range []string{"/v2/app/manifests/v2", "/v2/none/manifests/v1", "/v2/none/app/manifests/v1", "/v2/none/tags/list",
 		"/v2/app/blobs/" + digest.FromString("other").String(), "/v2/app/referrers/" + digest.FromString("other").String()} {

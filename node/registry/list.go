@@ -53,10 +53,11 @@ func (g *Registry) listTags(c *call) error {
 	}
 	n := c.route.Name
 	// A page of none is asked for to learn whether the repository exists.
-	tags, more, err := g.catalog.Tags(c.r.Context(), n.Project, n.Repository, q.last, max(q.n, 1))
+	tags, page, err := g.catalog.Tags(c.r.Context(), n.Project, n.Repository, q.last, max(q.n, 1))
 	if err != nil {
 		return err
 	}
+	markStale(c.w.Header(), page.Fresh)
 	answer := struct {
 		Name string   `json:"name"`
 		Tags []string `json:"tags"`
@@ -64,7 +65,7 @@ func (g *Registry) listTags(c *call) error {
 	for _, t := range tags[:min(q.n, len(tags))] {
 		answer.Tags = append(answer.Tags, t.Name)
 	}
-	if more && len(answer.Tags) > 0 {
+	if page.More && len(answer.Tags) > 0 {
 		q.next(c, "/v2/"+n.Sent+"/tags/list", answer.Tags[len(answer.Tags)-1])
 	}
 	return c.json(http.StatusOK, answer)
@@ -94,12 +95,13 @@ func (g *Registry) listReferrers(c *call) error {
 			return err
 		}
 	}
-	found, more, err := g.catalog.Referrers(c.r.Context(), ask)
+	found, page, err := g.catalog.Referrers(c.r.Context(), ask)
 	if err != nil && !fault.Is(err, fault.NotFound) {
 		return err
 	}
+	markStale(c.w.Header(), page.Fresh)
 	found = found[:min(q.n, len(found))]
-	if more && len(found) > 0 {
+	if page.More && len(found) > 0 {
 		q.next(c, "/v2/"+n.Sent+"/referrers/"+subject.String(), found[len(found)-1].Digest.String())
 	}
 	if ask.ArtifactType != "" {

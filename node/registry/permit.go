@@ -182,14 +182,15 @@ func (g *Registry) listRepositories(c *call) error {
 	if q.n == 0 {
 		return c.json(http.StatusOK, answer)
 	}
-	all, more, err := g.catalog.Repositories(c.r.Context(), "", q.last, q.n)
+	all, page, err := g.catalog.Repositories(c.r.Context(), "", q.last, q.n)
 	if err != nil {
 		return err
 	}
+	markStale(c.w.Header(), page.Fresh)
 	for _, r := range all {
 		answer.Repositories = append(answer.Repositories, r.Project+"/"+r.Name)
 	}
-	if more && len(all) > 0 {
+	if page.More && len(all) > 0 {
 		q.next(c, "/v2/_catalog", answer.Repositories[len(all)-1])
 	}
 	return c.json(http.StatusOK, answer)
