@@ -153,6 +153,8 @@ func (h *host) Dial(ctx context.Context, addr string, service byte) (net.Conn, e
 		if err := to.authorize(self, service); err != nil {
 			return nil, err
 		}
+		h.network.mu.Lock()
+		defer h.network.mu.Unlock()
 		return to.services[service], nil
 	})
 }
@@ -168,6 +170,8 @@ func (h *host) DialJoin(ctx context.Context, addr string, pin []byte) (net.Conn,
 		if got := sha256.Sum256(ca.RawSubjectPublicKeyInfo); string(got[:]) != string(pin) {
 			return nil, member.ErrOtherSite
 		}
+		h.network.mu.Lock()
+		defer h.network.mu.Unlock()
 		return to.join, nil
 	})
 }
