@@ -58,6 +58,8 @@ type Push struct {
 	Actor      string
 	At         time.Time
 	Copies     int // members that hold its blobs durably
+	// If is what the move of the tag rests on; not asked without a tag.
+	If Condition
 }
 
 // Pull asks for a manifest.

@@ -79,6 +79,16 @@ func (c *Catalog) dropTag(tx *table.Tx, key []string, d digest.Digest) error {
 // DeleteTag removes a tag; its artifact stays. An unknown tag is a fault
 // NotFound.
 func (c *Catalog) DeleteTag(ctx context.Context, project, repository, tag, actor string) error {
+	return c.DeleteTagIf(ctx, Tagged{project, repository, tag}, Condition{}, actor)
+}
+
+// Tagged names a tag.
+type Tagged struct{ Project, Repository, Tag string }
+
+// DeleteTagIf is DeleteTag for a tag of which the condition holds; when it does
+// not, that is a fault Precondition with Moved as its detail.
+func (c *Catalog) DeleteTagIf(ctx context.Context, t Tagged, rests Condition, actor string) error {
+	project, repository, tag := t.Project, t.Repository, t.Tag
 	if err := CheckRepository(repository); err != nil {
 		return err
 	}
@@ -93,6 +103,9 @@ func (c *Catalog) DeleteTag(ctx context.Context, project, repository, tag, actor
 		}
 		if !ok {
 			return c.absent(tx, project, repository, tag)
+		}
+		if err := rests.check(tag, row.Digest); err != nil {
+			return err
 		}
 		return r.dropTag(tx, scope, tag, row.Digest)
 	})

@@ -20,8 +20,8 @@ import (
 //
 // Faults: Invalid with DIGEST_INVALID, MANIFEST_INVALID or, when blobs or listed
 // manifests are not in the repository, MANIFEST_BLOB_UNKNOWN and the digests as
-// Detail; NotFound for an unknown project; Denied for a mirror; whatever a gate
-// says.
+// Detail; NotFound for an unknown project; Denied for a mirror; Precondition with
+// Moved as Detail when the tag is not where the push rests on; whatever a gate says.
 func (c *Catalog) Put(ctx context.Context, p Push) (Artifact, error) {
 	doc, err := checkPush(&p)
 	if err != nil {
@@ -116,6 +116,9 @@ func (a *admission) run(ctx context.Context) (Artifact, error) {
 	tagged := false
 	if p.Tag != "" {
 		if tag, _, tagged, err = a.c.tags.Get(a.tx, p.Project, p.Repository, p.Tag); err != nil {
+			return Artifact{}, err
+		}
+		if err := p.If.check(p.Tag, tag.Digest); err != nil {
 			return Artifact{}, err
 		}
 	}

@@ -130,6 +130,10 @@ func (g *Registry) putManifest(c *call) error {
 	if err != nil {
 		return err
 	}
+	rests, err := tagCondition(c.r.Header, tags)
+	if err != nil {
+		return err
+	}
 	release, err := g.manifestPlace(c)
 	if err != nil {
 		return err
@@ -158,7 +162,7 @@ func (g *Registry) putManifest(c *call) error {
 	n := c.route.Name
 	push := catalog.Push{
 		Project: n.Project, Repository: n.Repository, Digest: d, MediaType: mediaType, Bytes: data,
-		Carrier: catalog.Client, Actor: c.who.Name, At: time.Now(), Copies: copies,
+		Carrier: catalog.Client, Actor: c.who.Name, At: time.Now(), Copies: copies, If: rests,
 	}
 	for _, push.Tag = range tags {
 		if _, err := g.catalog.Put(c.r.Context(), push); err != nil {
@@ -297,11 +301,18 @@ func (g *Registry) deleteManifest(c *call) error {
 		return err
 	}
 	n, ctx := c.route.Name, c.r.Context()
-	var err error
+	tags := []string{c.route.Reference}
 	if isDigest(c.route.Reference) {
+		tags = nil
+	}
+	rests, err := tagCondition(c.r.Header, tags)
+	if err != nil {
+		return err
+	}
+	if tags == nil {
 		err = g.catalog.DeleteManifest(ctx, n.Project, n.Repository, digest.Digest(c.route.Reference), c.who.Name)
 	} else {
-		err = g.catalog.DeleteTag(ctx, n.Project, n.Repository, c.route.Reference, c.who.Name)
+		err = g.catalog.DeleteTagIf(ctx, catalog.Tagged{Project: n.Project, Repository: n.Repository, Tag: c.route.Reference}, rests, c.who.Name)
 	}
 	if err != nil {
 		return err
