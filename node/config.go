@@ -8,6 +8,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/node/storage"
+	"github.com/atoll-registry/atoll/node/watch"
 )
 
 // SocketName is the name of the node's Unix socket in its data directory. Who may
@@ -70,6 +71,7 @@ type Config struct {
 
 	timings member.Timings   // of the consensus; tests shrink them
 	clock   func() time.Time // of the machine; tests set it wrong
+	disk    watch.Disk       // that the watch writes to; tests let it hang
 }
 
 // Started says where a node that has started can be found.

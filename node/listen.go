@@ -77,7 +77,7 @@ func (n *Node) tlsConfig() (*tls.Config, error) {
 		if _, err := files.get(nil); err != nil {
 			return nil, fault.Wrap(err, fault.Invalid, "the certificate %s with the key %s cannot be used", c.CertFile, c.KeyFile)
 		}
-		config.GetCertificate = files.get
+		config.GetCertificate, n.files = files.get, files
 	case c.TLS == TLSOff, c.TLS == TLSDefault && loopback(c.Listen):
 		return nil, nil
 	case c.TLS == TLSAuto || c.TLS == TLSDefault:

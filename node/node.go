@@ -29,7 +29,9 @@ import (
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/recovery"
+	"github.com/atoll-registry/atoll/cluster/reserve"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/identity"
 	"github.com/atoll-registry/atoll/node/telemetry"
@@ -48,12 +50,14 @@ type Node struct {
 
 	peerListener net.Listener
 	network      *peernet.Net
+	reserve      *reserve.Reserve
 	engine       kv.Engine
 	db           *table.DB
 	member       *member.Node
 	rooms        *rooms
 	public       net.Listener
 	publicTLS    *tls.Config
+	files        *fileCertificate // the user's own certificate; nil when there is none
 	socket       net.Listener
 }
 
@@ -254,19 +258,24 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	}); err != nil {
 		return err
 	}
+	// Before the first file is opened: on a full disk that takes the ballast.
+	if n.reserve, err = reserve.Open(reserve.Path(n.config.Data), blobs.Disk(n.config.Data), n.log); err != nil {
+		return err
+	}
 	if n.engine, err = kv.OpenBolt(filepath.Join(n.config.Data, "meta.db")); err != nil {
 		return err
 	}
+	n.engine = n.reserve.Engine(n.engine)
 	n.db = table.New(n.engine, n.log)
 	if n.member, err = member.New(member.Config{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Epoch: guard, Log: n.log, Registry: metrics,
 		Version: n.config.Version, Timings: n.config.timings, Clock: n.config.clock,
-		Labels: n.config.Labels,
+		Disk: n.reserve, Labels: n.config.Labels,
 	}, who); err != nil {
 		return err
 	}
-	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network})
+	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.reserve, n.files})
 	return err
 }
 
@@ -291,7 +300,7 @@ func (n *Node) Run(ctx context.Context) error {
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
 	cluster := startFloor(run, fail, n.member.Run)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
-		n.rooms.registry.Run, n.rooms.storage.Run, telemetry.GiveBackMemory)
+		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, telemetry.GiveBackMemory)
 
 	err := n.settle(run)
 	if err == nil {

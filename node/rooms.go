@@ -14,6 +14,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/reserve"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/adopt"
@@ -33,6 +34,7 @@ import (
 	"github.com/atoll-registry/atoll/node/sites"
 	"github.com/atoll-registry/atoll/node/storage"
 	"github.com/atoll-registry/atoll/node/telemetry"
+	"github.com/atoll-registry/atoll/node/watch"
 )
 
 // rooms are the parts of a node, in the order in which they are built.
@@ -53,6 +55,7 @@ type rooms struct {
 	storage   *storage.Storage
 	adopt     *adopt.Adopt
 	backup    *backup.Backup
+	watch     *watch.Watch
 	kernel    *rest.Kernel
 	http      http.Handler
 }
@@ -67,6 +70,8 @@ type ground struct {
 	db      *table.DB
 	member  *member.Node
 	network peers.Network
+	reserve *reserve.Reserve
+	files   *fileCertificate // nil unless the user has a certificate
 }
 
 // newRooms builds the rooms and starts nothing. Adding a room is one line here
@@ -79,6 +84,9 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 		Summary: "the free space of a node's disk below which it takes no content, so that the metadata can always be written; pulls go on",
 	})
 	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{LowWater: minFree.Value, Log: g.log}); err != nil {
+		return nil, err
+	}
+	if r.watch, err = newWatch(g, r, minFree.Value); err != nil {
 		return nil, err
 	}
 	if r.storage, err = storage.New(ctx, storage.Config{Data: g.config.Data, Store: r.store, Members: r.members(g), Log: g.log}, g.config.Storage); err != nil {
@@ -117,6 +125,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 		return nil, err
 	}
 	r.peers.Unreadable(r.scrub.Unreadable)
+	r.peers.Heed(r.watch)
 	r.adopt = adopt.New(adopt.Config{
 		DB: g.db, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records, Copies: r.peers, Log: g.log,
 	})
@@ -144,11 +153,8 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 func (r *rooms) register(g ground) {
 	rest.RegisterSystem(r.kernel, rest.System{
 		ExternalURL: g.config.ExternalURL, Version: g.config.Version, Storage: "filesystem", HasCA: true,
-		Checks: []rest.Check{
-			{Name: "core", Run: func(context.Context) error { return nil }},
-			{Name: "database", Run: func(ctx context.Context) error { return g.db.ReadIndex(ctx) }},
-			{Name: "registry", Run: func(context.Context) error { _, _, err := r.store.Free(); return err }},
-		},
+		ReadOnly: func() bool { return r.watch.Refusal() != nil },
+		Checks:   r.checks(g),
 	})
 	r.settings.Operations(r.kernel)
 	r.projects.Operations(r.kernel)
@@ -161,6 +167,7 @@ func (r *rooms) register(g ground) {
 	r.storage.Operations(r.kernel)
 	r.adopt.Operations(r.kernel)
 	r.backup.Operations(r.kernel)
+	r.watch.Operations(r.kernel)
 }
 
 // members counts the site's nodes.
@@ -201,7 +208,7 @@ func (r *rooms) handler(g ground) (http.Handler, error) {
 	})
 	api := r.kernel.Handler()
 	v2 := r.registry.Handler()
-	return middleware.Wrap(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+	return middleware.Wrap(r.watch.Protect(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		// Not through the mux: it would redirect paths that are not clean, and
 		// the registry and the kernel have parsers of their own.
 		switch {
@@ -212,7 +219,7 @@ func (r *rooms) handler(g ground) (http.Handler, error) {
 		default:
 			api.ServeHTTP(w, q)
 		}
-	})), nil
+	}))), nil
 }
 
 // bigManifests keeps manifests that are too large for a row as blobs.

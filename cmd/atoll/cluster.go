@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/url"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -40,7 +41,7 @@ func newClusterStatus() *cobra.Command {
 }
 
 func printStatus(w *tabwriter.Writer, s peers.Status) {
-	row(w, "NODE", "ADDRESS", "STATE", "ROLE", "LAG", "VERSION", "LEVEL", "CERTIFICATE UNTIL")
+	row(w, "NODE", "ADDRESS", "STATE", "ROLE", "LAG", "HEALTH", "VERSION", "LEVEL", "CERTIFICATE UNTIL")
 	for _, n := range s.Nodes {
 		state, role := "down", "non-voter"
 		if n.Up {
@@ -56,6 +57,13 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		if n.ID == s.Self {
 			name += " (this node)"
 		}
+		health := strings.Join(n.Conditions, ", ")
+		switch {
+		case !n.Up:
+			health = "-" // what it said last may be long over
+		case health == "":
+			health = "well"
+		}
 		if n.Draining != nil {
 			state += ", draining"
 		}
@@ -63,7 +71,7 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		if n.CertExpires != nil {
 			expires = n.CertExpires.Local().Format(time.DateOnly)
 		}
-		row(w, name, n.Addr, state, role, n.Lag, cmp.Or(n.Version, "-"), n.Feature, expires)
+		row(w, name, n.Addr, state, role, n.Lag, health, cmp.Or(n.Version, "-"), n.Feature, expires)
 	}
 	w.Flush()
 	switch {

@@ -49,6 +49,9 @@ type FS interface {
 	Space() (free, total int64, err error)
 }
 
+// Disk is the operating system's file system below a directory.
+func Disk(dir string) FS { return disk{dir} }
+
 // disk is the operating system's file system below a directory.
 type disk struct{ dir string }
 

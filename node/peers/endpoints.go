@@ -119,3 +119,20 @@ func (e *Endpoints) Operations(k *rest.Kernel) {
 		Do: func(ctx context.Context, _ *struct{}) ([]Endpoint, error) { return e.All(ctx) },
 	})
 }
+
+// Conditions are what else is wrong with the node that answers, or its site.
+type Conditions interface {
+	// Advice says each in a line, with what to do.
+	Advice() []string
+}
+
+// Heed makes the status show what else is wrong.
+func (p *Peers) Heed(c Conditions) { p.conditions = c }
+
+// further is what the status advises besides what it sees itself.
+func (p *Peers) further() []string {
+	if p.conditions == nil {
+		return nil
+	}
+	return p.conditions.Advice()
+}

@@ -66,12 +66,15 @@ type NodeStatus struct {
 	// Labels say where the node stands; Cache that it is no home for blobs.
 	Labels map[string]string `json:"labels,omitempty"`
 	Cache  bool              `json:"cache,omitempty"`
+	// Conditions are codes of what the node itself finds wrong with it.
+	Conditions []string `json:"conditions"`
 }
 
 func nodeStatus(m member.MemberStatus) NodeStatus {
 	n := NodeStatus{
 		ID: m.ID, Name: m.Name, Addr: m.Addr, Voter: m.Voter, Leader: m.Leader, Up: m.Up, Lag: m.Lag,
 		Version: m.Version, Feature: m.Feature, Labels: m.Labels, Cache: m.Cache,
+		Conditions: append([]string{}, m.Codes...),
 	}
 	if m.Draining != 0 {
 		at := time.Unix(m.Draining, 0).UTC()
@@ -164,7 +167,7 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		return err
 	})
 	out.Tolerance = tolerance(out)
-	out.Advice = advise(out, s, time.Now())
+	out.Advice = append(advise(out, s, time.Now()), p.further()...)
 	for _, n := range out.Nodes {
 		if n.Draining != nil && n.Up {
 			out.Advice = append(out.Advice, p.drained(ctx, n))

@@ -91,6 +91,7 @@ type Peers struct {
 	metrics metrics
 
 	unreadable func(d digest.Digest, file blobs.File, cause error) // may be nil
+	conditions Conditions                                          // may be nil
 
 	mu      sync.Mutex
 	failing map[string]bool // nodes that could not take their last copy

@@ -1,0 +1,80 @@
+package node
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"time"
+
+	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/rest"
+	"github.com/atoll-registry/atoll/node/watch"
+)
+
+const (
+	// renewLate is how long before its end a certificate that the site renews by
+	// itself, at 80 % of its life at the latest, is spoken of: that has not worked.
+	renewLate = 14 * 24 * time.Hour
+	// ownWarning is how long before its end a certificate of the user's is.
+	ownWarning = 30 * 24 * time.Hour
+	// authorityWarning is the same for the site's authority, which takes planning.
+	authorityWarning = 365 * 24 * time.Hour
+)
+
+// newWatch builds the room that looks at what the node stands on.
+func newWatch(g ground, r *rooms, lowWater func() int64) (*watch.Watch, error) {
+	disk := g.config.disk
+	if disk == nil {
+		disk = blobs.Disk(g.config.Data)
+	}
+	return watch.New(watch.Config{
+		Cluster: g.member, Disk: disk, Ballast: g.reserve, LowWater: lowWater, Certificates: certificates(g),
+		Settings: r.settings, Log: g.log, Registerer: g.metrics, Clock: g.config.clock,
+	})
+}
+
+// certificates lists those whose end would be noticed.
+func certificates(g ground) func() []watch.Certificate {
+	authority := parseFirst(g.member.CA())
+	return func() []watch.Certificate {
+		all := []watch.Certificate{{
+			Code: "node-certificate-expiring", Of: "the certificate by which other nodes know this one", Leaf: g.member.Certificate().Leaf, Within: renewLate,
+			Renew: "it renews itself through any other node of the site: see to it that this node reaches one, then look for \"renewing\" in its log",
+		}, {
+			Code: "ca-expiring", Of: "the certificate of the site's own authority", Leaf: authority, Within: authorityWarning,
+			Renew: "renew the site's authority while its nodes are up",
+		}}
+		if g.files != nil {
+			if pair, err := g.files.get(nil); err == nil {
+				all = append(all, watch.Certificate{
+					Code: "tls-certificate-expiring", Of: "the certificate " + g.files.cert + " that clients see", Leaf: pair.Leaf, Within: ownWarning,
+					Renew: "put a new certificate and key in place of the files; they are read again without a restart",
+				})
+			}
+		}
+		return all
+	}
+}
+
+// parseFirst reads the first certificate of a PEM text; nil when there is none.
+func parseFirst(text []byte) *x509.Certificate {
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return nil
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil
+	}
+	return cert
+}
+
+// checks are what the health says of each part, under the names that Harbor has
+// for its own.
+func (r *rooms) checks(g ground) []rest.Check {
+	return append(r.watch.Checks(),
+		rest.Check{Name: "core", Run: func(context.Context) error { return nil }},
+		r.watch.Check("database", func(ctx context.Context) error { return g.db.ReadIndex(ctx) }),
+		r.watch.Check("registry", func(context.Context) error { _, _, err := r.store.Free(); return err }),
+	)
+}

@@ -1,0 +1,258 @@
+package node
+
+import (
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/peers"
+)
+
+// moodyDisk is the disk that a node's watch writes to; it hangs or fails as told.
+type moodyDisk struct {
+	blobs.FS
+	mu   sync.Mutex
+	hung chan struct{}
+	fail error
+	free int64 // 0: what there is
+}
+
+func (d *moodyDisk) set(fn func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	fn()
+}
+
+func (d *moodyDisk) OpenFile(name string, flag int) (blobs.Handle, error) {
+	d.mu.Lock()
+	hung, fail := d.hung, d.fail
+	d.mu.Unlock()
+	if hung != nil {
+		<-hung
+	}
+	if fail != nil {
+		return nil, fail
+	}
+	return d.FS.OpenFile(name, flag)
+}
+
+func (d *moodyDisk) Space() (free, total int64, err error) {
+	free, total, err = d.FS.Space()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.free > 0 {
+		free = d.free
+	}
+	return free, total, err
+}
+
+// withDisk gives a configuration's watch a disk of the test's.
+func withDisk(c Config) (Config, *moodyDisk) {
+	d := &moodyDisk{FS: blobs.Disk(c.Data)}
+	c.disk = d
+	return c, d
+}
+
+// conditions are what a node says is wrong with it.
+func (r *running) conditions() (codes []string) {
+	r.t.Helper()
+	var report struct {
+		Conditions []struct{ Code, Severity, Text, Remedy string }
+	}
+	r.do("GET", "/api/atoll/v1/conditions", nil).want(http.StatusOK).decode(&report)
+	for _, c := range report.Conditions {
+		if c.Text == "" || c.Remedy == "" || !slices.Contains([]string{"notice", "warning", "critical"}, c.Severity) {
+			r.t.Errorf("condition %+v", c)
+		}
+		codes = append(codes, c.Code)
+	}
+	return codes
+}
+
+// components are the health of a node's parts.
+func (r *running) components() (status string, parts map[string]string) {
+	r.t.Helper()
+	var health struct {
+		Status     string
+		Components []struct{ Name, Status, Error string }
+	}
+	r.as(login{}, "GET", "/api/v2.0/health", nil).want(http.StatusOK).decode(&health)
+	parts = map[string]string{}
+	for _, c := range health.Components {
+		parts[c.Name] = strings.TrimSpace(c.Status + " " + c.Error)
+	}
+	return health.Status, parts
+}
+
+func (r *running) awaitCondition(code string, there bool) {
+	r.t.Helper()
+	await(r.t, fmt.Sprintf("condition %s: %v", code, there), func() string {
+		if got := r.conditions(); slices.Contains(got, code) != there {
+			return fmt.Sprint(got)
+		}
+		return ""
+	})
+}
+
+// A disk that hangs under the leader: the others elect one that can write, this
+// one refuses pushes with a sentence and goes on serving pulls; when the disk
+// answers it is back without anybody's help.
+func TestHungDisk(t *testing.T) {
+	first, disk := withDisk(config(t))
+	one := start(t, first)
+	nodes := []*running{one, join(t, one, "two"), join(t, one, "three")}
+	allLive(t, nodes)
+	await(t, "three voters", func() string {
+		s, err := one.member.Status(t.Context())
+		if err != nil {
+			return err.Error()
+		}
+		for _, m := range s.Members {
+			if !m.Voter {
+				return m.Name
+			}
+		}
+		return ""
+	})
+	// Whoever leads now, this node is to: a voter that is reluctant hands over.
+	p := one.push("library/app", "v1", content(71, 1000))
+	one.do("PUT", "/api/atoll/v1/settings/watch.disk-patience", []byte(`{"value":"2"}`), "Content-Type", "application/json").want(http.StatusOK)
+	if status, parts := one.components(); status != "healthy" || len(parts) < 7 {
+		t.Errorf("health of a site that is well: %s, %v", status, parts)
+	}
+	disk.set(func() { disk.hung = make(chan struct{}) })
+	one.awaitCondition("disk-hung", true)
+	await(t, "another node leads", func() string {
+		if leader := nodes[1].member.Leader(); leader == "" || leader == one.member.Self() {
+			return leader
+		}
+		return ""
+	})
+	a := one.do("PUT", "/v2/library/app/manifests/v2", p.manifest, "Content-Type", "application/vnd.oci.image.manifest.v1+json").want(http.StatusServiceUnavailable)
+	if !strings.Contains(string(a.Body), "the disk of this node has not finished a small write") {
+		t.Errorf("the refusal says %s", a.Body)
+	}
+	one.pull(p, "v1")
+	nodes[1].push("library/app", "v2", content(72, 1000))
+	status, parts := one.components()
+	if status != "unhealthy" || !strings.HasPrefix(parts["registry"], "unhealthy the disk") || !strings.HasPrefix(parts["database"], "unhealthy the disk") || parts["core"] != "healthy" {
+		t.Errorf("health: %s, %v", status, parts)
+	}
+	for _, name := range []string{"core", "database", "jobservice", "portal", "redis", "registry", "registryctl"} {
+		if parts[name] == "" {
+			t.Errorf("health does not name %s", name)
+		}
+	}
+	if got := string(one.do("GET", "/metrics", nil).want(http.StatusOK).Body); !strings.Contains(got, `atoll_watch_condition_bool{code="disk-hung",severity="critical",subject=""} 1`) || !strings.Contains(got, "atoll_watch_fit_bool 0") {
+		t.Error("the metrics do not show it")
+	}
+	await(t, "the others show it", func() string {
+		var s peers.Status
+		nodes[2].do("GET", "/api/atoll/v1/cluster", nil).want(http.StatusOK).decode(&s)
+		for _, n := range s.Nodes {
+			if n.ID == one.member.Self() && slices.Contains(n.Conditions, "disk-hung") && strings.Contains(strings.Join(s.Advice, "\n"), "node one reports disk-hung") {
+				return ""
+			}
+		}
+		return fmt.Sprintf("%+v", s)
+	})
+
+	disk.set(func() { close(disk.hung); disk.hung = nil })
+	one.awaitCondition("disk-hung", false)
+	await(t, "the node takes pushes again", func() string {
+		if status, parts := one.components(); status != "healthy" {
+			return fmt.Sprint(parts)
+		}
+		return ""
+	})
+	one.push("library/app", "v3", content(73, 1000))
+}
+
+// A disk that is full or broken under a lone node: pulls go on, health and
+// refusal say what is wrong, and the node is back when it can be.
+func TestFullAndBrokenDisk(t *testing.T) {
+	c, disk := withDisk(config(t))
+	n := start(t, c)
+	p := n.push("library/app", "v1", content(74, 1000))
+	for _, row := range []struct {
+		code, says string
+		change     func()
+	}{
+		{"disk-full", "is full", func() { disk.fail = &fs.PathError{Op: "write", Err: syscall.ENOSPC} }},
+		{"disk-error", "refuses writes (input/output error)", func() { disk.fail = &fs.PathError{Op: "write", Err: syscall.EIO} }},
+	} {
+		disk.set(row.change)
+		n.awaitCondition(row.code, true)
+		a := n.do("PUT", "/v2/library/app/manifests/v2", p.manifest, "Content-Type", "application/vnd.oci.image.manifest.v1+json").want(http.StatusServiceUnavailable)
+		if !strings.Contains(string(a.Body), row.says) {
+			t.Errorf("%s: the refusal says %s", row.code, a.Body)
+		}
+		n.pull(p, "v1")
+		disk.set(func() { disk.fail = nil })
+		n.awaitCondition(row.code, false)
+		n.push("library/app", "v2", content(75, 1000))
+	}
+	disk.set(func() { disk.free = 100 << 20 })
+	n.awaitCondition("disk-low", true)
+	var s peers.Status
+	n.do("GET", "/api/atoll/v1/cluster", nil).want(http.StatusOK).decode(&s)
+	if advice := strings.Join(s.Advice, "\n"); !strings.Contains(advice, "100 MiB free") || !strings.Contains(advice, "storage.min-free") {
+		t.Errorf("the advice is %s", advice)
+	}
+}
+
+// The ballast is made, and survives a restart.
+func TestBallastOfANode(t *testing.T) {
+	n := start(t, config(t))
+	size := func() int64 {
+		info, err := os.Stat(filepath.Join(n.Data, "ballast"))
+		if err != nil {
+			return 0
+		}
+		return info.Size()
+	}
+	await(t, "the ballast is made", func() string {
+		if slices.Contains(n.conditions(), "ballast-gone") || size() == 0 {
+			return fmt.Sprint(n.conditions(), size())
+		}
+		return ""
+	})
+	was := size()
+	n = n.again()
+	if size() != was || n.reserve.Held() != was {
+		t.Errorf("%d before the restart, %d after it, of which the node knows %d", was, size(), n.reserve.Held())
+	}
+}
+
+// One node wakes in 1970 and another in 2038. Nodes see each other, push and
+// pull through each other, and show whose clock is wrong.
+func TestWrongClocks(t *testing.T) {
+	at := func(year int) func(*Config) {
+		off := time.Until(time.Date(year, 1, 19, 3, 14, 0, 0, time.UTC))
+		return func(c *Config) { c.clock = func() time.Time { return time.Now().Add(off) } }
+	}
+	nodes := three(t)
+	p := nodes[0].push("library/app", "v1", content(76, 100<<10))
+	nodes[1], nodes[2] = nodes[1].again(at(1970)), nodes[2].again(at(2038))
+	allLive(t, nodes)
+	for i, n := range nodes {
+		n.pull(p, "v1")
+		q := n.push("library/app", fmt.Sprint("from-", i), content(uint64(77+i), 100<<10))
+		for _, other := range nodes {
+			other.pull(q, fmt.Sprint("from-", i))
+		}
+	}
+	nodes[1].awaitCondition("clock-wrong", true)
+	nodes[2].awaitCondition("clock-wrong", true)
+	nodes[0].awaitCondition("clock-skew", true)
+	nodes[1].awaitCondition("clock-skew", true)
+}
