@@ -15,8 +15,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
+	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -156,7 +156,7 @@ func TestUnknownEntryEndsTheNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	name := filepath.Join(n.Data, "raft", "log.db")
-	log, err := raftboltdb.New(raftboltdb.Options{Path: name})
+	log, err := kv.OpenLog(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,7 +197,7 @@ func TestUnknownEntryEndsTheNode(t *testing.T) {
 
 // cut takes what begins at an index out of a log.
 func cut(name string, from uint64) error {
-	log, err := raftboltdb.New(raftboltdb.Options{Path: name})
+	log, err := kv.OpenLog(name)
 	if err != nil {
 		return err
 	}

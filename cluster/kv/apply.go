@@ -167,9 +167,12 @@ func (b *batch) run(rev uint64, op *Op, r *Result) error {
 		r.Numbers = append(r.Numbers, uint64(sum))
 		return b.put(rev, op.Key, be64(uint64(sum)))
 	case Append:
-		l := readLength(b.w, op.Key)
+		l, err := readLength(b.w, op.Key).numbered(b.w)
+		if err != nil {
+			return err
+		}
 		r.Numbers = append(r.Numbers, l.length)
-		if err := b.w.Set(entries, entryKey(op.Key, l.length), op.Value); err != nil {
+		if err := b.w.Set(entries, entryKey(l.number, l.length), encodeEntry(op.Value)); err != nil {
 			return err
 		}
 		l.length++
@@ -234,7 +237,7 @@ func (b *batch) derived(key []byte, from, to [][]byte) error {
 // sweep stores a log's length and removes some of its forgotten entries.
 func (b *batch) sweep(log []byte, l logLength) error {
 	for n := 0; n < trimStep && l.kept < l.first; n++ {
-		if err := b.w.Unset(entries, entryKey(log, l.kept)); err != nil {
+		if err := b.w.Unset(entries, entryKey(l.number, l.kept)); err != nil {
 			return err
 		}
 		l.kept++

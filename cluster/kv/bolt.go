@@ -18,7 +18,7 @@ import (
 
 const (
 	// engineFormat is the version of the file's layout.
-	engineFormat = 1
+	engineFormat = 2
 	// formatKey holds engineFormat in the meta space.
 	formatKey = "format"
 	// mapped is 4 GiB of addresses on a 64-bit machine and 64 MiB on others.
@@ -34,6 +34,7 @@ type bolt struct {
 	writing sync.Mutex // one Update or Replace at a time; taken before mu
 	mu      sync.RWMutex
 	db      *bbolt.DB // nil once closed
+	growths *growths  // of whoever holds writing
 	closing sync.WaitGroup
 }
 
@@ -53,7 +54,7 @@ func OpenBolt(path string) (Engine, error) {
 	if err := errors.Join(err, syncDir(filepath.Dir(path))); err != nil {
 		return nil, errors.Join(fmt.Errorf("open the state engine: %w", err), db.Close())
 	}
-	return &bolt{path: path, db: db, mapped: newMappedPages()}, nil
+	return &bolt{path: path, db: db, growths: newGrowths(), mapped: newMappedPages()}, nil
 }
 
 func openBolt(path string) (*bbolt.DB, error) {
@@ -90,8 +91,9 @@ func prepare(db *bbolt.DB) error {
 			return nil
 		}
 		ready = true
-		if v := b.Get([]byte(formatKey)); len(v) != 1 || v[0] == 0 || v[0] > engineFormat {
-			return fmt.Errorf("its format is %x and this version reads up to %d: run the newer version of atoll that wrote it", v, engineFormat)
+		if v := b.Get([]byte(formatKey)); len(v) != 1 || v[0] != engineFormat {
+			return fmt.Errorf("the file has format %x and this version of atoll reads and writes format %d; run the version that wrote it, "+
+				"or move the file away and start again to rebuild it from the newest snapshot and the log", v, engineFormat)
 		}
 		return nil
 	})
@@ -139,13 +141,15 @@ func (e *bolt) Update(fn func(Writer) error) error {
 	if db == nil {
 		return ErrClosed
 	}
-	return e.update(db, fn)
+	return e.update(db, e.growths, fn)
 }
 
-func (e *bolt) update(db *bbolt.DB, fn func(Writer) error) error {
+func (e *bolt) update(db *bbolt.DB, growths *growths, fn func(Writer) error) error {
 	return db.Update(func(tx *bbolt.Tx) error {
 		defer e.mapped.rest(tx)
-		return fn(e.newTx(tx))
+		t := e.newTx(tx)
+		t.growths = growths
+		return fn(t)
 	})
 }
 
@@ -189,7 +193,8 @@ func (e *bolt) Replace(fill func(batch func(func(Writer) error) error) error) er
 func (e *bolt) fill(db *bbolt.DB, fill func(batch func(func(Writer) error) error) error) error {
 	db.NoSync = true // nobody reads the file before the one sync at the end
 	defer func() { db.NoSync = false }()
-	if err := fill(func(fn func(Writer) error) error { return e.update(db, fn) }); err != nil {
+	growths := newGrowths()
+	if err := fill(func(fn func(Writer) error) error { return e.update(db, growths, fn) }); err != nil {
 		return err
 	}
 	if err := db.Sync(); err != nil {
@@ -285,6 +290,8 @@ func (m *mappedPages) look(tx *bbolt.Tx) {
 type boltTx struct {
 	tx      *bbolt.Tx
 	buckets [spaces]*bbolt.Bucket
+	groups  []group
+	growths *growths // nil unless it writes
 	mapped  *mappedPages
 	walked  int // keys that Ascend gave
 }
@@ -297,10 +304,8 @@ func (t *boltTx) bucket(s Space) *bbolt.Bucket {
 		b = t.tx.Bucket([]byte(s.String()))
 		// These only grow at their end: full pages need no room.
 		switch s {
-		case seen:
-			b.FillPercent = 0.95
-		case entries:
-			b.FillPercent = 0.9
+		case seen, entries:
+			b.FillPercent = fillGrowth
 		}
 		t.buckets[s] = b
 	}
@@ -315,27 +320,44 @@ func (t *boltTx) Release() {
 }
 
 func (t *boltTx) Lookup(s Space, key []byte) []byte {
+	if s == rows {
+		return t.lookupRow(key)
+	}
 	return t.bucket(s).Get(key)
 }
 
 func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
+	if s == rows {
+		return t.ascendRows(from, to)
+	}
 	return func(yield func([]byte, []byte) bool) {
 		c := t.bucket(s).Cursor()
 		for k, v := c.Seek(from); k != nil && (to == nil || bytes.Compare(k, to) < 0); k, v = c.Next() {
 			if !yield(k, v) {
 				return
 			}
-			if t.walked++; t.walked%mappedWalk == 0 {
-				t.mapped.look(t.tx)
-			}
+			t.step()
 		}
 	}
 }
 
+// step counts a key that a walk gave.
+func (t *boltTx) step() {
+	if t.walked++; t.walked%mappedWalk == 0 {
+		t.mapped.look(t.tx)
+	}
+}
+
 func (t *boltTx) Set(s Space, key, value []byte) error {
+	if s == rows {
+		return t.setRow(key, value)
+	}
 	return t.bucket(s).Put(key, value)
 }
 
 func (t *boltTx) Unset(s Space, key []byte) error {
+	if s == rows {
+		return t.unsetRow(key)
+	}
 	return t.bucket(s).Delete(key)
 }

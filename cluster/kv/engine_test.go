@@ -231,22 +231,27 @@ func TestBoltKeepsItsState(t *testing.T) {
 	}
 }
 
-func TestBoltRefusesNewerAndDamaged(t *testing.T) {
+func TestBoltRefusesOtherFormatsAndDamage(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state.db")
 	e := openTestBolt(t, path)
 	if err := e.Close(); err != nil {
 		t.Fatal(err)
 	}
-	db, err := bbolt.Open(path, 0o600, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = db.Update(func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte(formatKey), []byte{9}) })
-	if err := errors.Join(err, db.Close()); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := OpenBolt(path); err == nil || !strings.Contains(err.Error(), "newer version") {
-		t.Errorf("a newer file: %v", err)
+	for _, other := range []byte{1, 9} {
+		db, err := bbolt.Open(path, 0o600, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = db.Update(func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte(formatKey), []byte{other}) })
+		if err := errors.Join(err, db.Close()); err != nil {
+			t.Fatal(err)
+		}
+		_, err = OpenBolt(path)
+		for _, want := range []string{path, fmt.Sprintf("format %02x", other), fmt.Sprintf("format %d", engineFormat), "move the file away"} {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("a file of format %d: %v, want %q in it", other, err, want)
+			}
+		}
 	}
 	if err := os.WriteFile(path, bytes.Repeat([]byte("no"), 8192), 0o600); err != nil {
 		t.Fatal(err)

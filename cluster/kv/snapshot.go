@@ -249,6 +249,11 @@ func (m *Machine) readRecord(in *recordReader, w Writer) (int, error) {
 		if in.err != nil {
 			return 0, in.err
 		}
+		l, err := l.numbered(w)
+		if err != nil {
+			return 0, err
+		}
+		in.number = l.number
 		return len(in.log) + 24, w.Set(lengths, in.log, l.encode())
 	case 'E':
 		seq, value := in.uvarint(), in.bytes(MaxTxnBytes)
@@ -258,7 +263,7 @@ func (m *Machine) readRecord(in *recordReader, w Writer) (int, error) {
 		if in.err != nil {
 			return 0, in.err
 		}
-		return len(in.log) + len(value) + 10, w.Set(entries, entryKey(in.log, seq), value)
+		return len(in.log) + len(value) + 10, w.Set(entries, entryKey(in.number, seq), encodeEntry(value))
 	case 'S':
 		rev, id, result := in.uvarint(), in.full(16), in.bytes(MaxTxnBytes)
 		if in.err != nil {
@@ -280,7 +285,9 @@ type recordReader struct {
 	sum hash.Hash
 	buf [binary.MaxVarintLen64]byte
 	log []byte // the name in the newest 'L'
-	err error
+	// number stands for it in the new state.
+	number uint64
+	err    error
 }
 
 func (i *recordReader) fail(format string, args ...any) {

@@ -12,9 +12,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"go.etcd.io/bbolt"
-	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/raftnet"
@@ -26,8 +23,7 @@ type instance struct {
 	self      raft.ServerID
 	layer     *raftnet.Layer
 	transport *raftnet.Transport
-	store     *raftboltdb.BoltStore
-	packed    *kv.Packed
+	store     *kv.Log
 	machine   *kv.Machine
 	progress  *raftnet.Progress
 	moved     *signal // fires when a follower has stored more
@@ -48,12 +44,9 @@ func (n *Node) open() (_ *instance, err error) {
 		return nil, fmt.Errorf("making the directory of the log: %w", err)
 	}
 	log := raftnet.NewLog(n.log)
-	path := filepath.Join(n.raftDir(), "log.db")
-	store, err := raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{Timeout: time.Second}})
-	if errors.Is(err, bolterrors.ErrTimeout) {
-		return nil, fmt.Errorf("%s is in use: another process runs on this data directory", path)
-	} else if err != nil {
-		return nil, fmt.Errorf("opening the log %s: %w", path, err)
+	store, err := kv.OpenLog(filepath.Join(n.raftDir(), "log.db"))
+	if err != nil {
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -64,22 +57,13 @@ func (n *Node) open() (_ *instance, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the snapshots: %w", err)
 	}
-	packed, err := kv.NewPacked(n.cfg.Disk.Logs(store))
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			packed.Close()
-		}
-	}()
-	cached, err := raft.NewLogCache(128, packed)
+	cached, err := raft.NewLogCache(128, n.cfg.Disk.Logs(store))
 	if err != nil {
 		return nil, err
 	}
 	in := &instance{
 		self: raft.ServerID(n.Self()), layer: raftnet.NewLayer(n.cfg.Network, ServiceRaft, n.cfg.Advertise),
-		store: store, packed: packed, machine: n.db.Machine(), moved: newSignal(),
+		store: store, machine: n.db.Machine(), moved: newSignal(),
 	}
 	in.progress = raftnet.NewProgress(in.moved.fire)
 	in.transport = &raftnet.Transport{Progress: in.progress, NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
@@ -174,7 +158,6 @@ func (in *instance) elect(addr string) error {
 func (in *instance) stop(n *Node) {
 	n.cfg.Disk.Stop()
 	in.halt(n)
-	in.packed.Close()
 	if err := in.store.Close(); err != nil {
 		n.log.Warn("closing the log", "error", err)
 	}

@@ -25,7 +25,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/kv"
@@ -184,7 +183,7 @@ func (b *builder) consensus(id, addr string) (err error) {
 	if err := state.Persist(sink); err != nil {
 		return err
 	}
-	logs, err := raftboltdb.New(raftboltdb.Options{Path: b.path(raftDir, logFile)})
+	logs, err := kv.OpenLog(b.path(raftDir, logFile))
 	if err != nil {
 		return fmt.Errorf("making the new log: %w", err)
 	}

@@ -15,8 +15,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"go.etcd.io/bbolt"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/kv"
@@ -182,8 +180,7 @@ func (s Survivor) refuse(ctx context.Context, id member.Identity, old *oldState)
 // oldState is what a stopped node's directory holds.
 type oldState struct {
 	engine    kv.Engine
-	store     *raftboltdb.BoltStore
-	packed    *kv.Packed
+	log       *kv.Log
 	snapshots *raft.FileSnapshotStore
 	newest    *raft.SnapshotMeta // nil: none
 	servers   []raft.Server
@@ -215,11 +212,7 @@ func openOld(dir string, log *slog.Logger) (o *oldState, err error) {
 	if err := o.engine.Read(func(c kv.Content) error { o.applied = kv.Applied(c); return nil }); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, raftDir, logFile)
-	if o.store, err = raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{Timeout: time.Second}}); err != nil {
-		return nil, fmt.Errorf("opening the log %s: %w", path, err)
-	}
-	if o.packed, err = kv.NewPacked(o.store); err != nil {
+	if o.log, err = kv.OpenLog(filepath.Join(dir, raftDir, logFile)); err != nil {
 		return nil, err
 	}
 	if o.snapshots, err = raft.NewFileSnapshotStoreWithLogger(filepath.Join(dir, raftDir), snapshots, raftnet.NewLog(log)); err != nil {
@@ -233,7 +226,7 @@ func openOld(dir string, log *slog.Logger) (o *oldState, err error) {
 		o.newest = list[0]
 		o.servers, o.lastTerm = o.newest.Configuration.Servers, o.newest.Term
 	}
-	if o.term, err = o.store.GetUint64([]byte("CurrentTerm")); err != nil && !errors.Is(err, raftboltdb.ErrKeyNotFound) {
+	if o.term, err = o.log.GetUint64([]byte("CurrentTerm")); err != nil && !errors.Is(err, kv.ErrNotFound) {
 		return nil, fmt.Errorf("reading the term: %w", err)
 	}
 	return o, o.readLog()
@@ -241,10 +234,10 @@ func openOld(dir string, log *slog.Logger) (o *oldState, err error) {
 
 // readLog finds the newest configuration in the log.
 func (o *oldState) readLog() (err error) {
-	if o.first, err = o.packed.FirstIndex(); err != nil {
+	if o.first, err = o.log.FirstIndex(); err != nil {
 		return fmt.Errorf("reading the log: %w", err)
 	}
-	if o.last, err = o.packed.LastIndex(); err != nil {
+	if o.last, err = o.log.LastIndex(); err != nil {
 		return fmt.Errorf("reading the log: %w", err)
 	}
 	return o.entries(o.first, func(l *raft.Log) error {
@@ -263,7 +256,7 @@ func (o *oldState) entries(from uint64, fn func(*raft.Log) error) error {
 	}
 	for index := max(from, o.first); index <= o.last; index++ {
 		var l raft.Log
-		if err := o.packed.GetLog(index, &l); err != nil {
+		if err := o.log.GetLog(index, &l); err != nil {
 			return fmt.Errorf("reading entry %d of the log: %w", index, err)
 		}
 		if err := fn(&l); err != nil {
@@ -332,22 +325,19 @@ func (o *oldState) copyEngine(b *builder) error {
 }
 
 func (o *oldState) close() {
-	if o.packed != nil {
-		o.packed.Close()
-	}
-	if o.store != nil {
-		o.store.Close()
+	if o.log != nil {
+		o.log.Close()
 	}
 	if o.engine != nil {
 		o.engine.Close()
 	}
-	o.packed, o.store, o.engine = nil, nil, nil
+	o.log, o.engine = nil, nil
 }
 
 // termAt is the term of an entry; 0 when the log does not have it any more.
 func (o *oldState) termAt(index uint64) uint64 {
 	var l raft.Log
-	if index < o.first || index > o.last || index == math.MaxUint64 || o.packed.GetLog(index, &l) != nil {
+	if index < o.first || index > o.last || index == math.MaxUint64 || o.log.GetLog(index, &l) != nil {
 		return 0
 	}
 	return l.Term

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/reserve"
@@ -97,7 +96,7 @@ func TestRealDiskFills(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Stop()
-	store, err := raftboltdb.New(raftboltdb.Options{Path: filepath.Join(dir, "log.db")})
+	store, err := kv.OpenLog(filepath.Join(dir, "log.db"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +219,7 @@ func eatMore(t *testing.T, dir string) func() {
 // verify reads all that was acknowledged from the files as a new start does.
 func verify(t *testing.T, dir string, acknowledged uint64) {
 	t.Helper()
-	store, err := raftboltdb.New(raftboltdb.Options{Path: filepath.Join(dir, "log.db")})
+	store, err := kv.OpenLog(filepath.Join(dir, "log.db"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,8 @@ import (
 	"iter"
 	"reflect"
 	"regexp"
+
+	"github.com/atoll-registry/atoll/cluster/kv"
 )
 
 // Meta says when a row was written. In a Tx a row that the Tx itself wrote has
@@ -112,8 +114,11 @@ func (t *Table[T]) Meta(v *View, key ...string) (Meta, bool, error) {
 	if err != nil {
 		return Meta{}, false, err
 	}
-	row, ok, err := v.row(k)
-	return Meta{row.Created, row.Revision}, ok, err
+	if v.ended {
+		return Meta{}, false, errEnded
+	}
+	row, ok := kv.ReadRevisions(v.state, k)
+	return Meta{row.Created, row.Revision}, ok, nil
 }
 
 func (t *Table[T]) decode(key, value []byte) (v T, err error) {
@@ -216,12 +221,8 @@ func (t *Table[T]) Count(v *View, prefix ...string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	n := 0
-	for _, err := range v.rows(from, to, 0) {
-		if err != nil {
-			return 0, err
-		}
-		n++
+	if v.ended {
+		return 0, errEnded
 	}
-	return n, nil
+	return kv.CountRows(v.state, from, to), nil
 }

@@ -1,0 +1,289 @@
+package kv
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/klauspost/compress/zstd"
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+)
+
+// The log's file is one of bbolt with three buckets: "format" holds logFormat
+// under formatKey, "stable" what raft keeps beside the log, and "log" each entry
+// under its index (8 bytes, big-endian) as
+//
+//	1        type of the entry
+//	1        1 when its data is compressed, else 0
+//	uvarint  term
+//	varint   when it was appended, in nanoseconds since 1970; 0 for never
+//	uvarint  length of its extensions, then those
+//	         its data
+const (
+	logFormat = 1
+	// packFrom is from which size on, in bytes, data is compressed.
+	packFrom = 256
+	// fillLog packs the pages of the log, which grows at its end only.
+	fillLog = 0.98
+)
+
+// logDictionary is text that the transactions of today often have, given to the
+// compression so that each need not say it itself: the log takes a third less. What
+// it says means nothing, and what it lacks is only longer. It is part of the file's
+// format, since what was compressed with it is read with it: never change it, add
+// another with the next number.
+const logDictionary = "application/vnd.docker.image.rootfs.diff.tar.gzip\x00application/vnd.docker.container.image.v1+json\x00" +
+	"application/vnd.docker.distribution.manifest.list.v2+json\x00application/vnd.docker.distribution.manifest.v2+json\x00" +
+	"application/vnd.oci.empty.v1+json\x00application/vnd.oci.image.index.v1+json\x00application/vnd.oci.image.layer.v1.tar+gzip\x00" +
+	"application/vnd.oci.image.config.v1+json\x00application/vnd.oci.image.manifest.v1+json" +
+	`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"sha256:","size":},"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"sha256:","size":}],"annotations":{}}` +
+	"\x00blob\x00link\x00ref\x00index_member\x00manifest\x00manifest_holder\x00esizefcopieslivestate\xa1ebytesY\x01\xabdslot\x00dsizeetotaleactor" +
+	"eadminfabsent\xf4gsubject`hwithheld\xf4ipushed_at\x1ajmedia_typex*application/vnd.oci.image.manifest.v1+jsonkconfig_type" +
+	"x(application/vnd.oci.image.config.v1+jsonmartifact_type`\xa8bat\x1aeS\xf1\x00dkindlartifact.puteactoreadmindsize\x19jmedia_typejrepository" +
+	"\x06\x01\x0fproject\x00library\x02\x01\tsite\x00self\x01\x01dartifact\x00library\x00\x00sha256:\x05\x01#tag\x00library\x00\x01\x1erepository\x00library\x00" +
+	"\x05\x01ntagged\x00library\x00\x00sha256:\x00\x03\x01#tag\x00library\x00p\xa4dslot\x00fdigestxGsha256:hwithheld\xf4ipushed_at\x1aeS\xf1\x00\x01n" +
+	"tagged\x00library\x00sha256:\x01\xa0\x04njournal/\xa8\x01\xa7bat\x1aeS\xf1\x00ctagkdkindgtag.puteactoreadminfdigestxGsha256:ipushed_at\x1aeS\xf1\x00jrepositoryk"
+
+// logDictionaryID is written into what was compressed with it.
+const logDictionaryID = 1
+
+var (
+	logFormatBucket = []byte("format")
+	logStableBucket = []byte("stable")
+	logBucket       = []byte("log")
+)
+
+// ErrNotFound is the answer to a key that was never set. Raft knows it by its text.
+var ErrNotFound = errors.New("not found")
+
+// Log keeps raft's log and the little that raft stores beside it (term, vote) in
+// one file, synced on every write. Transactions are compressed on their way to
+// the disk: they repeat names and digests, and most take a third. What nodes send
+// each other stays as it is. It is a raft.LogStore and a raft.StableStore, and
+// safe for use by many goroutines.
+type Log struct {
+	db     *bbolt.DB
+	pack   *zstd.Encoder
+	unpack *zstd.Decoder
+}
+
+var (
+	_ raft.LogStore    = (*Log)(nil)
+	_ raft.StableStore = (*Log)(nil)
+)
+
+// OpenLog opens the log's file at path, which it creates when there is none. The
+// file is locked: a second process gets an error.
+func OpenLog(path string) (*Log, error) {
+	options := *bbolt.DefaultOptions
+	options.Timeout = time.Second
+	db, err := bbolt.Open(path, 0o600, &options)
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return nil, fmt.Errorf("%s is in use: another process runs on this data directory", path)
+	} else if err != nil {
+		return nil, fmt.Errorf("opening the log %s: %w", path, err)
+	}
+	l, err := newLog(db)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("opening the log %s: %w", path, err), db.Close())
+	}
+	return l, nil
+}
+
+func newLog(db *bbolt.DB) (*Log, error) {
+	if err := db.Update(prepareLog); err != nil {
+		return nil, err
+	}
+	pack, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+		zstd.WithWindowSize(64<<10), zstd.WithLowerEncoderMem(true), zstd.WithEncoderDictRaw(logDictionaryID, []byte(logDictionary)))
+	if err != nil {
+		return nil, err
+	}
+	unpack, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(MaxTxnBytes), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderDictRaw(logDictionaryID, []byte(logDictionary)))
+	if err != nil {
+		return nil, err
+	}
+	return &Log{db, pack, unpack}, nil
+}
+
+// prepareLog makes the buckets of a new file and checks the format of an old one.
+func prepareLog(tx *bbolt.Tx) error {
+	if k, _ := tx.Cursor().First(); k != nil {
+		var format []byte
+		if b := tx.Bucket(logFormatBucket); b != nil {
+			format = b.Get([]byte(formatKey))
+		}
+		if len(format) != 1 || format[0] != logFormat {
+			return fmt.Errorf("the file has format %x and this version of atoll reads and writes format %d; run the version that wrote it, "+
+				"or remove this node from its site and let it join again with an empty data directory", format, logFormat)
+		}
+		return nil
+	}
+	for _, name := range [][]byte{logStableBucket, logBucket} {
+		if _, err := tx.CreateBucket(name); err != nil {
+			return err
+		}
+	}
+	b, err := tx.CreateBucket(logFormatBucket)
+	if err != nil {
+		return err
+	}
+	return b.Put([]byte(formatKey), []byte{logFormat})
+}
+
+// Close waits for reads and writes under way to end.
+func (l *Log) Close() error {
+	err := l.db.Close()
+	l.unpack.Close()
+	return err
+}
+
+// FirstIndex implements raft.LogStore: 0 for an empty log.
+func (l *Log) FirstIndex() (uint64, error) { return l.end((*bbolt.Cursor).First) }
+
+// LastIndex implements raft.LogStore: 0 for an empty log.
+func (l *Log) LastIndex() (uint64, error) { return l.end((*bbolt.Cursor).Last) }
+
+func (l *Log) end(find func(*bbolt.Cursor) ([]byte, []byte)) (index uint64, err error) {
+	err = l.db.View(func(tx *bbolt.Tx) error {
+		if k, _ := find(tx.Bucket(logBucket).Cursor()); k != nil {
+			index = fromBE64(k)
+		}
+		return nil
+	})
+	return index, err
+}
+
+// GetLog implements raft.LogStore: raft.ErrLogNotFound for an entry that is not
+// there.
+func (l *Log) GetLog(index uint64, out *raft.Log) error {
+	return l.db.View(func(tx *bbolt.Tx) error {
+		stored := tx.Bucket(logBucket).Get(be64(index))
+		if stored == nil {
+			return raft.ErrLogNotFound
+		}
+		if err := l.decode(stored, out); err != nil {
+			return fmt.Errorf("entry %d of the log is damaged: %w", index, err)
+		}
+		out.Index = index
+		return nil
+	})
+}
+
+// StoreLog implements raft.LogStore.
+func (l *Log) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{entry}) }
+
+// StoreLogs implements raft.LogStore. The entries stay the caller's, unchanged.
+func (l *Log) StoreLogs(logs []*raft.Log) error {
+	stored := make([][]byte, len(logs))
+	for i, entry := range logs {
+		stored[i] = l.encode(entry)
+	}
+	return l.db.Update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(logBucket)
+		b.FillPercent = fillLog
+		for i, entry := range logs {
+			if err := b.Put(be64(entry.Index), stored[i]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// DeleteRange implements raft.LogStore: first and last included.
+func (l *Log) DeleteRange(first, last uint64) error {
+	return l.db.Update(func(tx *bbolt.Tx) error {
+		c := tx.Bucket(logBucket).Cursor()
+		for k, _ := c.Seek(be64(first)); k != nil && fromBE64(k) <= last; k, _ = c.Next() {
+			if err := c.Delete(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (l *Log) encode(entry *raft.Log) []byte {
+	data, packed := entry.Data, byte(0)
+	if entry.Type == raft.LogCommand && len(data) >= packFrom && len(data) <= MaxTxnBytes {
+		if small := l.pack.EncodeAll(data, nil); len(small) < len(data) {
+			data, packed = small, 1
+		}
+	}
+	b := append(make([]byte, 0, 24+len(entry.Extensions)+len(data)), byte(entry.Type), packed)
+	b = binary.AppendUvarint(b, entry.Term)
+	at := int64(0)
+	if !entry.AppendedAt.IsZero() {
+		at = entry.AppendedAt.UnixNano()
+	}
+	b = binary.AppendVarint(b, at)
+	return append(appendBytes(b, entry.Extensions), data...)
+}
+
+// decode copies everything: what is stored is gone when the transaction ends.
+func (l *Log) decode(stored []byte, out *raft.Log) error {
+	p := parser{rest: stored}
+	kind, packed, term := p.byte(), p.byte(), p.uvarint()
+	at, n := binary.Varint(p.rest)
+	if n <= 0 {
+		return fmt.Errorf("%w: bad time", ErrFormat)
+	}
+	p.take(uint64(n))
+	extensions := p.bytes()
+	if p.err != nil {
+		return p.err
+	}
+	*out = raft.Log{Type: raft.LogType(kind), Term: term, Extensions: bytes.Clone(extensions)}
+	if at != 0 {
+		out.AppendedAt = time.Unix(0, at).UTC()
+	}
+	switch packed {
+	case 0:
+		out.Data = bytes.Clone(p.rest)
+		return nil
+	case 1:
+		data, err := l.unpack.DecodeAll(p.rest, nil)
+		out.Data = data
+		return err
+	}
+	return fmt.Errorf("%w: compression %d", ErrFormat, packed)
+}
+
+// Set implements raft.StableStore.
+func (l *Log) Set(key, value []byte) error {
+	return l.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(logStableBucket).Put(key, value) })
+}
+
+// Get implements raft.StableStore: ErrNotFound when there is none.
+func (l *Log) Get(key []byte) (value []byte, err error) {
+	err = l.db.View(func(tx *bbolt.Tx) error {
+		stored := tx.Bucket(logStableBucket).Get(key)
+		if stored == nil {
+			return ErrNotFound
+		}
+		value = bytes.Clone(stored)
+		return nil
+	})
+	return value, err
+}
+
+// SetUint64 implements raft.StableStore.
+func (l *Log) SetUint64(key []byte, value uint64) error { return l.Set(key, be64(value)) }
+
+// GetUint64 implements raft.StableStore: ErrNotFound when there is none.
+func (l *Log) GetUint64(key []byte) (uint64, error) {
+	value, err := l.Get(key)
+	if err != nil {
+		return 0, err
+	}
+	if len(value) != 8 {
+		return 0, fmt.Errorf("%q in the log's file has %d bytes, not 8: the file is damaged", key, len(value))
+	}
+	return fromBE64(value), nil
+}
