@@ -42,6 +42,11 @@ type Config struct {
 	Name string
 	// Labels say where the node stands (rack, zone): see member.Member.
 	Labels map[string]string
+	// Cache makes the node one: it serves and takes everything, keeps nothing for the
+	// site, and lets go of what was not read for longest above CacheSize bytes; 0: so
+	// that a tenth of the disk stays free.
+	Cache     bool
+	CacheSize int64
 	// ExternalURL is where clients find the site, if not where they asked.
 	ExternalURL string
 

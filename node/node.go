@@ -271,7 +271,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Epoch: guard, Log: n.log, Registry: metrics,
 		Version: n.config.Version, Timings: n.config.timings, Clock: n.config.clock,
-		Disk: n.reserve, Labels: n.config.Labels,
+		Disk: n.reserve, Labels: n.config.Labels, Cache: n.config.Cache,
 	}, who); err != nil {
 		return err
 	}

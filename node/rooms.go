@@ -83,7 +83,9 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 		Name: "storage.min-free", Default: "256MiB", Kind: settings.Bytes(16<<20, 1<<40, false),
 		Summary: "the free space of a node's disk below which it takes no content, so that the metadata can always be written; pulls go on",
 	})
-	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{LowWater: minFree.Value, Log: g.log}); err != nil {
+	if r.store, err = blobs.Open(filepath.Join(g.config.Data, "content"), blobs.Options{
+		LowWater: minFree.Value, Opened: func(d digest.Digest) { r.peers.Read(d) }, Log: g.log,
+	}); err != nil {
 		return nil, err
 	}
 	if r.watch, err = newWatch(g, r, minFree.Value); err != nil {
@@ -101,9 +103,11 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	}); err != nil {
 		return nil, err
 	}
+	policy := peers.DefineSettings(r.settings)
+	policy.Projects = r.projects
 	if r.peers, err = peers.New(peers.Config{
 		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
-		Policy: peers.DefineSettings(r.settings), Log: g.log, Registerer: g.metrics,
+		Policy: policy, Cache: cacheOf(g.config), Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}
@@ -180,6 +184,11 @@ func (r *rooms) members(g ground) func() (int, error) {
 		})
 		return n, err
 	}
+}
+
+// cacheOf says whether the node is a cache.
+func cacheOf(c Config) peers.Cache {
+	return peers.Cache{On: c.Cache, Size: c.CacheSize, File: filepath.Join(c.Data, "cache-order")}
 }
 
 // handler puts the registry, the token service, the metrics and the API on one

@@ -67,6 +67,9 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		if n.Draining != nil {
 			state += ", draining"
 		}
+		if n.Cache {
+			role += ", cache"
+		}
 		expires := "-"
 		if n.CertExpires != nil {
 			expires = n.CertExpires.Local().Format(time.DateOnly)
@@ -82,7 +85,11 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 	default:
 		fmt.Fprintf(w, "\n%d more voter(s) may fail\n", s.Tolerance)
 	}
-	fmt.Fprintf(w, "blobs: %d, lacking copies: %d, lost: %d\n", s.Blobs, s.UnderReplicated, s.Lost)
+	lacking := fmt.Sprint(s.UnderReplicated)
+	if s.Counting {
+		lacking += " (still counting)"
+	}
+	fmt.Fprintf(w, "blobs: %d, lacking copies: %s, lost: %d\n", s.Blobs, lacking, s.Lost)
 	if s.Epoch != "0" {
 		fmt.Fprintf(w, "recovery epoch: %s\n", s.Epoch)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/atoll-registry/atoll/node"
+	"github.com/atoll-registry/atoll/node/settings"
 	"github.com/atoll-registry/atoll/node/telemetry"
 )
 
@@ -23,7 +24,7 @@ const garbage = 8 << 20
 
 func newServe() *cobra.Command {
 	c := node.Config{Version: version}
-	var tokenFile, logLevel, storageKind string
+	var tokenFile, logLevel, storageKind, cacheSize string
 	var storageConfig []string
 	cmd := &cobra.Command{
 		Use:   "serve [--init | --join ADDR --token TOKEN]",
@@ -42,6 +43,9 @@ else one is made and kept in DATA/admin-password.`,
 				return err
 			}
 			if c.Storage, err = storageChoice(storageKind, storageConfig); err != nil {
+				return err
+			}
+			if c.CacheSize, err = parseCacheSize(c.Cache, cacheSize); err != nil {
 				return err
 			}
 			if tokenFile != "" && c.Token != "" {
@@ -79,6 +83,8 @@ else one is made and kept in DATA/admin-password.`,
 	f.StringVar(&c.Advertise, "advertise", "", "address at which the other nodes reach --peer-listen")
 	f.StringVar(&c.Name, "name", "", "name of the node for people (default: the machine's)")
 	f.StringToStringVar(&c.Labels, "label", nil, "where the node stands, as rack=NAME,zone=NAME: copies of a blob are kept apart by it, and fetched from near by")
+	f.BoolVar(&c.Cache, "cache", false, "serve and take everything, but keep nothing for the site: what was not read for longest is let go of once other nodes keep it")
+	f.StringVar(&cacheSize, "cache-size", "", "how much the blobs of --cache may take, such as 20GiB (default: what leaves a tenth of the disk free)")
 	f.StringVar(&c.ExternalURL, "external-url", "", "URL at which clients find the site, when a proxy stands before it")
 	f.StringVar(&c.TLS, "tls", "", "off: plain HTTP; auto: a certificate of the site's CA (default: off on a loopback address, else auto)")
 	f.StringVar(&c.CertFile, "tls-cert", "", "file with a certificate (PEM) to use instead")
@@ -97,6 +103,26 @@ func newLogger(cmd *cobra.Command, level string) (*slog.Logger, error) {
 		return nil, usageError{err}
 	}
 	return telemetry.NewLogger(cmd.ErrOrStderr(), telemetry.LogOptions{Level: l})
+}
+
+// leastCache is less than any layer wants.
+const leastCache = 16 << 20
+
+func parseCacheSize(cache bool, text string) (int64, error) {
+	if text == "" {
+		return 0, nil
+	}
+	if !cache {
+		return 0, usageError{errors.New("--cache-size says how large a cache is: add --cache")}
+	}
+	n, err := settings.ParseBytes(text)
+	if err == nil && n < leastCache {
+		err = fmt.Errorf("a cache has at least %s", settings.FormatBytes(leastCache))
+	}
+	if err != nil {
+		return 0, usageError{fmt.Errorf("--cache-size %s: %w", text, err)}
+	}
+	return n, nil
 }
 
 func secretFile(name string) (string, error) {

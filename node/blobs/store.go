@@ -46,6 +46,8 @@ type Options struct {
 	MaxSessions int
 	// Boot identifies the run of the kernel; "" asks the kernel.
 	Boot string
+	// Opened, if it is set, is told of every blob that OpenBlob opens.
+	Opened func(digest.Digest)
 	// Backend is where committed blobs go; nil: the store's directory.
 	Backend Backend
 	Log     *slog.Logger // nil discards
@@ -253,6 +255,9 @@ func (s *Store) OpenBlob(d digest.Digest) (f File, size int64, err error) {
 		return err
 	}); err != nil {
 		return nil, 0, s.failed(err, d, "opening")
+	}
+	if s.o.Opened != nil {
+		s.o.Opened(d)
 	}
 	return f, size, nil
 }

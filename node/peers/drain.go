@@ -20,7 +20,7 @@ const drainEvery = 15 * time.Second
 // called again, zero when it is not drained.
 func (p *Peers) drainWhenDue(ctx context.Context, l layout, last *time.Time) (next time.Time) {
 	if !p.draining() {
-		p.ledger.leave(0)
+		p.ledger.leave(0, false)
 		p.metrics.leaving.Set(0)
 		return time.Time{}
 	}
@@ -28,7 +28,7 @@ func (p *Peers) drainWhenDue(ctx context.Context, l layout, last *time.Time) (ne
 		return due
 	}
 	if last.IsZero() {
-		p.ledger.leave(-1)
+		p.ledger.leave(0, false)
 	}
 	left, err := p.drain(ctx, l, true)
 	switch {
@@ -39,7 +39,7 @@ func (p *Peers) drainWhenDue(ctx context.Context, l layout, last *time.Time) (ne
 		if was := p.ledger.left(); was != 0 && left == 0 {
 			p.Log.Info("this node is drained: other nodes keep all that it holds")
 		}
-		p.ledger.leave(left)
+		p.ledger.leave(left, true)
 		p.metrics.leaving.Set(float64(left))
 	}
 	*last = time.Now()
@@ -146,7 +146,11 @@ type Figures struct {
 // figures of this node.
 func (p *Peers) figures() (Figures, error) {
 	l, err := p.currentLayout()
-	return Figures{Lacking: p.ledger.count(), Counting: !p.ledger.isComplete(l), Leaving: p.ledger.left(), Cache: p.cached.bytes()}, err
+	f := Figures{Lacking: p.ledger.count(), Counting: !p.ledger.isComplete(l), Cache: p.cached.bytes()}
+	if p.draining() {
+		f.Leaving = p.ledger.left()
+	}
+	return f, err
 }
 
 type figuresQuestion struct{}
@@ -186,4 +190,26 @@ func (p *Peers) Figures(ctx context.Context) (map[string]Figures, error) {
 		}
 	}
 	return all, nil
+}
+
+// addFigures adds what the nodes know of the copies of blobs.
+func (p *Peers) addFigures(ctx context.Context, out *Status) error {
+	figures, err := p.Figures(ctx)
+	if err != nil {
+		return err
+	}
+	for i := range out.Nodes {
+		n := &out.Nodes[i]
+		f, known := figures[n.ID]
+		if !known {
+			f = Figures{Leaving: -1, Counting: n.Up}
+		}
+		out.UnderReplicated += f.Lacking
+		out.Counting = out.Counting || f.Counting
+		n.CacheBytes = f.Cache
+		if n.Draining != nil {
+			n.Leaving = f.Leaving
+		}
+	}
+	return nil
 }

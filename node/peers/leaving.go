@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -244,22 +243,15 @@ func refused(err error, name string) error {
 	return err
 }
 
-// lookAtDrained bounds how long a status looks for the blobs that only a drained
-// node holds.
-const lookAtDrained = time.Second
-
 // drained says in words how far a node that is drained is.
-func (p *Peers) drained(ctx context.Context, n NodeStatus) string {
-	ctx, cancel := context.WithTimeout(ctx, lookAtDrained)
-	defer cancel()
-	s, err := p.strands(ctx, n.ID)
+func drained(n NodeStatus) string {
 	switch {
+	case n.Leaving > 0:
+		return fmt.Sprintf("node %s is being drained: %d blobs are still to be handed over to other nodes", n.Name, n.Leaving)
+	case n.Leaving < 0:
+		return fmt.Sprintf("node %s is being drained and counts what is still to be handed over; ask again in a few seconds", n.Name)
 	case n.Voter:
 		return fmt.Sprintf("node %s is being drained and keeps its vote until another node can take it", n.Name)
-	case err != nil:
-		return fmt.Sprintf("node %s is being drained and has no vote; atoll cluster remove %s says whether others hold all of its blobs", n.Name, n.Name)
-	case s.blobs > 0:
-		return fmt.Sprintf("node %s is being drained: %d blobs are on no other node yet", n.Name, s.blobs)
 	}
 	return fmt.Sprintf("node %s is drained: stop it for maintenance, remove it (atoll cluster remove %s), or take it back (atoll cluster drain %s --undo)", n.Name, n.Name, n.Name)
 }

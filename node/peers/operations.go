@@ -35,8 +35,10 @@ type Status struct {
 	Quorum          bool         `json:"quorum"`
 	Nodes           []NodeStatus `json:"nodes"`
 	Blobs           int          `json:"blobs"`
-	UnderReplicated int          `json:"under_replicated"`
-	Lost            int          `json:"lost"` // blobs that no node which is up holds
+	UnderReplicated int          `json:"under_replicated"` // on fewer nodes than they should be
+	// Counting: UnderReplicated is not complete, because a node has just come or gone.
+	Counting bool `json:"counting"`
+	Lost     int  `json:"lost"` // blobs that no node which is up holds
 	// Tolerance is how many more of the voters that are up may fail before no
 	// write succeeds any more; -1 when none does now.
 	Tolerance int `json:"tolerance"`
@@ -68,6 +70,10 @@ type NodeStatus struct {
 	Cache  bool              `json:"cache,omitempty"`
 	// Conditions are codes of what the node itself finds wrong with it.
 	Conditions []string `json:"conditions"`
+	// Leaving is how many blobs a draining node must still hand over, -1 while that is
+	// not known; CacheBytes how much a cache holds.
+	Leaving    int   `json:"leaving,omitempty"`
+	CacheBytes int64 `json:"cache_bytes,omitempty"`
 }
 
 func nodeStatus(m member.MemberStatus) NodeStatus {
@@ -160,17 +166,17 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		if out.Blobs, err = p.Records.Count(v); err != nil {
 			return err
 		}
-		if out.Lost, err = p.Records.CountLost(v); err != nil {
-			return err
-		}
-		out.UnderReplicated, err = p.Records.CountUnderReplicated(v, min(p.Policy.Durability(), len(s.Members)))
+		out.Lost, err = p.Records.CountLost(v)
 		return err
 	})
+	if err == nil {
+		err = p.addFigures(ctx, &out)
+	}
 	out.Tolerance = tolerance(out)
 	out.Advice = append(advise(out, s, time.Now()), p.further()...)
 	for _, n := range out.Nodes {
 		if n.Draining != nil && n.Up {
-			out.Advice = append(out.Advice, p.drained(ctx, n))
+			out.Advice = append(out.Advice, drained(n))
 		}
 	}
 	return out, err

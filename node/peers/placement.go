@@ -5,10 +5,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +15,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/project"
 	"github.com/atoll-registry/atoll/node/settings"
 )
 
@@ -168,7 +167,7 @@ func (l layout) isLive(id string) bool {
 }
 
 // lead is the node that sees to a blob's copies: the first of its homes that is
-// live, or of all that are when none of them is.
+// live, or of all that are when none of them is; "" when no node is.
 func (l layout) lead(d digest.Digest, homes []string) string {
 	for _, id := range homes {
 		if l.isLive(id) {
@@ -178,6 +177,9 @@ func (l layout) lead(d digest.Digest, homes []string) string {
 	able := slices.DeleteFunc(slices.Clone(l.live), func(id string) bool { return !slices.Contains(l.homes, id) })
 	if len(able) == 0 {
 		able = l.live
+	}
+	if len(able) == 0 {
+		return "" // this node was removed a moment ago, and stops
 	}
 	return placement(d, able)[0]
 }
@@ -190,12 +192,6 @@ func ids(members []member.Member) []string {
 	slices.Sort(out)
 	return out
 }
-
-// Everywhere is the number of replicas that stands for all nodes.
-const Everywhere = 1 << 20
-
-// mostReplicas bounds a number of copies: more nodes than a site has.
-const mostReplicas = 99
 
 // awayAfter is how long a home is missed before the next nodes of the placement
 // stand in for it. A node that restarts moves nothing.
@@ -226,26 +222,14 @@ type Projects interface {
 // DefineSettings adds the settings of the policy.
 func DefineSettings(s *settings.Settings) Policy {
 	durability := settings.Define(s, settings.Spec[int]{
-		Name: "peers.durability", Default: "2", Kind: settings.Count(1, mostReplicas),
+		Name: "peers.durability", Default: "2", Kind: settings.Count(1, 99),
 		Summary: "on how many nodes a push must be before it is acknowledged, as soon as that many are up; with fewer, Atoll-Copies in the answer says so",
 	})
 	replicas := settings.Define(s, settings.Spec[int]{
-		Name: "peers.replicas", Default: "3", Kind: settings.Kind[int]{Parse: ParseReplicas},
+		Name: "peers.replicas", Default: "3", Kind: settings.Kind[int]{Parse: project.ParseReplicas},
 		Summary: "how many nodes keep each blob in the long run: a number, or all; a project may say otherwise, and peers.durability is the least",
 	})
 	return Policy{Durability: durability.Value, Replicas: replicas.Value}
-}
-
-// ParseReplicas reads a number of replicas: 1 to 99, or all.
-func ParseReplicas(text string) (int, error) {
-	if text == "all" {
-		return Everywhere, nil
-	}
-	n, err := strconv.Atoi(text)
-	if err != nil || n < 1 || n > mostReplicas {
-		return 0, fmt.Errorf("a whole number between 1 and %d is wanted, or all", mostReplicas)
-	}
-	return n, nil
 }
 
 // placesAsked bounds the places of a blob that are looked at for the replicas that
@@ -315,14 +299,11 @@ func (p *Peers) refreshProjects(ctx context.Context) {
 
 // watchProjects keeps up with what projects want until ctx ends.
 func (p *Peers) watchProjects(ctx context.Context) error {
-	for range p.DB.Watch(ctx, ProjectTable) {
+	for range p.DB.Watch(ctx, project.Table) {
 		p.refreshProjects(ctx)
 	}
 	return nil
 }
-
-// ProjectTable is the name of the table of projects.
-const ProjectTable = "project"
 
 // layout is the site as it stands.
 func (p *Peers) layout(v *table.View) (layout, error) {

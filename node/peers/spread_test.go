@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/node/project"
 )
 
 // scattered gives nodes random places in so many zones and racks of each.
@@ -119,31 +120,22 @@ func TestWhoMayBeHome(t *testing.T) {
 	l := newLayout(members[0].ID, members, members, func(id string) bool { return away[id] }, 2)
 	for i := range 50 {
 		d := digest.FromString(fmt.Sprint(i))
-		homes := l.homesOf(d, Everywhere)
+		homes := l.homesOf(d, project.Everywhere)
 		slices.Sort(homes)
 		if want := []string{members[0].ID, members[4].ID}; !slices.Equal(homes, want) {
 			t.Fatalf("homes are %v, want %v", homes, want)
 		}
 	}
+	// A node that was removed a moment ago is not even live.
+	if got := (layout{self: "gone", homes: l.homes}).lead(digest.FromString("a blob"), l.homes); got != "" {
+		t.Errorf("nobody is live, and %q leads", got)
+	}
 	// One that is away for long is still wanted: its copy is missing.
-	if got := l.wanted(Everywhere); got != 3 {
+	if got := l.wanted(project.Everywhere); got != 3 {
 		t.Errorf("%d copies are wanted, want 3", got)
 	}
 	if got := l.wanted(1); got != 2 {
 		t.Errorf("fewer replicas than a push waits for: %d are wanted", got)
-	}
-}
-
-func TestParseReplicas(t *testing.T) {
-	for text, want := range map[string]int{"1": 1, "99": 99, "all": Everywhere} {
-		if got, err := ParseReplicas(text); err != nil || got != want {
-			t.Errorf("%s is %d, %v", text, got, err)
-		}
-	}
-	for _, text := range []string{"", "0", "100", "-1", "ALL", "2.5"} {
-		if got, err := ParseReplicas(text); err == nil {
-			t.Errorf("%q is taken as %d", text, got)
-		}
 	}
 }
 

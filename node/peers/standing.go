@@ -233,7 +233,8 @@ type ledger struct {
 	lacking  map[uint64]struct{}
 	counted  layout // for which lacking is right
 	complete bool
-	leaving  int // blobs that only this node keeps, while it is drained; -1: not known
+	leaving  int  // blobs that homes do not keep yet, while this node is drained
+	handing  bool // leaving has been counted
 }
 
 // begin forgets what was known, for a count of all blobs.
@@ -277,14 +278,20 @@ func (l *ledger) isComplete(of layout) bool {
 	return l.complete && l.counted.equal(of)
 }
 
-func (l *ledger) leave(n int) {
+// leave notes how many blobs are still to be handed over; known says whether that
+// has been counted.
+func (l *ledger) leave(n int, known bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.leaving = n
+	l.leaving, l.handing = n, known
 }
 
+// left is what leave noted; -1 when it is not known.
 func (l *ledger) left() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if !l.handing {
+		return -1
+	}
 	return l.leaving
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/project"
 )
 
 // lacking adds up what the live nodes say, seen by the first of them.
@@ -118,7 +119,7 @@ func TestLinksAreLookedAt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t, 4)
 		for _, n := range s.nodes {
-			n.Policy.Projects = wants{"everywhere": Everywhere}
+			n.Policy.Projects = wants{"everywhere": project.Everywhere}
 		}
 		s.run()
 		d := s.put(bytesOf("blob", 100), s.nodes[0])
@@ -152,7 +153,7 @@ func TestReplicasOfProjects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t, 5)
 		for _, n := range s.nodes {
-			n.Policy.Projects = wants{"few": 2, "many": 4, "everywhere": Everywhere}
+			n.Policy.Projects = wants{"few": 2, "many": 4, "everywhere": project.Everywhere}
 		}
 		s.run()
 		holders := func(d digest.Digest) (count int) {

@@ -29,6 +29,9 @@ import (
 	"github.com/atoll-registry/atoll/node/journal"
 )
 
+// Table is the name of the table of projects, for those who watch it.
+const Table = "project"
+
 // Library is the public project that every site has from its founding.
 const Library = "library"
 
@@ -71,6 +74,7 @@ type row struct {
 	UpdatedAt int64             `cbor:"updated_at"`
 	Log       entry.LogID       `cbor:"log"`
 	OwnerName string            `cbor:"owner_name"`
+	Replicas  int               `cbor:"replicas,omitempty"` // see SetReplicas
 }
 
 func (r row) project(name string, meta table.Meta) Project {
@@ -102,7 +106,7 @@ type Projects struct {
 func New(db *table.DB, j *journal.Journal) *Projects {
 	return &Projects{
 		db: db, journal: j, names: map[int64]string{}, access: map[string]known{},
-		rows: table.Define[row](db, "project"),
+		rows: table.Define[row](db, Table),
 		logs: table.Define[logRow](db, "project_log"),
 	}
 }

@@ -93,6 +93,7 @@ func (p *Projects) Operations(k *rest.Kernel) {
 		ID: "getProjectDeletable", Method: "GET", Path: one + "/_deletable", Tag: "project", Summary: "Say whether a project can be deleted, and why not",
 		Permission: access.ProjectDelete, Project: ref, Do: p.askDeletable,
 	})
+	p.replicaOperations(k)
 	rest.Register(k, rest.Operation[rest.ProjectRef, summaryJSON]{
 		ID: "getProjectSummary", Method: "GET", Path: one + "/summary", Tag: "project", Summary: "Show a project's numbers",
 		Permission: access.ProjectRead, Project: ref, Do: p.summary,

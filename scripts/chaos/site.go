@@ -108,7 +108,7 @@ func (s *site) settled(ctx context.Context) error {
 					vote++
 				}
 			}
-			return st.Quorum && up == len(st.Nodes) && up == len(s.nodes) && vote == voters && st.UnderReplicated == 0 && st.Lost == 0
+			return st.Quorum && up == len(st.Nodes) && up == len(s.nodes) && vote == voters && !st.Counting && st.UnderReplicated == 0 && st.Lost == 0
 		}); err != nil {
 			return err
 		}

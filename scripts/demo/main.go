@@ -219,7 +219,7 @@ func (d *demo) kill(ctx context.Context, a []*lab.Node, env []string, img lab.Im
 				return false
 			}
 		}
-		return s.Quorum && s.UnderReplicated == 0
+		return s.Quorum && !s.Counting && s.UnderReplicated == 0
 	}); err != nil {
 		return err
 	}

@@ -60,7 +60,7 @@ func TestSiteOfThreeSurvivesKills(t *testing.T) {
 					up++
 				}
 			}
-			return up == 3 && st.Quorum && st.UnderReplicated == 0
+			return up == 3 && st.Quorum && !st.Counting && st.UnderReplicated == 0
 		}); err != nil {
 			t.Fatal(err)
 		}
@@ -78,7 +78,7 @@ func TestLastNodeServesPullsAndRefusesPushes(t *testing.T) {
 	if got := s.pullAll(ctx, s.nodes[2], "app:v1"); got != img.Index.String() {
 		t.Fatalf("node 3 serves %s", got)
 	}
-	if err := s.nodes[2].WaitStatus(ctx, "repair to be done", func(st lab.Status) bool { return st.UnderReplicated == 0 }); err != nil {
+	if err := s.nodes[2].WaitStatus(ctx, "repair to be done", func(st lab.Status) bool { return !st.Counting && st.UnderReplicated == 0 }); err != nil {
 		t.Fatal(err)
 	}
 	last := s.nodes[2]

@@ -110,6 +110,7 @@ type Status struct {
 	Leader          string `json:"leader"`
 	Quorum          bool   `json:"quorum"`
 	UnderReplicated int    `json:"under_replicated"`
+	Counting        bool   `json:"counting"` // UnderReplicated is not complete yet
 	Lost            int    `json:"lost"`
 	Nodes           []struct {
 		ID, Name          string
