@@ -225,6 +225,7 @@ type pushed struct {
 	digest     digest.Digest
 	blobs      [][]byte // config, layer
 	answer     answer   // to the manifest
+	tag        string   // where a test has more than one
 }
 
 // push puts an image with one layer into a repository.

@@ -37,13 +37,21 @@ func TestMain(m *testing.M) {
 // childStart is what a child is told.
 type childStart struct {
 	Data, Name, Token string
-	Join              []string
+	// Disk is the size of a file system of the node's own, such as 96m, that its
+	// data lies on and nobody else sees; "" for the one of the test.
+	Disk string
+	Join []string
 }
 
 func runChild(text string) error {
 	var s childStart
 	if err := json.Unmarshal([]byte(text), &s); err != nil {
 		return err
+	}
+	if s.Disk != "" {
+		if err := mountDisk(s.Data, s.Disk); err != nil {
+			return err
+		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
@@ -89,6 +97,9 @@ func startChild(t *testing.T, s childStart) *child {
 	log := &lines{}
 	c := &child{t: t, name: s.Name, cmd: exec.Command(self)}
 	c.cmd.Env, c.cmd.Stderr = append(os.Environ(), childConfig+"="+string(text)), log
+	if s.Disk != "" {
+		ownDisks(c.cmd)
+	}
 	out, err := c.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
