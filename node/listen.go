@@ -121,7 +121,7 @@ func serverNames(c Config) []string {
 }
 
 // siteCertificate is a server certificate of the site's CA, made anew when two
-// thirds of its life are over.
+// thirds of its life are over, and whenever the node's own for its peers was.
 type siteCertificate struct {
 	node  *Node
 	names []string
@@ -129,6 +129,7 @@ type siteCertificate struct {
 	mu      sync.Mutex
 	current *tls.Certificate
 	renew   time.Time
+	renewal int // of the node's identity when it was made
 }
 
 func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
@@ -136,7 +137,8 @@ func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 	defer s.mu.Unlock()
 	// The clock may have been set back to the truth since the certificate was made.
 	now := s.node.member.Now()
-	if s.current != nil && now.Before(s.renew) && now.After(s.current.Leaf.NotBefore) {
+	renewal := s.node.member.Identity().Renewal
+	if s.current != nil && now.Before(s.renew) && now.After(s.current.Leaf.NotBefore) && s.renewal == renewal {
 		return s.current, nil
 	}
 	cert, err := s.node.member.ServerCertificate(hello.Context(), s.names)
@@ -146,7 +148,7 @@ func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 		}
 		return nil, fmt.Errorf("certificate of the registry's address: %w", err)
 	}
-	s.current = &cert
+	s.current, s.renewal = &cert, renewal
 	life := cert.Leaf.NotAfter.Sub(cert.Leaf.NotBefore)
 	s.renew = cert.Leaf.NotBefore.Add(life * 2 / 3)
 	return s.current, nil

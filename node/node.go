@@ -241,18 +241,14 @@ func notJoined(err error) error {
 // build puts the parts together.
 func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	metrics := telemetry.NewRegistry()
-	pool, err := who.Pool()
-	if err != nil {
-		return err
-	}
-	guard, err := epoch.Open(n.config.Data, who.SiteID, who.CA, n.log)
+	guard, err := epoch.Open(n.config.Data, who.SiteID, who.Authorities(), n.log)
 	if err != nil {
 		return err
 	}
 	if n.network, err = peernet.New(peernet.Config{
 		SiteID: who.SiteID, Log: n.log, Epoch: guard.Wire, Meet: guard.Meet,
 		Cert:      func() tls.Certificate { return n.member.Certificate() },
-		CA:        func() *x509.CertPool { return pool },
+		CA:        func() *x509.CertPool { return n.member.Pool() },
 		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },
 		Now:       func() time.Time { return n.member.Now() },
 	}); err != nil {

@@ -106,11 +106,12 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	policy := peers.DefineSettings(r.settings)
 	policy.Projects = r.projects
 	if r.peers, err = peers.New(peers.Config{
-		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
+		DB: g.db, Roster: g.member, Cluster: g.member, Revoke: r.identity.RevokeTokenKeys, Network: g.network, Store: r.store, Records: r.records,
 		Policy: policy, Cache: cacheOf(g.config), Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}
+	g.member.Resealers(r.journal.Reseal, r.identity.Reseal)
 	r.endpoints = peers.NewEndpoints(g.db, g.member, g.url, !loopback(g.config.Listen), g.log)
 	if r.catalog, err = catalog.New(catalog.Config{
 		DB: g.db, Records: r.records, Journal: r.journal, Projects: r.projects, Big: bigManifests{r, g.db},

@@ -6,10 +6,9 @@
 package clustertest
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +20,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
 )
 
 // Network connects the hosts of one test.
@@ -147,7 +147,7 @@ func (h *host) Dial(ctx context.Context, addr string, service byte) (net.Conn, e
 	self := h.identity().NodeID
 	return h.network.dial(ctx, h, addr, self, func(to *host) (*listener, error) {
 		theirs, ours := to.epoch.Meet(self, h.epoch.Wire()), h.epoch.Meet(to.identity().NodeID, to.epoch.Wire())
-		if err := errors.Join(ours, theirs); err != nil {
+		if err := errors.Join(h.proves(to), to.proves(h), ours, theirs); err != nil {
 			return nil, err
 		}
 		if err := to.authorize(self, service); err != nil {
@@ -159,16 +159,37 @@ func (h *host) Dial(ctx context.Context, addr string, service byte) (net.Conn, e
 	})
 }
 
+// presents is what a host shows in a handshake.
+func (h *host) presents() (*x509.Certificate, []byte) {
+	id := h.identity()
+	cert, err := pki.ParseCert(id.Cert)
+	if err != nil {
+		panic(err)
+	}
+	return cert, append(bytes.Clone(id.CA), id.Links...)
+}
+
+// proves reports whether to accepts the host's certificate, whatever the time is.
+func (h *host) proves(to *host) error {
+	cert, bundle := h.presents()
+	trusted, err := pki.ParseCerts(to.identity().CA)
+	if err != nil {
+		return err
+	}
+	for _, ca := range trusted {
+		if err = pki.VerifyPinned(cert, append(bytes.Clone(bundle), pki.EncodeCert(ca)...), pki.PinOf(ca)); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s does not trust %s: %w", to.addr, h.addr, err)
+}
+
 // DialJoin implements member.Network.
 func (h *host) DialJoin(ctx context.Context, addr string, pin []byte) (net.Conn, error) {
 	return h.network.dial(ctx, h, addr, "", func(to *host) (*listener, error) {
-		block, _ := pem.Decode(to.identity().CA)
-		ca, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, err
-		}
-		if got := sha256.Sum256(ca.RawSubjectPublicKeyInfo); string(got[:]) != string(pin) {
-			return nil, member.ErrOtherSite
+		cert, bundle := to.presents()
+		if err := pki.VerifyPinned(cert, bundle, pin); err != nil {
+			return nil, fmt.Errorf("%w: %w", member.ErrOtherSite, err)
 		}
 		h.network.mu.Lock()
 		defer h.network.mu.Unlock()

@@ -173,17 +173,15 @@ func (n *Node) admit(ctx context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	id := n.Identity()
-	pin, err := pki.PinPEM(id.CA)
-	if err != nil {
+	if known, err := id.knows(a.token.Pin); err != nil {
 		return nil, err
-	}
-	if !pki.PinMatches(pin, a.token.Pin) {
+	} else if !known {
 		return nil, refuse(codeOtherSite, "the token is for another site than this node's (%s): make one here with: atoll token create", id.SiteID)
 	}
 	now := n.Now()
-	var authority *pki.Authority
+	var signer signer
 	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
-		if authority, err = n.authority(tx); err != nil {
+		if signer, err = n.signer(tx); err != nil {
 			return err
 		}
 		known, err := n.redeem(tx, a, now)
@@ -195,12 +193,12 @@ func (n *Node) admit(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	cert, err := authority.IssueNode(a.public, id.SiteID, a.Node, now)
+	cert, err := signer.IssueNode(a.public, id.SiteID, a.Node, now)
 	if err != nil {
 		return nil, err
 	}
 	n.log.Info("a node joined", "node", a.Node, "name", a.Name, "address", a.Addr)
-	return joinAnswer{Site: id.SiteID, CA: id.CA, Cert: cert, ClusterKey: id.ClusterKey, Epoch: n.cfg.Epoch.Wire()}, nil
+	return joinAnswer{Site: id.SiteID, CA: signer.trusted, Links: signer.links, Renewal: signer.renewals, Cert: cert, ClusterKey: id.ClusterKey, Epoch: n.cfg.Epoch.Wire()}, nil
 }
 
 // redeem takes one use of the applicant's token; known when this very key has
@@ -301,12 +299,12 @@ func (n *Node) renewal(ctx context.Context, body []byte) (any, error) {
 	}
 	var m Member
 	var known bool
-	var authority *pki.Authority
+	var signer signer
 	_, err = n.db.Confirmed(ctx, func(v *table.View) error {
 		if m, _, known, err = n.rows.members.Get(v, req.Node); err != nil {
 			return err
 		}
-		authority, err = n.authority(v)
+		signer, err = n.signer(v)
 		return err
 	})
 	switch {
@@ -319,9 +317,9 @@ func (n *Node) renewal(ctx context.Context, body []byte) (any, error) {
 	case m.KeyHash != keyHash:
 		return nil, refuse(codeMalformed, "the request is not of the key that the node %s joined with", req.Node)
 	}
-	cert, err := authority.IssueNode(public, n.Identity().SiteID, m.ID, n.Now())
+	cert, err := signer.IssueNode(public, n.Identity().SiteID, m.ID, n.Now())
 	if err != nil {
 		return nil, fmt.Errorf("renewing the certificate of node %s: %w", m.ID, err)
 	}
-	return renewAnswer{Cert: cert}, nil
+	return renewAnswer{Cert: cert, CA: signer.trusted, Links: signer.links, Renewal: signer.renewals}, nil
 }

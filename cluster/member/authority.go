@@ -1,6 +1,7 @@
 package member
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -21,30 +22,52 @@ const (
 	MaxTokenTTL  = 366 * 24 * time.Hour
 )
 
-// Seal encrypts a secret under the site's cluster key, bound to a name.
-func (n *Node) Seal(name string, plain []byte) ([]byte, error) {
-	return pki.Seal(n.Identity().ClusterKey, "secret "+name, plain)
+// signer is the authority that signs now, with what goes out with its
+// certificates.
+type signer struct {
+	*pki.Authority
+	trusted  []byte // PEM of all that are trusted, its own certificate first
+	links    []byte // PEM: see authorityRow
+	renewals int
 }
 
-// Unseal decrypts what Seal made under the same name on any member.
-func (n *Node) Unseal(name string, sealed []byte) ([]byte, error) {
-	return pki.Open(n.Identity().ClusterKey, "secret "+name, sealed)
-}
-
-// authority reads the site's authority out of its sealed row.
-func (n *Node) authority(r table.Reader) (*pki.Authority, error) {
-	row, _, ok, err := n.rows.authority.Get(r, theAuthority)
+// signer reads the site's authority out of its sealed row.
+func (n *Node) signer(r table.Reader) (signer, error) {
+	rows, err := n.authorities(r)
 	if err != nil {
-		return nil, fmt.Errorf("reading the site's authority: %w", err)
+		return signer{}, err
 	}
+	row, ok := rows[theAuthority]
 	if !ok {
-		return nil, errNoAuthority
+		return signer{}, errNoAuthority
 	}
-	keyPEM, err := pki.Open(n.Identity().ClusterKey, caKeyName, row.SealedKey)
+	keyPEM, err := n.unseal(caKeyName, row.SealedKey)
 	if err != nil {
-		return nil, err
+		return signer{}, err
 	}
-	return pki.LoadAuthority(row.Cert, keyPEM)
+	s := signer{trusted: trusted(rows), links: row.Links, renewals: row.Renewals}
+	s.Authority, err = pki.LoadAuthority(row.Cert, keyPEM)
+	return s, err
+}
+
+// authorities are the rows of the authority by their keys.
+func (n *Node) authorities(r table.Reader) (map[string]authorityRow, error) {
+	rows := make(map[string]authorityRow)
+	for _, key := range []string{theAuthority, nextAuthority, formerAuthority} {
+		row, _, ok, err := n.rows.authority.Get(r, key)
+		if err != nil {
+			return nil, fmt.Errorf("reading the site's authority: %w", err)
+		}
+		if ok {
+			rows[key] = row
+		}
+	}
+	return rows, nil
+}
+
+// trusted are the certificates of the authorities in rows, that which signs first.
+func trusted(rows map[string]authorityRow) []byte {
+	return bytes.Join([][]byte{rows[theAuthority].Cert, rows[nextAuthority].Cert, rows[formerAuthority].Cert}, nil)
 }
 
 // failure is one that passes: a client may try again.
@@ -55,13 +78,13 @@ func (f failure) Unavailable() bool { return true }
 
 const errNoAuthority = failure("the site's authority is not known to this node yet: try again in a few seconds")
 
-// localAuthority reads the authority from the newest local state.
-func (n *Node) localAuthority() (a *pki.Authority, err error) {
+// localSigner reads the authority from the newest local state.
+func (n *Node) localSigner() (s signer, err error) {
 	err = n.db.View(func(v *table.View) error {
-		a, err = n.authority(v)
+		s, err = n.signer(v)
 		return err
 	})
-	return a, err
+	return s, err
 }
 
 // ServerCertificate issues a certificate for the public listener, good for the
@@ -71,14 +94,14 @@ func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certif
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	row := n.db.Watch(ctx, "site_authority")
-	authority, err := n.localAuthority()
+	authority, err := n.localSigner()
 	for errors.Is(err, errNoAuthority) {
 		select {
 		case <-row:
 		case <-ctx.Done():
 			return tls.Certificate{}, fmt.Errorf("%w (%w)", err, ctx.Err())
 		}
-		authority, err = n.localAuthority()
+		authority, err = n.localSigner()
 	}
 	if err != nil {
 		return tls.Certificate{}, err
@@ -95,7 +118,7 @@ func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certif
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	return tls.X509KeyPair(append(cert, authority.CertPEM()...), keyPEM)
+	return tls.X509KeyPair(bytes.Join([][]byte{cert, authority.CertPEM(), authority.links}, nil), keyPEM)
 }
 
 // CreateToken makes a token by which uses nodes may join within ttl. Its text
@@ -107,7 +130,9 @@ func (n *Node) CreateToken(ctx context.Context, ttl time.Duration, uses int) (st
 	if uses < 1 || uses > MaxTokenUses {
 		return "", fmt.Errorf("a join token has 1 to %d uses", MaxTokenUses)
 	}
-	pin, err := pki.PinPEM(n.CA())
+	// While the authority changes some nodes cannot prove to be of the new one yet,
+	// but those of the new one prove to be of the former.
+	pin, err := n.oldestPin()
 	if err != nil {
 		return "", err
 	}
@@ -146,20 +171,113 @@ func renewAt(cert *x509.Certificate, node string) time.Time {
 // issuedAt is the time by which a certificate of the authority was made.
 func issuedAt(cert *x509.Certificate) time.Time { return cert.NotBefore.Add(pki.Backdate) }
 
-// renew replaces the node's certificate in time.
+// renew replaces the node's certificate in time, and at once when the site's
+// authority changes or all nodes are told to.
 func (n *Node) renew(ctx context.Context) error {
+	rows := n.db.Watch(ctx, "site_authority")
 	for {
+		changed := n.changed.wait()
 		pause := n.cfg.Timings.Renew
-		if now := n.Now(); now.After(renewAt(n.Certificate().Leaf, n.Self())) {
+		told, err := n.follow()
+		if err != nil {
+			n.log.Warn("following the site's authority", "error", err)
+		}
+		now := n.Now()
+		told = told || n.stale.Load()
+		if told || now.After(renewAt(n.Certificate().Leaf, n.Self())) {
 			pause = min(pause, time.Minute) // when it fails
+			if told {
+				pause = min(pause, 5*n.cfg.Timings.Ping)
+			}
 			if err := n.renewOnce(ctx, now); err != nil && ctx.Err() == nil {
 				n.log.Warn("renewing this node's certificate", "expires", n.Certificate().Leaf.NotAfter, "error", err)
 			}
 		}
-		if !sleep(ctx, pause) {
+		tick := time.NewTimer(pause)
+		select {
+		case <-rows:
+		case <-tick.C:
+		case <-changed:
+		case <-ctx.Done():
+			tick.Stop()
 			return nil
 		}
+		tick.Stop()
 	}
+}
+
+// follow makes this node trust the authorities of the newest local state. told
+// says that the authority changed, or all nodes were told to renew, since its
+// certificate was made: the count grows with both, and a certificate may be newer
+// than the local state.
+func (n *Node) follow() (told bool, err error) {
+	var rows map[string]authorityRow
+	err = n.db.View(func(v *table.View) error {
+		rows, err = n.authorities(v)
+		return err
+	})
+	if err != nil || len(rows) == 0 {
+		return false, err
+	}
+	id := n.Identity()
+	issuer, err := id.issuer()
+	if err != nil {
+		return false, err
+	}
+	signs := rows[theAuthority]
+	bundle := trusted(rows)
+	told = id.Renewal < signs.Renewals
+	// The issuer of the node's own certificate comes first, and stays as long as it
+	// has that certificate: its own state may be older than that.
+	bundle = append(bytes.Clone(issuer), bytes.ReplaceAll(bundle, issuer, nil)...)
+	if bytes.Equal(bundle, id.CA) {
+		return told, nil
+	}
+	return told, n.alter(func(id *Identity) { id.CA = bundle })
+}
+
+// alter changes this node's identity, on disk first.
+func (n *Node) alter(change func(id *Identity)) error {
+	n.altering.Lock()
+	defer n.altering.Unlock()
+	id := n.Identity()
+	change(&id)
+	if _, err := id.issuer(); err != nil {
+		return err
+	}
+	if err := id.save(n.cfg.Dir); err != nil {
+		return err
+	}
+	return n.become(id)
+}
+
+// become takes an identity for the next handshakes.
+func (n *Node) become(id Identity) error {
+	cert, err := id.Certificate()
+	if err != nil {
+		return err
+	}
+	pool, err := id.Pool()
+	if err != nil {
+		return err
+	}
+	pins, err := pinsOf(id.CA)
+	if err != nil {
+		return err
+	}
+	n.cfg.Epoch.Trust(id.Authorities())
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.identity, n.cert, n.pool, n.pins = id, cert, pool, pins
+	return nil
+}
+
+// trusts are the pins, in hex, of the authorities that this node trusts, that of
+// its own certificate's first.
+func (n *Node) trusts() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.pins
 }
 
 // renewOnce asks the other members, who confirm that this node is one. When
@@ -176,38 +294,42 @@ func (n *Node) renewOnce(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	var cert []byte
+	var answer renewAnswer
 	var refusals []error
 	for _, m := range members {
 		if m.ID == id.NodeID {
 			continue
 		}
-		if cert, err = n.askRenewal(ctx, m.Addr, key); err == nil {
+		if answer, err = n.askRenewal(ctx, m.Addr, key); err == nil {
 			break
 		}
+		answer = renewAnswer{}
 		refusals = append(refusals, fmt.Errorf("%s at %s: %w", m.Name, m.Addr, err))
 	}
-	if cert == nil {
-		authority, err := n.localAuthority()
+	if answer.Cert == nil && n.stale.Load() {
+		return errors.Join(refusals...) // what it could sign by itself nobody would take
+	}
+	if answer.Cert == nil {
+		signer, err := n.localSigner()
 		if err != nil {
 			return errors.Join(append(refusals, err)...)
 		}
-		if cert, err = authority.IssueNode(key.Public(), id.SiteID, id.NodeID, now); err != nil {
+		answer = renewAnswer{CA: signer.trusted, Links: signer.links, Renewal: signer.renewals}
+		if answer.Cert, err = signer.IssueNode(key.Public(), id.SiteID, id.NodeID, now); err != nil {
 			return err
 		}
 	}
-	id.Cert = cert
-	parsed, err := id.Certificate()
+	err = n.alter(func(id *Identity) {
+		id.Cert = answer.Cert
+		if answer.CA != nil { // an older node does not say
+			id.CA, id.Links, id.Renewal = answer.CA, answer.Links, answer.Renewal
+		}
+	})
 	if err != nil {
 		return err
 	}
-	if err := id.save(n.cfg.Dir); err != nil {
-		return err
-	}
-	n.mu.Lock()
-	n.identity, n.cert = id, parsed
-	n.mu.Unlock()
-	n.log.Info("renewed this node's certificate", "expires", parsed.Leaf.NotAfter)
+	n.stale.Store(false)
+	n.log.Info("renewed this node's certificate", "expires", n.Certificate().Leaf.NotAfter)
 	return nil
 }
 

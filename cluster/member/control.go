@@ -22,6 +22,7 @@ import (
 //	GET  /v1/index  a read index; to the leader
 //	GET  /v1/term   the term of this node
 //	GET  /v1/ping   a sign of life
+//	GET  /v1/key    the cluster key ?id=; to members
 //	POST /v1/lead   hand the leadership to the voter ?node=; to the leader
 //
 // Nothing is passed on: a node that does not lead says so.
@@ -31,6 +32,7 @@ const (
 	pathTerm  = "/v1/term"
 	pathPing  = "/v1/ping"
 	pathLead  = "/v1/lead"
+	pathKey   = "/v1/key"
 )
 
 // maxAnswer bounds what is read of an answer. The longest is a Result with a
@@ -51,6 +53,16 @@ type ping struct {
 	Clock   int64    `json:"clock_ms,omitempty"`
 	Fitness Fitness  `json:"fitness,omitempty"`
 	Codes   []string `json:"codes,omitempty"`
+	// Issuer and Trusts are the pins, in hex, of the authority that signed the
+	// node's certificate and of those whose certificates it accepts; Renewal is
+	// up to which of the site's renewals its certificate is new.
+	Issuer  string   `json:"issuer,omitempty"`
+	Trusts  []string `json:"trusts,omitempty"`
+	Renewal int      `json:"renewal,omitempty"`
+	// Keys are the ids of the cluster keys that the node holds; Seals is the one
+	// that it seals with.
+	Keys  []string `json:"keys,omitempty"`
+	Seals string   `json:"seals,omitempty"`
 }
 
 type number struct {
@@ -68,6 +80,7 @@ func (n *Node) controlServer() *http.Server {
 	mux.HandleFunc("GET "+pathTerm, n.serveTerm)
 	mux.HandleFunc("GET "+pathPing, n.servePing)
 	mux.HandleFunc("POST "+pathLead, n.serveLead)
+	mux.HandleFunc("GET "+pathKey, n.serveKey)
 	return &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -189,7 +202,11 @@ func (n *Node) servePing(w http.ResponseWriter, _ *http.Request) {
 // sign is this node's sign of life.
 func (n *Node) sign(in *instance) ping {
 	self := n.reported()
+	trusts := n.trusts()
+	seals, _ := n.sealing() // none is an answer
 	return ping{
+		Keys: n.Identity().keyIDs(), Seals: keyID(seals),
+		Issuer: trusts[0], Trusts: trusts, Renewal: n.Identity().Renewal,
 		Node: n.Self(), Term: in.CurrentTerm(), Applied: in.machine.Applied(), Leader: n.Leader(),
 		Version: n.cfg.Version, Expires: n.Certificate().Leaf.NotAfter.Unix(),
 		Clock: n.cfg.Clock().UnixMilli(), Fitness: self.Fitness, Codes: self.Codes,

@@ -1,8 +1,11 @@
 package member
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -36,20 +40,32 @@ const identityFormat = 1
 // Identity is who a node is, kept in its data directory.
 type Identity struct {
 	SiteID, NodeID, Name string
-	CA, Cert             []byte // PEM
-	Key                  []byte // PEM, PKCS #8
-	ClusterKey           []byte // pki.ClusterKeySize bytes; seals the site's secrets
+	Cert                 []byte // PEM
+	// CA are the certificates of the site's authorities that are trusted, in PEM:
+	// first the one that signed Cert; more than one while the authority changes.
+	CA []byte
+	// Links are further certificates, in PEM, by which those accept Cert that know
+	// an earlier authority only.
+	Links []byte
+	// Renewal is the count of the site's renewals up to which Cert is new.
+	Renewal int
+	Key     []byte // PEM, PKCS #8
+	// ClusterKey are the keys that seal the site's secrets, of pki.ClusterKeySize
+	// bytes each, one after the other: more than one while the site changes its key.
+	ClusterKey []byte
 }
 
 // identityJSON is the content of identity.json.
 type identityJSON struct {
-	Format int    `json:"format"`
-	Site   string `json:"site"`
-	Node   string `json:"node"`
-	Name   string `json:"name"`
-	CA     string `json:"ca"`
-	Cert   string `json:"cert"`
-	Key    string `json:"key"`
+	Format  int    `json:"format"`
+	Site    string `json:"site"`
+	Node    string `json:"node"`
+	Name    string `json:"name"`
+	CA      string `json:"ca"`
+	Links   string `json:"links,omitempty"`
+	Renewal int    `json:"renewal,omitempty"`
+	Cert    string `json:"cert"`
+	Key     string `json:"key"`
 }
 
 // foundingJSON is the content of founding.json: what becomes the site's first
@@ -73,12 +89,12 @@ func LoadIdentity(dir string) (Identity, error) {
 	if err != nil {
 		return Identity{}, fmt.Errorf("reading the cluster key, without which the site's secrets stay sealed: %w", err)
 	}
-	if len(key) != pki.ClusterKeySize {
-		return Identity{}, fmt.Errorf("%s has %d bytes instead of %d: restore it from another node of the site", filepath.Join(dir, clusterKeyFile), len(key), pki.ClusterKeySize)
+	if len(key) == 0 || len(key)%pki.ClusterKeySize != 0 {
+		return Identity{}, fmt.Errorf("%s has %d bytes instead of %d or a multiple: restore it from another node of the site", filepath.Join(dir, clusterKeyFile), len(key), pki.ClusterKeySize)
 	}
 	id := Identity{
 		SiteID: stored.Site, NodeID: stored.Node, Name: stored.Name,
-		CA: []byte(stored.CA), Cert: []byte(stored.Cert), Key: []byte(stored.Key), ClusterKey: key,
+		CA: []byte(stored.CA), Links: []byte(stored.Links), Renewal: stored.Renewal, Cert: []byte(stored.Cert), Key: []byte(stored.Key), ClusterKey: key,
 	}
 	if _, err := id.Certificate(); err != nil {
 		return Identity{}, fmt.Errorf("%s: %w", filepath.Join(dir, identityFile), err)
@@ -89,7 +105,7 @@ func LoadIdentity(dir string) (Identity, error) {
 // Certificate is the node's certificate for its peers, the authority's behind
 // it: a node that joins finds the pinned authority there.
 func (id Identity) Certificate() (tls.Certificate, error) {
-	cert, err := tls.X509KeyPair(append(append([]byte(nil), id.Cert...), id.CA...), id.Key)
+	cert, err := tls.X509KeyPair(bytes.Join([][]byte{id.Cert, id.CA, id.Links}, nil), id.Key)
 	if err != nil {
 		return tls.Certificate{}, fmt.Errorf("the node's certificate: %w", err)
 	}
@@ -103,7 +119,7 @@ func (id Identity) Certificate() (tls.Certificate, error) {
 	return cert, nil
 }
 
-// Pool holds the site's authority.
+// Pool holds the site's authorities.
 func (id Identity) Pool() (*x509.CertPool, error) { return pki.Pool(id.CA) }
 
 // Save writes the identity of a node that was made outside of Found and Join:
@@ -118,7 +134,7 @@ func (id Identity) save(dir string) error {
 	}
 	return writeJSON(filepath.Join(dir, identityFile), identityJSON{
 		Format: identityFormat, Site: id.SiteID, Node: id.NodeID, Name: id.Name,
-		CA: string(id.CA), Cert: string(id.Cert), Key: string(id.Key),
+		CA: string(id.CA), Links: string(id.Links), Renewal: id.Renewal, Cert: string(id.Cert), Key: string(id.Key),
 	})
 }
 
@@ -177,6 +193,71 @@ func prepareDir(dir string) error {
 	for _, state := range []string{"raft", "meta.db"} {
 		if _, err := os.Stat(filepath.Join(dir, state)); err == nil {
 			return fmt.Errorf("%s holds the state of a node (%s) but no %s: restore that file, or clear the directory with atoll node wipe", dir, state, identityFile)
+		}
+	}
+	return nil
+}
+
+func pinsOf(bundle []byte) (pins []string, err error) {
+	certs, err := pki.ParseCerts(bundle)
+	for _, c := range certs {
+		pins = append(pins, hex.EncodeToString(pki.PinOf(c)))
+	}
+	return pins, err
+}
+
+// issuer is the certificate in PEM of the authority that signed Cert.
+func (id Identity) issuer() ([]byte, error) {
+	leaf, err := pki.ParseCert(id.Cert)
+	if err != nil {
+		return nil, err
+	}
+	certs, err := pki.ParseCerts(id.CA)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range certs {
+		if leaf.CheckSignatureFrom(c) == nil {
+			return pki.EncodeCert(c), nil
+		}
+	}
+	return nil, errors.New("the authority that signed this node's certificate is not known here")
+}
+
+// Authorities are all that the node knows of the site's authorities, present and
+// past, in PEM.
+func (id Identity) Authorities() []byte { return bytes.Join([][]byte{id.CA, id.Links}, nil) }
+
+// knows reports whether a pin is that of one of the site's authorities, present or
+// past.
+func (id Identity) knows(pin []byte) (bool, error) {
+	certs, err := pki.ParseCerts(id.Authorities())
+	for _, c := range certs {
+		if pki.PinMatches(pki.PinOf(c), pin) {
+			return true, nil
+		}
+	}
+	return false, err
+}
+
+// keyID names a cluster key without telling it.
+func keyID(key []byte) string {
+	sum := sha256.Sum256(append([]byte("atoll cluster key id\x00"), key...))
+	return hex.EncodeToString(sum[:16])
+}
+
+func (id Identity) keyIDs() (ids []string) {
+	for key := range slices.Chunk(id.ClusterKey, pki.ClusterKeySize) {
+		ids = append(ids, keyID(key))
+	}
+	return ids
+}
+
+// key finds a key by its id; nil when the node does not hold it.
+func (id Identity) key(name string) []byte {
+	for key := range slices.Chunk(id.ClusterKey, pki.ClusterKeySize) {
+		if keyID(key) == name {
+			return key
 		}
 	}
 	return nil

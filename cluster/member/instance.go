@@ -74,7 +74,7 @@ func (n *Node) open() (_ *instance, err error) {
 			in.transport.Close()
 		}
 	}()
-	history, err := newHistory(snapshots, cached, in.machine.Position())
+	history, err := raftnet.NewHistory(snapshots, cached, in.machine.Position())
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +90,7 @@ func (n *Node) open() (_ *instance, err error) {
 	return in, nil
 }
 
-func (n *Node) raftConfig(h *history) *raft.Config {
+func (n *Node) raftConfig(h *raftnet.History) *raft.Config {
 	t := n.cfg.Timings
 	cfg := raft.DefaultConfig()
 	cfg.LocalID = raft.ServerID(n.Self())
@@ -102,7 +102,7 @@ func (n *Node) raftConfig(h *history) *raft.Config {
 	cfg.NoLegacyTelemetry = true
 	// Snapshots are triggered by the size of the log, not by its entries.
 	cfg.SnapshotInterval, cfg.SnapshotThreshold = 24*time.Hour, math.MaxUint64
-	cfg.NoSnapshotRestoreOnStart = h.held
+	cfg.NoSnapshotRestoreOnStart = h.Held
 	return cfg
 }
 

@@ -62,6 +62,8 @@ type joinAnswer struct {
 	Cert       []byte `json:"cert"`
 	ClusterKey []byte `json:"cluster_key"`
 	Epoch      string `json:"epoch,omitempty"` // of the last recovery
+	Links      []byte `json:"links,omitempty"`
+	Renewal    int    `json:"renewal,omitempty"`
 }
 
 // renewRequest asks for a new certificate of the key that the row names.
@@ -71,7 +73,10 @@ type renewRequest struct {
 }
 
 type renewAnswer struct {
-	Cert []byte `json:"cert"`
+	Cert    []byte `json:"cert"`
+	CA      []byte `json:"ca,omitempty"`
+	Links   []byte `json:"links,omitempty"`
+	Renewal int    `json:"renewal,omitempty"`
 }
 
 // refusal is the answer to a request that is not granted.
@@ -157,7 +162,7 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 		return Identity{}, err
 	}
 	id := Identity{
-		SiteID: answer.Site, NodeID: pending.Node, Name: cfg.Name, CA: answer.CA, Cert: answer.Cert,
+		SiteID: answer.Site, NodeID: pending.Node, Name: cfg.Name, CA: answer.CA, Links: answer.Links, Renewal: answer.Renewal, Cert: answer.Cert,
 		Key: []byte(pending.Key), ClusterKey: answer.ClusterKey,
 	}
 	if err := id.check(token.Pin); err != nil {
@@ -181,21 +186,19 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 
 // check makes sure of what a site answered before it is stored.
 func (id Identity) check(pin []byte) error {
-	ca, err := pki.ParseCert(id.CA)
-	if err != nil {
+	if known, err := id.knows(pin); err != nil {
 		return err
-	}
-	if !pki.PinMatches(pki.PinOf(ca), pin) {
+	} else if !known {
 		return ErrOtherSite
 	}
-	if len(id.ClusterKey) != pki.ClusterKeySize {
+	if len(id.ClusterKey) == 0 || len(id.ClusterKey)%pki.ClusterKeySize != 0 {
 		return errors.New("it holds no cluster key")
 	}
 	cert, err := id.Certificate()
 	if err != nil {
 		return err
 	}
-	return cert.Leaf.CheckSignatureFrom(ca)
+	return pki.VerifyPinned(cert.Leaf, id.Authorities(), pin)
 }
 
 // application gives the key and the id under which the node applies with a
@@ -308,43 +311,41 @@ func postJoin(ctx context.Context, d dialer, path string, body []byte, answer an
 
 // askRenewal asks the member at addr for a new certificate. It takes the join
 // service, because a certificate that has expired opens no other.
-func (n *Node) askRenewal(ctx context.Context, addr string, key crypto.Signer) ([]byte, error) {
+func (n *Node) askRenewal(ctx context.Context, addr string, key crypto.Signer) (answer renewAnswer, err error) {
 	csr, err := pki.NewCSR(key)
 	if err != nil {
-		return nil, err
+		return answer, err
 	}
 	pin, err := pki.PinPEM(n.CA())
 	if err != nil {
-		return nil, err
+		return answer, err
 	}
 	body, err := json.Marshal(renewRequest{Node: n.Self(), CSR: csr})
 	if err != nil {
-		return nil, err
+		return answer, err
 	}
-	var answer renewAnswer
-	if err := postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathRenew, body, &answer); err != nil {
-		return nil, err
-	}
-	return answer.Cert, nil
+	err = postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathRenew, body, &answer)
+	return answer, err
 }
 
 // askStanding asks the member at addr whether this node was removed, over the
-// join service, which refuses nobody; ErrRemoved when it was.
-func (n *Node) askStanding(ctx context.Context, addr string) error {
+// join service, which refuses nobody; ErrRemoved when it was. stale says that its
+// certificate is of an authority that the site no longer knows.
+func (n *Node) askStanding(ctx context.Context, addr string) (stale bool, err error) {
 	pin, err := pki.PinPEM(n.CA())
 	if err != nil {
-		return err
+		return false, err
 	}
-	body, err := json.Marshal(standingRequest{Node: n.Self()})
+	body, err := json.Marshal(standingRequest{Node: n.Self(), Issuer: fmt.Sprintf("%x", pin)})
 	if err != nil {
-		return err
+		return false, err
 	}
 	var answer standingAnswer
 	if err := postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathStanding, body, &answer); err != nil {
-		return err
+		return false, err
 	}
 	if answer.Removed != 0 {
-		return fmt.Errorf("%w on %s", ErrRemoved, time.Unix(answer.Removed, 0).UTC().Format(time.DateOnly))
+		return false, fmt.Errorf("%w on %s", ErrRemoved, time.Unix(answer.Removed, 0).UTC().Format(time.DateOnly))
 	}
-	return nil
+	return answer.Stale, nil
 }

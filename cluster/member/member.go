@@ -7,6 +7,7 @@ package member
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -158,14 +159,19 @@ type Node struct {
 	mu       sync.Mutex
 	identity Identity
 	cert     tls.Certificate
+	pool     *x509.CertPool // of identity.CA
+	pins     []string       // of the same, in hex
 
 	raft     atomic.Pointer[instance] // nil until Run has started it
 	term     atomic.Uint64            // the newest term that this node has opened as its leader
+	stale    atomic.Bool              // the site no longer knows the authority of this node's certificate
 	founding atomic.Bool              // the site's first rows are still to be committed
 	changed  *signal                  // fires when the leader or the membership may have changed
 	peers    *sightings
 	metrics  *metrics
-	report   atomic.Pointer[Report] // nil is a node that is well
+	report   atomic.Pointer[Report]        // nil is a node that is well
+	reseal   []func(context.Context) error // see Resealers
+	altering sync.Mutex                    // held while the identity on disk changes; taken before mu
 	begun    time.Time
 	ready    chan struct{}
 	ran      atomic.Bool
@@ -192,14 +198,13 @@ func New(cfg Config, identity Identity) (*Node, error) {
 		return nil, err
 	}
 	cfg.defaults()
-	cert, err := identity.Certificate()
-	if err != nil {
-		return nil, err
-	}
 	n := &Node{
 		cfg: cfg, log: cfg.Log, db: cfg.DB, rows: defineRows(cfg.DB),
-		identity: identity, cert: cert,
 		changed: newSignal(), peers: newSightings(), ready: make(chan struct{}), begun: time.Now(),
+	}
+	err := n.become(identity)
+	if err != nil {
+		return nil, err
 	}
 	n.client = n.newClient()
 	if n.metrics, err = newMetrics(cfg.Registry, n); err != nil {
@@ -258,7 +263,15 @@ func (n *Node) Certificate() tls.Certificate {
 	return n.cert
 }
 
-// CA is the certificate of the site's authority in PEM.
+// Pool is the set of authorities whose certificates this node accepts. It changes
+// while the site's authority does: ask again for each handshake.
+func (n *Node) Pool() *x509.CertPool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.pool
+}
+
+// CA is the certificate of the site's authority in PEM, of both while it changes.
 func (n *Node) CA() []byte { return n.Identity().CA }
 
 // Ready is closed when the node serves: its state is loaded and its peers are

@@ -1,15 +1,19 @@
 package member
 
 import (
+	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -290,10 +294,14 @@ func (in *instance) votes(id string) bool {
 type standingAnswer struct {
 	// Removed is when the node was removed and the consensus let it go; 0 else.
 	Removed int64 `json:"removed"`
+	// Stale: its certificate is of an authority that the site no longer knows.
+	Stale bool `json:"stale,omitempty"`
 }
 
 type standingRequest struct {
 	Node string `json:"node"`
+	// Issuer is the pin, in hex, of the authority that signed its certificate.
+	Issuer string `json:"issuer,omitempty"`
 }
 
 // standing tells a node that nobody talks to any more whether it was removed:
@@ -311,7 +319,7 @@ func (n *Node) standing(_ context.Context, body []byte) (any, error) {
 	in := n.raft.Load()
 	// Until it has left raft's configuration its vote may be needed.
 	if !ok || m.Removed == 0 || in == nil || in.serves(m.ID) {
-		return standingAnswer{}, nil
+		return standingAnswer{Stale: req.Issuer != "" && !slices.Contains(n.trusts(), req.Issuer)}, nil
 	}
 	return standingAnswer{Removed: m.Removed}, nil
 }
@@ -324,4 +332,247 @@ func (n *Node) dismissed(self Member) error {
 		return nil
 	}
 	return fmt.Errorf("%w on %s", ErrRemoved, time.Unix(self.Removed, 0).UTC().Format(time.DateOnly))
+}
+
+// Betray removes a node that strangers may have in their hands, and replaces what
+// it held: join tokens are revoked at once; the cluster key and the site's authority
+// change while the site runs on, and Status tells how far that is. What the rooms
+// keep is theirs: see Resealers. Safe to repeat. Errors are those of Remove.
+func (n *Node) Betray(ctx context.Context, id string) error {
+	for _, step := range []func(context.Context) error{
+		func(ctx context.Context) error { return n.Remove(ctx, id) },
+		n.revokeTokens, n.rotateKey, n.RotateAuthority,
+	} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (n *Node) revokeTokens(ctx context.Context) error {
+	const page = 100
+	for found := page; found == page; {
+		_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+			var ids []string
+			for row, err := range n.rows.tokens.Scan(tx, table.Range{Limit: page}) {
+				if err != nil {
+					return err
+				}
+				ids = append(ids, row.Key[0])
+			}
+			found = len(ids)
+			for _, id := range ids {
+				if err := n.rows.tokens.Delete(tx, id); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("revoking the join tokens: %w", err)
+		}
+	}
+	return nil
+}
+
+// maxLinks bounds the certificates by which nodes that were away during that many
+// changes of the authority, two certificates each, find back.
+const maxLinks = 4
+
+// Rotation is how far a change of the site's certificates is. It is read from rows,
+// so any node can tell and any leader goes on with it.
+type Rotation struct {
+	// Phase is "" when nothing is under way; "trust" until all live members trust
+	// the new authority, "renew" until all have a certificate of it or are as new
+	// as they were told to be.
+	Phase string
+	// Waiting are the names of the live members that are not there yet.
+	Waiting []string
+}
+
+// RotateAuthority begins to replace the site's authority. When that is under way
+// already it changes nothing. The leader does the rest: see advance.
+func (n *Node) RotateAuthority(ctx context.Context) error {
+	id := n.Identity()
+	next, err := pki.NewAuthority(id.SiteID, n.Now())
+	if err != nil {
+		return err
+	}
+	keyPEM, err := next.KeyPEM()
+	if err != nil {
+		return err
+	}
+	sealed, err := n.seal(caKeyName, keyPEM)
+	if err != nil {
+		return err
+	}
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		rows, err := n.authorities(tx)
+		if err != nil {
+			return err
+		}
+		if _, under := rows[nextAuthority]; under {
+			return nil
+		}
+		if _, under := rows[formerAuthority]; under {
+			return nil
+		}
+		now, err := n.signer(tx)
+		if err != nil {
+			return err
+		}
+		link, err := now.Link(next)
+		if err != nil {
+			return err
+		}
+		links, err := shorten(bytes.Join([][]byte{link, now.CertPEM(), now.links}, nil))
+		if err != nil {
+			return err
+		}
+		return n.rows.authority.Put(tx, authorityRow{Cert: next.CertPEM(), SealedKey: sealed, Links: links}, nextAuthority)
+	})
+	return err
+}
+
+// shorten keeps the newest links.
+func shorten(links []byte) ([]byte, error) {
+	certs, err := pki.ParseCerts(links)
+	if err != nil || len(certs) <= 2*maxLinks {
+		return links, err
+	}
+	var short []byte
+	for _, c := range certs[:2*maxLinks] {
+		short = append(short, pki.EncodeCert(c)...)
+	}
+	return short, nil
+}
+
+// RenewAll tells every node to get itself a new certificate now.
+func (n *Node) RenewAll(ctx context.Context) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		row, _, ok, err := n.rows.authority.Get(tx, theAuthority)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return errNoAuthority
+		}
+		row.Renewals++
+		return n.rows.authority.Put(tx, row, theAuthority)
+	})
+	return err
+}
+
+// advance takes the change of the authority one step further, as the leader, once
+// every live member is ready for it. A member that is away is not waited for: the
+// links let it find back.
+func (n *Node) advance(ctx context.Context) error {
+	rows, r, err := n.rotation()
+	if err != nil || r.Phase == "" || len(r.Waiting) > 0 || time.Since(n.begun) < n.cfg.Timings.Live {
+		return err
+	}
+	next, distributing := rows[nextAuthority]
+	if _, renewing := rows[formerAuthority]; !distributing && !renewing {
+		return nil
+	}
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		now, err := n.authorities(tx)
+		if err != nil || !bytes.Equal(trusted(now), trusted(rows)) {
+			return err // somebody else went on
+		}
+		if !distributing {
+			return n.rows.authority.Delete(tx, formerAuthority)
+		}
+		signs := now[theAuthority]
+		next.Renewals = signs.Renewals + 1
+		return errors.Join(
+			n.rows.authority.Put(tx, next, theAuthority),
+			n.rows.authority.Put(tx, authorityRow{Cert: signs.Cert}, formerAuthority),
+			n.rows.authority.Delete(tx, nextAuthority))
+	})
+	if err != nil {
+		return fmt.Errorf("changing the site's authority: %w", err)
+	}
+	if distributing {
+		n.log.Info("all nodes that are up trust the site's new authority; it signs from now on")
+	} else {
+		n.log.Info("all nodes that are up have certificates of the site's new authority; the former is trusted no more")
+	}
+	return nil
+}
+
+// rotation gives the authority's rows and how far the live members are.
+func (n *Node) rotation() (rows map[string]authorityRow, r Rotation, err error) {
+	err = n.db.View(func(v *table.View) error {
+		rows, err = n.authorities(v)
+		return err
+	})
+	if err != nil || len(rows) == 0 {
+		return nil, r, err
+	}
+	signs := rows[theAuthority]
+	next, distributing := rows[nextAuthority]
+	_, renewing := rows[formerAuthority]
+	pin, err := hexPin(signs.Cert)
+	if err != nil {
+		return rows, r, err
+	}
+	ready := func(p ping) bool { return p.Issuer == pin && p.Renewal >= signs.Renewals }
+	if distributing {
+		if pin, err = hexPin(next.Cert); err != nil {
+			return rows, r, err
+		}
+		ready = func(p ping) bool { return slices.Contains(p.Trusts, pin) }
+	}
+	if r.Waiting, err = n.unready(ready); err != nil {
+		return rows, r, err
+	}
+	switch {
+	case distributing:
+		r.Phase = "trust"
+	case renewing, len(r.Waiting) > 0:
+		r.Phase = "renew"
+	}
+	return rows, r, nil
+}
+
+// unready are the names of the live members that did not say in their last ping
+// what was asked for.
+func (n *Node) unready(ready func(ping) bool) (names []string, err error) {
+	members, err := n.roster()
+	for _, m := range members {
+		said := n.peers.of(m.ID).ping
+		if in := n.raft.Load(); m.ID == n.Self() && in != nil {
+			said = n.sign(in)
+		}
+		if n.live(m.ID) && !ready(said) {
+			names = append(names, m.Name)
+		}
+	}
+	return names, err
+}
+
+func hexPin(cert []byte) (string, error) {
+	pin, err := pki.PinPEM(cert)
+	return hex.EncodeToString(pin), err
+}
+
+// oldestPin is the pin of the authority that every node can prove to be of.
+func (n *Node) oldestPin() (pin []byte, err error) {
+	err = n.db.View(func(v *table.View) error {
+		rows, err := n.authorities(v)
+		if err != nil {
+			return err
+		}
+		oldest, ok := rows[formerAuthority]
+		if !ok {
+			if oldest, ok = rows[theAuthority]; !ok {
+				return errNoAuthority
+			}
+		}
+		pin, err = pki.PinPEM(oldest.Cert)
+		return err
+	})
+	return pin, err
 }

@@ -3,6 +3,7 @@ package member
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -11,7 +12,6 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
-	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -54,7 +54,7 @@ func (n *Node) leadOnce(ctx context.Context, in *instance) error {
 			return err
 		}
 		if done {
-			return n.keepClock(ctx, in)
+			return errors.Join(n.keepClock(ctx, in), n.advance(ctx), n.rekey(ctx))
 		}
 	}
 	return nil
@@ -96,7 +96,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 		return err
 	}
 	id := n.Identity()
-	sealed, err := pki.Seal(id.ClusterKey, caKeyName, []byte(founding.CAKey))
+	sealed, err := n.seal(caKeyName, []byte(founding.CAKey))
 	if err != nil {
 		return err
 	}

@@ -76,16 +76,41 @@ type tokenUse struct {
 // authorityRow is the site's certificate authority.
 type authorityRow struct {
 	Cert      []byte `cbor:"cert"`       // PEM
-	SealedKey []byte `cbor:"sealed_key"` // by pki.Seal under caKeyName
+	SealedKey []byte `cbor:"sealed_key"` // by pki.Seal under caKeyName; none of a former one
+	// Links are certificates by which nodes that know an earlier authority only
+	// accept what this one signs, and those earlier authorities' own, in PEM.
+	Links []byte `cbor:"links,omitempty"`
+	// Renewals counts how often the authority changed or all nodes were told to
+	// renew; of the one that signs.
+	Renewals int `cbor:"renewals,omitempty"`
 }
 
-// theAuthority is the key of the one authority row.
-const theAuthority = "ca"
+// Keys of the authority rows. While the authority is replaced there are two: the
+// next one until all live members trust it, then the former one until all of them
+// have a certificate of the new one.
+const (
+	theAuthority    = "ca"
+	nextAuthority   = "next"
+	formerAuthority = "former"
+)
 
 // caKeyName is what the authority's key is sealed as.
 const caKeyName = "site authority key"
 
+// secretRow says which cluster keys are in use, by their ids (keyID). The keys
+// themselves are in no row.
+type secretRow struct {
+	Seals  string `cbor:"seals"`  // what is sealed now is sealed with it
+	Next   string `cbor:"next"`   // "", or the key that is to follow, until all live members hold it
+	Former string `cbor:"former"` // "", or the key before, until nothing is sealed with it
+}
+
+// theSecret is the key of the one secret row; there is none until the site changes
+// its key for the first time.
+const theSecret = "cluster"
+
 type rows struct {
+	secrets   *table.Table[secretRow]
 	members   *table.Table[Member]
 	names     *table.Table[nameRow]
 	tokens    *table.Table[tokenRow]
@@ -95,6 +120,7 @@ type rows struct {
 
 func defineRows(db *table.DB) rows {
 	return rows{
+		secrets:   table.Define[secretRow](db, "site_secret"),
 		members:   table.Define[Member](db, "member"),
 		names:     table.Define[nameRow](db, "member_name"),
 		tokens:    table.Define[tokenRow](db, "join_token"),
@@ -193,11 +219,11 @@ func (o *Offline) Unseal(name string, sealed []byte) ([]byte, error) {
 
 // Authority is the site's.
 func (o *Offline) Authority() (*pki.Authority, error) {
-	a, err := o.node.localAuthority()
+	s, err := o.node.localSigner()
 	if errors.Is(err, errNoAuthority) {
 		return nil, errors.New("the state names no authority: it is not that of a site")
 	}
-	return a, err
+	return s.Authority, err
 }
 
 // Alone makes the rows those of a site that goes on with the member self alone:

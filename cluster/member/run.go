@@ -55,7 +55,7 @@ func (n *Node) Run(ctx context.Context) error {
 		func(ctx context.Context) error { return n.lead(ctx, in) },
 		func(ctx context.Context) error { return n.snapshotWhenDue(ctx, in) },
 		func(ctx context.Context) error { return n.giveWay(ctx, in) },
-		n.watchPeers, n.publish, n.renew,
+		n.watchPeers, n.publish, n.renew, n.holdKeys,
 		func(ctx context.Context) error { return n.standAside(ctx, in) },
 		func(ctx context.Context) error { return n.start(ctx, in) },
 		func(ctx context.Context) error {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -30,9 +31,11 @@ type Status struct {
 	// Epoch is the site's recovery epoch as this node has it; Fenced says why the
 	// node takes no part in the site, nil while it does; Strays are the peers that
 	// it refused for their epoch.
-	Epoch  epoch.Epoch
-	Fenced error
-	Strays []epoch.Stray
+	Epoch    epoch.Epoch
+	Fenced   error
+	Strays   []epoch.Stray
+	Rotation Rotation // of the site's certificates
+	Rekeying bool     // the site is changing its cluster key
 }
 
 // MemberStatus is one member as this node sees it.
@@ -97,8 +100,13 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		}
 		s.Members = append(s.Members, ms)
 	}
+	if _, s.Rotation, err = n.rotation(); err != nil {
+		return s, err
+	}
+	secret, err := n.localSecret()
+	s.Rekeying = secret.Next != "" || secret.Former != ""
 	slices.SortStableFunc(s.Members, func(a, b MemberStatus) int { return int(a.Joined - b.Joined) })
-	return s, nil
+	return s, err
 }
 
 // Live are the members that this node could reach just now, itself first.
@@ -239,19 +247,28 @@ func (n *Node) inquire(ctx context.Context, members []Member) error {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live/2)
 	defer cancel()
 	var asked errgroup.Group
+	var stale atomic.Bool
 	for _, m := range members {
 		if n.live(m.ID) {
 			continue
 		}
 		asked.Go(func() error {
-			err := n.askStanding(ctx, m.Addr)
+			outdated, err := n.askStanding(ctx, m.Addr)
 			if errors.Is(err, ErrRemoved) {
 				return err
+			}
+			if outdated {
+				stale.Store(true)
 			}
 			return nil // it is down, or its network is
 		})
 	}
-	return asked.Wait()
+	err := asked.Wait()
+	if stale.Load() {
+		n.stale.Store(true)
+		n.changed.fire()
+	}
+	return err
 }
 
 // cutOff ends the connections of nodes that the consensus has let go: they were

@@ -59,12 +59,11 @@ func NewAuthority(siteID string, now time.Time) (*Authority, error) {
 	}
 	template := &x509.Certificate{
 		SerialNumber:          serial,
-		Subject:               pkix.Name{CommonName: "Atoll site " + siteID},
+		Subject:               pkix.Name{CommonName: "Atoll site " + siteID + " " + serial.Text(36)[:6]},
 		NotBefore:             now.Add(-Backdate),
 		NotAfter:              now.Add(AuthorityLife),
 		IsCA:                  true,
 		BasicConstraintsValid: true,
-		MaxPathLenZero:        true,
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
@@ -104,6 +103,30 @@ func (a *Authority) KeyPEM() ([]byte, error) { return MarshalKey(a.key) }
 // Signer signs in the authority's name what is no certificate. What it signs has
 // to say what it is, in words that no certificate begins with.
 func (a *Authority) Signer() crypto.Signer { return a.key }
+
+// Link certifies the key of next by this authority: by it, who trusts this one
+// accepts what next signs.
+func (a *Authority) Link(next *Authority) ([]byte, error) {
+	serial, err := newSerial()
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               next.cert.Subject,
+		NotBefore:             a.cert.NotBefore,
+		NotAfter:              a.cert.NotAfter,
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		KeyUsage:              next.cert.KeyUsage,
+		SubjectKeyId:          next.cert.SubjectKeyId,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, next.key.Public(), a.key)
+	if err != nil {
+		return nil, fmt.Errorf("signing the new authority with the old one: %w", err)
+	}
+	return encodeCert(der), nil
+}
 
 // Pin identifies the authority: see PinOf.
 func (a *Authority) Pin() []byte { return PinOf(a.cert) }
@@ -259,6 +282,9 @@ func newSerial() (*big.Int, error) {
 	return serial, nil
 }
 
+// EncodeCert writes a certificate in PEM.
+func EncodeCert(c *x509.Certificate) []byte { return encodeCert(c.Raw) }
+
 func encodeCert(der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
@@ -275,6 +301,60 @@ func ParseCert(text []byte) (*x509.Certificate, error) {
 	}
 	return cert, nil
 }
+
+// ParseCerts reads all certificates of a PEM text; there is at least one.
+func ParseCerts(text []byte) (certs []*x509.Certificate, err error) {
+	for {
+		var block *pem.Block
+		if block, text = pem.Decode(text); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("a %s where only certificates belong", block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("reading a certificate: %w", err)
+		}
+		certs = append(certs, cert)
+	}
+	if len(certs) == 0 {
+		return nil, errors.New("no certificate in PEM form")
+	}
+	return certs, nil
+}
+
+// VerifyPinned checks that a node's certificate comes from the authority with the
+// pin, which is among the certificates of bundle, be it by links that are there
+// too. It does not look at the clock.
+func VerifyPinned(leaf *x509.Certificate, bundle, pin []byte) error {
+	certs, err := ParseCerts(bundle)
+	if err != nil {
+		return err
+	}
+	roots, others, found := x509.NewCertPool(), x509.NewCertPool(), false
+	for _, c := range certs {
+		if c.IsCA && PinMatches(PinOf(c), pin) && c.CheckSignatureFrom(c) == nil {
+			roots.AddCert(c)
+			found = true
+		} else {
+			others.AddCert(c)
+		}
+	}
+	if !found {
+		return errNotPinned
+	}
+	_, err = leaf.Verify(x509.VerifyOptions{
+		Roots: roots, Intermediates: others, CurrentTime: leaf.NotBefore.Add(Backdate),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+	})
+	if err != nil {
+		return fmt.Errorf("the certificate of a node: %w", err)
+	}
+	return nil
+}
+
+var errNotPinned = errors.New("the authority that the token names is not there")
 
 // MarshalKey writes a private key as PKCS #8 in PEM.
 func MarshalKey(key crypto.Signer) ([]byte, error) {
@@ -302,13 +382,15 @@ func ParseKey(text []byte) (crypto.Signer, error) {
 	return signer, nil
 }
 
-// Pool is the set that holds only this certificate in PEM.
-func Pool(certPEM []byte) (*x509.CertPool, error) {
-	cert, err := ParseCert(certPEM)
+// Pool is the set of the certificates in a PEM text.
+func Pool(text []byte) (*x509.CertPool, error) {
+	certs, err := ParseCerts(text)
 	if err != nil {
 		return nil, err
 	}
 	pool := x509.NewCertPool()
-	pool.AddCert(cert)
+	for _, c := range certs {
+		pool.AddCert(c)
+	}
 	return pool, nil
 }

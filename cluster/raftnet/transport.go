@@ -1,5 +1,6 @@
 // Package raftnet is what raft needs from the world besides its files: the way to
-// its peers, a record of what they have answered, and a log.
+// its peers, a record of what they have answered, a log, and the node's state as a
+// snapshot.
 package raftnet
 
 import (

@@ -74,7 +74,7 @@ func Recover(ctx context.Context, s Survivor) (Recovered, error) {
 		out.Kept, out.Resumed = p.Kept, true
 		return out, finish(s.Dir, p, b.at)
 	}
-	guard, err := epoch.Open(s.Dir, id.SiteID, id.CA, s.Log)
+	guard, err := epoch.Open(s.Dir, id.SiteID, id.Authorities(), s.Log)
 	if err != nil {
 		return out, err
 	}

@@ -15,7 +15,8 @@ import (
 
 func newCluster() *cobra.Command {
 	return group(&cobra.Command{Use: "cluster", Short: "Look at the nodes of this site and change them"},
-		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove(), newClusterRecover(), newClusterSalvage())
+		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove(), newClusterRecover(), newClusterSalvage(),
+		group(&cobra.Command{Use: "rotate", Short: "Give all nodes new certificates"}, newClusterRotate("certificates"), newClusterRotate("ca")))
 }
 
 func newClusterStatus() *cobra.Command {
@@ -101,6 +102,33 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 // nodePath is the API's path of a node.
 func nodePath(node string) string { return "/api/atoll/v1/cluster/nodes/" + url.PathEscape(node) }
 
+func newClusterRotate(what string) *cobra.Command {
+	short, said := "Give every node a new certificate of the present CA now", "every node gets a new certificate"
+	if what == "ca" {
+		short = "Replace the site's CA and every certificate of it, without interruption"
+		said = "a new CA is being distributed; give clients what atoll ca prints"
+	}
+	cmd := &cobra.Command{
+		Use:   what,
+		Short: short,
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			var status peers.Status
+			if err := c.call(cmd.Context(), "POST", "/api/atoll/v1/cluster/rotations/"+what, nil, &status); err != nil {
+				return err
+			}
+			return done(cmd, status, "%s; atoll cluster status shows how far it is", said)
+		},
+	}
+	clientFlags(cmd)
+	formatFlag(cmd)
+	return cmd
+}
+
 func newClusterLead() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "lead NODE",
@@ -155,7 +183,7 @@ status shows how far it is; when it is drained, it can be stopped or removed.`,
 }
 
 func newClusterRemove() *cobra.Command {
-	var force bool
+	var force, stolen bool
 	cmd := &cobra.Command{
 		Use:   "remove NODE",
 		Short: "Take a node out of the site for good (its name or id)",
@@ -169,7 +197,10 @@ blob. The node stops by itself if it still runs.`,
 				return err
 			}
 			path := nodePath(args[0])
-			if force {
+			switch {
+			case stolen:
+				path += "?stolen=true"
+			case force:
 				path += "?force=true"
 			}
 			var left peers.Left
@@ -177,7 +208,10 @@ blob. The node stops by itself if it still runs.`,
 				return err
 			}
 			said := "%s (%s) is no longer a node of this site"
-			if left.Before {
+			switch {
+			case stolen:
+				said += "; its tokens are void, the CA and the cluster key are being replaced (atoll cluster status); now change the passwords that were used on it"
+			case left.Before:
 				said = "%s (%s) was removed before"
 			}
 			return done(cmd, left, said, left.Name, left.ID)
@@ -186,5 +220,6 @@ blob. The node stops by itself if it still runs.`,
 	clientFlags(cmd)
 	formatFlag(cmd)
 	cmd.Flags().BoolVar(&force, "force", false, "give up blobs of which the node holds, or may hold, the only copy")
+	cmd.Flags().BoolVar(&stolen, "stolen", false, "the node may be in strange hands: remove it at once, whatever blobs go with it, and replace all keys that it held")
 	return cmd
 }

@@ -208,7 +208,7 @@ func (r Restoring) upToMetadata(file *fileReader) (key []byte, metadata io.Reade
 			}
 			key = keys.ClusterKey
 		case partMetadata:
-			if len(key) != pki.ClusterKeySize {
+			if len(key) == 0 || len(key)%pki.ClusterKeySize != 0 {
 				return nil, nil, fault.New(fault.Invalid, "the backup was written without a recipient and holds no keys: give the file cluster.key of a node of the site with --cluster-key FILE. Without that key the site's secrets cannot be opened")
 			}
 			return key, p, nil

@@ -64,6 +64,69 @@ func (id *Identity) RotateTokenKey(ctx context.Context) error {
 	return id.newKey(ctx, true)
 }
 
+// RevokeTokenKeys makes a new key to sign tokens with and ends all tokens that the
+// others signed, because somebody may have got hold of those.
+func (id *Identity) RevokeTokenKeys(ctx context.Context) error {
+	if err := id.newKey(ctx, true); err != nil {
+		return err
+	}
+	_, err := id.config.DB.Update(ctx, func(tx *table.Tx) error {
+		current, _, _, err := id.current.Get(tx, currentKey)
+		if err != nil {
+			return err
+		}
+		var others []string
+		for row, err := range id.keys.Scan(tx, table.Range{Limit: 100}) {
+			if err != nil {
+				return err
+			}
+			if row.Key[0] != current.ID {
+				others = append(others, row.Key[0])
+			}
+		}
+		for _, kid := range others {
+			if err := id.keys.Delete(tx, kid); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("revoke the token keys: %w", err)
+	}
+	return nil
+}
+
+// Reseal seals the private keys anew, with the key that the site has changed to.
+func (id *Identity) Reseal(ctx context.Context) error {
+	_, err := id.config.DB.Update(ctx, func(tx *table.Tx) error {
+		again := map[string]keyRow{}
+		for row, err := range id.keys.Scan(tx, table.Range{Limit: 100}) {
+			if err != nil {
+				return err
+			}
+			again[row.Key[0]] = row.Value
+		}
+		for kid, row := range again {
+			seed, err := id.config.Sealer.Unseal(sealName(kid), row.Private)
+			if err != nil {
+				return err
+			}
+			if row.Private, err = id.config.Sealer.Seal(sealName(kid), seed); err != nil {
+				return err
+			}
+			if err := id.keys.Put(tx, row, kid); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("seal the token keys anew: %w", err)
+	}
+	return nil
+}
+
 // newKey puts a fresh key in place of the current one, or, unless replace, only
 // where there is none.
 func (id *Identity) newKey(ctx context.Context, replace bool) error {

@@ -150,6 +150,43 @@ func (j *Journal) newKey(tx *table.Tx, siteID string) (ed25519.PrivateKey, error
 	return private, j.keys.Put(tx, keyRow{Sealed: sealed}, string(public))
 }
 
+// Reseal seals the site's private keys anew, with the cluster key that the site has
+// changed to. The keys themselves stay: other sites know them.
+func (j *Journal) Reseal(ctx context.Context) error {
+	_, err := j.db.Update(ctx, func(tx *table.Tx) error {
+		site, err := j.Site(tx)
+		if fault.Is(err, fault.Unavailable) {
+			return nil // there are none yet
+		} else if err != nil {
+			return err
+		}
+		again := map[entry.Key]keyRow{}
+		for row, err := range j.keys.Scan(tx, table.Range{Limit: 100}) {
+			if err != nil {
+				return err
+			}
+			again[entry.Key(row.Key[0])] = row.Value
+		}
+		for public, row := range again {
+			seed, err := j.sealer.Unseal(sealName(site.ID, public), row.Sealed)
+			if err != nil {
+				return err
+			}
+			if row.Sealed, err = j.sealer.Seal(sealName(site.ID, public), seed); err != nil {
+				return err
+			}
+			if err := j.keys.Put(tx, row, string(public)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("seal the site's keys anew: %w", err)
+	}
+	return nil
+}
+
 func sealName(siteID string, public entry.Key) string {
 	return "site-key/" + siteID + "/" + public.Fingerprint()
 }

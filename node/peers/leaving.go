@@ -19,6 +19,9 @@ type Leaving struct {
 	Node string `path:"node" max:"64"` // its id or name
 	// Force gives up blobs of which it holds, or may hold, the only copy.
 	Force bool `query:"force"`
+	// Stolen: strangers may have it; all that it held is replaced, whatever blobs
+	// go with it.
+	Stolen bool `query:"stolen"`
 }
 
 // Left says which node left.
@@ -161,7 +164,13 @@ func (p *Peers) Remove(ctx context.Context, l Leaving) (Left, error) {
 		return Left{}, err
 	}
 	left := Left{ID: m.ID, Name: m.Name, Before: m.Removed != 0}
-	if left.Before {
+	if left.Before && !l.Stolen {
+		return left, nil
+	}
+	if l.Stolen {
+		if err := p.betray(ctx, m); err != nil {
+			return Left{}, err
+		}
 		return left, nil
 	}
 	if !l.Force {
@@ -174,6 +183,21 @@ func (p *Peers) Remove(ctx context.Context, l Leaving) (Left, error) {
 	}
 	p.Log.Info("a node was removed from the site", "node", m.ID, "name", m.Name, "forced", l.Force)
 	return left, nil
+}
+
+// betray removes a stolen node and replaces what it held.
+func (p *Peers) betray(ctx context.Context, m member.Member) error {
+	if m.ID == p.Roster.Self() {
+		return fault.New(fault.Invalid, "this command went to the node that is said to be stolen; ask another one")
+	}
+	if err := p.Cluster.Betray(ctx, m.ID); err != nil {
+		return refused(err, m.Name)
+	}
+	if err := p.Revoke(ctx); err != nil {
+		return err
+	}
+	p.Log.Warn("a stolen node was removed; what it held is being replaced", "node", m.ID, "name", m.Name)
+	return nil
 }
 
 // spare refuses to lose the last copy of a blob with a node.

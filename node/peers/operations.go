@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/member"
@@ -114,6 +115,14 @@ func (p *Peers) Operations(k *rest.Kernel) {
 	type nodeIn struct {
 		Node string `path:"node" max:"64"`
 	}
+	type rotationIn struct {
+		What string `path:"what" enum:"ca,certificates"`
+	}
+	rest.Register(k, rest.Operation[rotationIn, Status]{
+		ID: "rotate", Method: http.MethodPost, Path: "/api/atoll/v1/cluster/rotations/{what}", Tag: "cluster",
+		Summary: "Give all nodes new certificates, of a new CA or of the present one", Permission: access.NodeManage, Status: http.StatusAccepted,
+		Do: func(ctx context.Context, in *rotationIn) (Status, error) { return p.rotate(ctx, in.What) },
+	})
 	for _, op := range []struct {
 		id, method, action, summary string
 		do                          func(context.Context, string) (NodeStatus, error)
@@ -147,6 +156,17 @@ func (p *Peers) createToken(ctx context.Context, n NewToken) (JoinToken, error) 
 	ttl := time.Duration(n.TTLSeconds) * time.Second
 	token, err := p.Cluster.CreateToken(ctx, ttl, n.Uses)
 	return JoinToken{Token: token, ExpiresAt: time.Now().Add(ttl).UTC().Truncate(time.Second)}, err
+}
+
+func (p *Peers) rotate(ctx context.Context, what string) (Status, error) {
+	begin := p.Cluster.RenewAll
+	if what == "ca" {
+		begin = p.Cluster.RotateAuthority
+	}
+	if err := begin(ctx); err != nil {
+		return Status{}, err
+	}
+	return p.Status(ctx)
 }
 
 // Status gives the state of the cluster and what to do about it.
@@ -247,6 +267,16 @@ func advise(out Status, s member.Status, now time.Time) []string {
 		} else {
 			advice = append(advice, fmt.Sprintf("node %s came back with data from before the recovery and is refused; on it: atoll cluster salvage -o FILE, atoll node wipe --yes, then join it again", stray.Node))
 		}
+	}
+	if s.Rekeying {
+		advice = append(advice, "the site is changing its cluster key: it is done when all nodes that are up hold the new one")
+	}
+	if s.Rotation.Phase != "" {
+		doing := map[string]string{"trust": "the site's new CA is being distributed", "renew": "the nodes are getting new certificates"}[s.Rotation.Phase]
+		if len(s.Rotation.Waiting) > 0 {
+			doing += ": waiting for " + strings.Join(s.Rotation.Waiting, ", ")
+		}
+		advice = append(advice, doing)
 	}
 	if out.Lost > 0 {
 		advice = append(advice, fmt.Sprintf("no node that is up holds %d of the blobs: bring back the nodes that are down; if all are up, push the images again that atoll scrub status names", out.Lost))

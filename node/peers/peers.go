@@ -65,10 +65,17 @@ type Cluster interface {
 	Remove(ctx context.Context, id string) error
 	Drain(ctx context.Context, id string, undo bool) error
 	Lead(ctx context.Context, id string) error
+	// Betray is Remove for a node that was stolen: what it held is replaced.
+	Betray(ctx context.Context, id string) error
+	// RotateAuthority and RenewAll begin to change the nodes' certificates.
+	RotateAuthority(ctx context.Context) error
+	RenewAll(ctx context.Context) error
 }
 
 // Config of Peers. All fields are needed.
 type Config struct {
+	// Revoke ends what else a stolen node could use: the tokens that it could sign.
+	Revoke     func(ctx context.Context) error
 	DB         *table.DB
 	Roster     Roster
 	Cluster    Cluster

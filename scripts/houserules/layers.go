@@ -56,7 +56,7 @@ var layers = [...]layer{
 	{folder: "cluster/recovery", may: []string{"cluster/raftnet", "cluster/kv", "cluster/table", "cluster/pki", "cluster/epoch", "cluster/member"}, tests: []string{"cluster/..."}},
 	{folder: "cluster/table", may: []string{"cluster/kv"}},
 	{folder: "cluster/table/tabletest", may: []string{"cluster/kv", "cluster/table"}},
-	{folder: "cluster/raftnet"},
+	{folder: "cluster/raftnet", may: []string{"cluster/kv"}},
 	{folder: "cluster/reserve", may: []string{"cluster/kv"}},
 	{folder: "cluster/member", may: []string{"cluster/kv", "cluster/table", "cluster/pki", "cluster/epoch", "cluster/gossip", "cluster/raftnet"}, tests: []string{"cluster/..."}},
 	{folder: "cluster/clustertest", may: []string{"cluster/..."}},

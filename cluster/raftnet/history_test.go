@@ -1,4 +1,4 @@
-package member
+package raftnet
 
 import (
 	"testing"
@@ -55,11 +55,11 @@ func TestTheStateIsListedOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	members := raft.EncodeConfiguration(raft.Configuration{Servers: []raft.Server{{ID: "a", Address: "a:1"}}})
-	h, err := newHistory(raft.NewInmemSnapshotStore(), logs, kv.Position{Index: 1, Term: 1, Changed: 1, Members: members})
+	h, err := NewHistory(raft.NewInmemSnapshotStore(), logs, kv.Position{Index: 1, Term: 1, Changed: 1, Members: members})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !h.held {
+	if !h.Held {
 		t.Error("raft would restore the state from a snapshot that is none")
 	}
 	for want := 1; want >= 0; want-- {

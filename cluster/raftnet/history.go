@@ -1,4 +1,4 @@
-package member
+package raftnet
 
 import (
 	"fmt"
@@ -9,24 +9,24 @@ import (
 	"github.com/atoll-registry/atoll/cluster/kv"
 )
 
-// history is raft's store of snapshots with one more: the state itself. It is on
+// History is raft's store of snapshots with one more: the state itself. It is on
 // disk, whole, at an index of the log, and so as good as a snapshot taken there.
 // Raft begins behind its newest snapshot when it starts; told of this one it
 // neither looks for configurations in entries that the state has, nor hands
 // them to a machine that skips them. Nothing else is told of it, and the log
 // itself is as it was: every entry is read, and sent, in full.
-type history struct {
+type History struct {
 	raft.SnapshotStore
-	// held: the state is at the newest snapshot or past it, so that none is to
+	// Held: the state is at the newest snapshot or past it, so that none is to
 	// be restored. It is behind when the node died while it installed one.
-	held bool
+	Held bool
 	// state is given to raft once, while it starts; nil when there is no need
 	// or no proof.
 	state atomic.Pointer[raft.SnapshotMeta]
 }
 
-// newHistory puts a state at a position before the stored snapshots.
-func newHistory(stored raft.SnapshotStore, logs raft.LogStore, at kv.Position) (*history, error) {
+// NewHistory puts a state at a position before the stored snapshots.
+func NewHistory(stored raft.SnapshotStore, logs raft.LogStore, at kv.Position) (*History, error) {
 	list, err := stored.List()
 	if err != nil {
 		return nil, fmt.Errorf("listing the snapshots: %w", err)
@@ -35,9 +35,9 @@ func newHistory(stored raft.SnapshotStore, logs raft.LogStore, at kv.Position) (
 	if len(list) > 0 {
 		newest = list[0]
 	}
-	h := &history{SnapshotStore: stored, held: newest != nil && newest.Index <= at.Index}
+	h := &History{SnapshotStore: stored, Held: newest != nil && newest.Index <= at.Index}
 	if meta := stateAsSnapshot(newest, logs, at); meta != nil {
-		h.held = true
+		h.Held = true
 		h.state.Store(meta)
 	}
 	return h, nil
@@ -88,7 +88,7 @@ func decodeConfiguration(data []byte) (c raft.Configuration, err error) {
 
 // List implements raft.SnapshotStore. Raft lists once while it starts; after
 // that it wants what it can send to another node.
-func (h *history) List() ([]*raft.SnapshotMeta, error) {
+func (h *History) List() ([]*raft.SnapshotMeta, error) {
 	stored, err := h.SnapshotStore.List()
 	if err != nil {
 		return nil, err

@@ -1,0 +1,286 @@
+package clustertest
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
+)
+
+// rotated waits until the nodes that run have finished changing the authority,
+// trust exactly one, and it is not the old one.
+func (c *Cluster) rotated(old []byte) {
+	c.t.Helper()
+	c.Await("the authority has changed", func() bool {
+		for _, n := range c.nodes {
+			if !n.Up() {
+				continue
+			}
+			s, err := n.Status(c.t.Context())
+			certs, cerr := pki.ParseCerts(n.CA())
+			if err != nil || cerr != nil || !s.Quorum || s.Rotation.Phase != "" || len(certs) != 1 || bytes.Equal(n.CA(), old) {
+				return false
+			}
+			stored, err := member.LoadIdentity(n.Dir)
+			if err != nil || !bytes.Equal(stored.CA, n.CA()) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func (n *Node) token() string {
+	n.cluster.t.Helper()
+	token, err := n.CreateToken(n.cluster.t.Context(), time.Hour, 1)
+	if err != nil {
+		n.cluster.t.Fatal(err)
+	}
+	return token
+}
+
+func TestRotateTheAuthority(t *testing.T) {
+	for _, size := range []int{1, 2, 3} {
+		synctest.Test(t, func(t *testing.T) {
+			c := New(t, Options{Define: withNotes})
+			nodes := c.Grow(size)
+			old, before := nodes[0].CA(), nodes[0].token()
+			for range 2 { // the second joins the first
+				if err := c.Others()[0].RotateAuthority(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.rotated(old)
+			if issued := nodes[0].Certificate().Leaf.CheckSignatureFrom(first(t, nodes[0].CA())); issued != nil {
+				t.Error(issued)
+			}
+			pool, err := pki.Pool(old)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if pool.Equal(nodes[0].Pool()) {
+				t.Error("the old authority is trusted")
+			}
+			// Tokens of both days are good; what joins is of the new authority.
+			for _, token := range []string{before, nodes[0].token()} {
+				n := c.NewNode()
+				if err := n.JoinWith(token, nodes[0].Addr); err != nil {
+					t.Fatal(err)
+				}
+				n.Start()
+				if err := n.write(t.Context(), "a", n.Name); err != nil {
+					t.Error(err)
+				}
+				nodes[0].want("a", n.Name)
+			}
+			c.rotated(old)
+			// Everything is as before after a restart, too.
+			for _, n := range c.Others() {
+				n.Stop()
+			}
+			for _, n := range c.nodes {
+				n.Start()
+			}
+			nodes[0].want("a", c.nodes[len(c.nodes)-1].Name)
+			c.rotated(old)
+		})
+	}
+}
+
+func first(t *testing.T, bundle []byte) *x509.Certificate {
+	t.Helper()
+	cert, err := pki.ParseCert(bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+// TestRotateWithANodeAway: a node that missed the change, or two, finds back.
+func TestRotateWithANodeAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		nodes := c.Grow(3)
+		old := nodes[0].CA()
+		away := nodes[2]
+		away.Kill()
+		for i := range 2 {
+			was := nodes[0].CA()
+			if err := nodes[0].RotateAuthority(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			c.rotated(was)
+			if err := nodes[1].write(t.Context(), "a", fmt.Sprint(i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		away.Start()
+		away.want("a", "1")
+		c.rotated(old)
+		if !bytes.Equal(away.CA(), nodes[0].CA()) {
+			t.Error("the node that was away has another authority")
+		}
+		nodes[0].Kill() // its vote counts
+		c.Await("a write", func() bool { return away.write(t.Context(), "a", "2") == nil })
+	})
+}
+
+// TestRotateThroughCrashes: whoever leads goes on, at whatever step the last one
+// died.
+func TestRotateThroughCrashes(t *testing.T) {
+	for i := range 8 {
+		synctest.Test(t, func(t *testing.T) {
+			c := New(t, Options{Define: withNotes})
+			nodes := c.Grow(3)
+			old := nodes[0].CA()
+			if err := nodes[0].RotateAuthority(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(time.Duration(i) * 400 * time.Millisecond)
+			leader := c.Leader()
+			leader.Kill()
+			c.Leader()
+			<-time.After(time.Duration(i) * 700 * time.Millisecond)
+			leader.Start()
+			c.rotated(old)
+			for _, n := range nodes {
+				if !bytes.Equal(n.CA(), nodes[0].CA()) {
+					t.Errorf("%s has another authority", n.Name)
+				}
+				if err := n.write(t.Context(), "a", n.Name); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+func TestRenewAll(t *testing.T) {
+	for _, size := range []int{1, 3} {
+		synctest.Test(t, func(t *testing.T) {
+			c := New(t, Options{})
+			nodes := c.Grow(size)
+			var before []string
+			for _, n := range nodes {
+				before = append(before, n.Certificate().Leaf.SerialNumber.String())
+			}
+			if err := nodes[0].RenewAll(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			c.Await("every node has renewed", func() bool {
+				for i, n := range nodes {
+					if s, err := n.Status(t.Context()); err != nil || s.Rotation.Phase != "" || n.Certificate().Leaf.SerialNumber.String() == before[i] {
+						return false
+					}
+				}
+				return true
+			})
+			serial := nodes[0].Certificate().Leaf.SerialNumber
+			<-time.After(time.Hour)
+			if nodes[0].Certificate().Leaf.SerialNumber.Cmp(serial) != 0 {
+				t.Error("it goes on renewing")
+			}
+		})
+	}
+}
+
+// TestStolen: what a stolen node held opens nothing any more, and the site runs on.
+func TestStolen(t *testing.T) {
+	for _, crash := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			c := New(t, Options{Define: withNotes})
+			nodes := c.Grow(5)
+			sealed, err := nodes[0].Seal("x", []byte("secret"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			resealed := make(map[*Node][]byte)
+			for _, n := range nodes {
+				n.Resealers(func(context.Context) error {
+					plain, err := n.Unseal("x", sealed)
+					if err == nil {
+						resealed[n], err = n.Seal("x", plain)
+					}
+					return err
+				})
+			}
+			old, token := nodes[0].CA(), nodes[0].token()
+			leader := c.Leader()
+			others := c.Others(leader)
+			stolen, away, asked := others[0], others[1], others[2]
+			held, id := stolen.Identity(), stolen.Self()
+			away.Kill()
+			c.Await("it is missed", func() bool { return len(asked.Live()) == 4 })
+			for range 2 { // safe to repeat
+				if err := asked.Betray(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := stolen.ends(); !errors.Is(err, member.ErrRemoved) {
+				t.Errorf("the stolen node ended with %v", err)
+			}
+			if crash {
+				leader.Kill()
+				c.Leader()
+				leader.Start()
+			}
+			c.rotated(old)
+			away.Start()
+			c.Await("all hold the new key and no other", func() bool {
+				for _, n := range c.Others() {
+					s, err := n.Status(t.Context())
+					if err != nil || s.Rekeying || len(n.Identity().ClusterKey) != pki.ClusterKeySize || bytes.Equal(n.Identity().ClusterKey, held.ClusterKey) {
+						return false
+					}
+				}
+				return true
+			})
+			c.rotated(old)
+			if _, err := away.Unseal("x", sealed); err == nil {
+				t.Error("the old key opens secrets still")
+			}
+			if !crash { // a node that starts anew has none
+				found := false
+				for _, again := range resealed {
+					plain, err := away.Unseal("x", again)
+					found = found || err == nil && string(plain) == "secret"
+				}
+				if !found {
+					t.Error("what was sealed anew does not open")
+				}
+			}
+			if _, err := away.ServerCertificate(t.Context(), []string{"x"}); err != nil {
+				t.Errorf("the authority's key was not sealed anew: %v", err)
+			}
+			if err := c.NewNode().JoinWith(token, asked.Addr); !errors.Is(err, member.ErrTokenUnknown) {
+				t.Errorf("a token from before: %v", err)
+			}
+			joined := c.Join(asked)
+			if err := joined.write(t.Context(), "a", "1"); err != nil {
+				t.Error(err)
+			}
+			// The thief has the node's key and certificate.
+			if err := pki.VerifyPinned(stolenCert(t, held), held.CA, mustPin(t, asked.CA())); err == nil {
+				t.Error("the stolen certificate is accepted")
+			}
+		})
+	}
+}
+
+func stolenCert(t *testing.T, id member.Identity) *x509.Certificate { return first(t, id.Cert) }
+
+func mustPin(t *testing.T, ca []byte) []byte {
+	t.Helper()
+	pin, err := pki.PinPEM(ca)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pin
+}

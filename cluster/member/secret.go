@@ -1,0 +1,278 @@
+package member
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/pki"
+	"github.com/atoll-registry/atoll/cluster/table"
+)
+
+// Seal encrypts a secret under the site's cluster key, bound to a name.
+func (n *Node) Seal(name string, plain []byte) ([]byte, error) { return n.seal("secret "+name, plain) }
+
+// Unseal decrypts what Seal made under the same name on any member.
+func (n *Node) Unseal(name string, sealed []byte) ([]byte, error) {
+	return n.unseal("secret "+name, sealed)
+}
+
+// Resealers are called by the leader when the site has changed its cluster key: each
+// seals its rows anew. They must be safe to repeat. It must be called before Run.
+func (n *Node) Resealers(reseal ...func(context.Context) error) { n.reseal = reseal }
+
+func (n *Node) seal(name string, plain []byte) ([]byte, error) {
+	key, err := n.sealing()
+	if err != nil {
+		return nil, err
+	}
+	return pki.Seal(key, name, plain)
+}
+
+// unseal tries the keys that this node holds: there are several only while the site
+// changes its key.
+func (n *Node) unseal(name string, sealed []byte) (plain []byte, err error) {
+	for key := range slices.Chunk(n.Identity().ClusterKey, pki.ClusterKeySize) {
+		if plain, err = pki.Open(key, name, sealed); err == nil {
+			return plain, nil
+		}
+	}
+	return nil, err
+}
+
+func (n *Node) secret(r table.Reader) (secretRow, error) {
+	row, _, _, err := n.rows.secrets.Get(r, theSecret)
+	if err != nil {
+		err = fmt.Errorf("reading which cluster key is in use: %w", err)
+	}
+	return row, err
+}
+
+func (n *Node) localSecret() (row secretRow, err error) {
+	err = n.db.View(func(v *table.View) error {
+		row, err = n.secret(v)
+		return err
+	})
+	return row, err
+}
+
+const errNoKey = failure("this node does not hold the site's cluster key yet: try again in a few seconds, or use another node")
+
+// sealing is the key that secrets are sealed with now.
+func (n *Node) sealing() ([]byte, error) {
+	row, err := n.localSecret()
+	id := n.Identity()
+	switch {
+	case err != nil:
+		return nil, err
+	case row.Seals == "":
+		return id.ClusterKey[:pki.ClusterKeySize], nil
+	}
+	if key := id.key(row.Seals); key != nil {
+		return key, nil
+	}
+	return nil, errNoKey
+}
+
+// rotateKey makes a new cluster key. It is on this node's disk before any row names
+// it, and seals nothing before every live member holds it.
+func (n *Node) rotateKey(ctx context.Context) error {
+	fresh, err := pki.NewClusterKey()
+	if err != nil {
+		return err
+	}
+	now, err := n.sealing()
+	if err != nil {
+		return err
+	}
+	if err := n.keep(func(keys [][]byte) [][]byte { return append(keys, fresh) }); err != nil {
+		return err
+	}
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		row, err := n.secret(tx)
+		if err != nil {
+			return err
+		}
+		if row.Seals == "" {
+			row.Seals = keyID(now)
+		}
+		row.Next = keyID(fresh) // in the place of one that was under way: its only holder may be gone
+		return n.rows.secrets.Put(tx, row, theSecret)
+	})
+	return err
+}
+
+// keep changes the keys that this node holds.
+func (n *Node) keep(change func(keys [][]byte) [][]byte) error {
+	return n.alter(func(id *Identity) {
+		keys := slices.Collect(slices.Chunk(bytes.Clone(id.ClusterKey), pki.ClusterKeySize))
+		id.ClusterKey = bytes.Join(change(keys), nil)
+	})
+}
+
+// holdKeys fetches the cluster keys that the rows name, and forgets those that they
+// no longer do.
+func (n *Node) holdKeys(ctx context.Context) error {
+	rows := n.db.Watch(ctx, "site_secret")
+	for {
+		pause := time.Minute
+		if err := n.holdOnce(ctx); err != nil && ctx.Err() == nil {
+			n.log.Info("this node does not hold the site's new cluster key yet", "error", err)
+			pause = n.cfg.Timings.Ping
+		}
+		tick := time.NewTimer(pause)
+		select {
+		case <-rows:
+		case <-tick.C:
+		case <-ctx.Done():
+			tick.Stop()
+			return nil
+		}
+		tick.Stop()
+	}
+}
+
+func (n *Node) holdOnce(ctx context.Context) error {
+	row, err := n.localSecret()
+	if err != nil || row.Seals == "" {
+		return err
+	}
+	for _, id := range []string{row.Seals, row.Next} {
+		if id == "" || n.Identity().key(id) != nil {
+			continue
+		}
+		key, err := n.fetchKey(ctx, id)
+		if err != nil {
+			return err
+		}
+		if err := n.keep(func(keys [][]byte) [][]byte { return append(keys, key) }); err != nil {
+			return err
+		}
+	}
+	if row.Next != "" || row.Former != "" || len(n.Identity().ClusterKey) == pki.ClusterKeySize {
+		return nil
+	}
+	// Nothing is forgotten on the word of a state that may be old: a key that this
+	// node has just made is in no row yet.
+	fresh, err := n.db.Confirmed(ctx, func(v *table.View) error {
+		row, err = n.secret(v)
+		return err
+	})
+	if err != nil || fresh.Stale || row.Next != "" || row.Former != "" {
+		return err
+	}
+	return n.keep(func(keys [][]byte) [][]byte {
+		return slices.DeleteFunc(keys, func(key []byte) bool { return keyID(key) != row.Seals })
+	})
+}
+
+// fetchKey asks the live members for a cluster key.
+func (n *Node) fetchKey(ctx context.Context, id string) ([]byte, error) {
+	var silent []error
+	for _, m := range n.Live() {
+		if m.ID == n.Self() {
+			continue
+		}
+		var answer keyAnswer
+		err := n.ask(ctx, m.Addr, pathKey+"?id="+id, &answer)
+		if err == nil && keyID(answer.Key) == id {
+			return answer.Key, nil
+		}
+		silent = append(silent, fmt.Errorf("%s: %w", m.Name, err))
+	}
+	return nil, errors.Join(append(silent, errNoKey)...)
+}
+
+type keyAnswer struct {
+	Key []byte `json:"key"`
+}
+
+// serveKey gives a cluster key to members; one that was removed is none, and that
+// is asked of the leader, not of a state that may be old.
+func (n *Node) serveKey(w http.ResponseWriter, r *http.Request) {
+	peer, _ := r.Context().Value(peerKey{}).(string)
+	var m Member
+	var ok bool
+	fresh, err := n.db.Confirmed(r.Context(), func(v *table.View) (err error) {
+		m, _, ok, err = n.rows.members.Get(v, peer)
+		return err
+	})
+	if err != nil || fresh.Stale || !ok || m.Removed != 0 {
+		http.Error(w, "you are not a member of the site as far as this node knows", http.StatusForbidden)
+		return
+	}
+	key := n.Identity().key(r.URL.Query().Get("id"))
+	if key == nil {
+		http.Error(w, "this node does not hold the key", http.StatusNotFound)
+		return
+	}
+	n.reply(w, keyAnswer{Key: key})
+}
+
+// rekey takes the change of the cluster key one step further, as the leader: when
+// every live member holds the next key, it seals; when every live member seals with
+// it, the rows that are sealed with the former are sealed anew, and the former is
+// forgotten.
+func (n *Node) rekey(ctx context.Context) error {
+	row, err := n.localSecret()
+	if err != nil || row.Next == "" && row.Former == "" || time.Since(n.begun) < n.cfg.Timings.Live {
+		return err
+	}
+	ready := func(p ping) bool { return slices.Contains(p.Keys, row.Next) }
+	if row.Former != "" {
+		ready = func(p ping) bool { return p.Seals == row.Seals }
+	}
+	if waiting, err := n.unready(ready); err != nil || len(waiting) > 0 {
+		return err
+	}
+	then := secretRow{Seals: row.Next, Former: row.Seals}
+	if row.Former != "" {
+		for _, reseal := range append([]func(context.Context) error{n.resealAuthority}, n.reseal...) {
+			if err := reseal(ctx); err != nil {
+				return fmt.Errorf("sealing the site's secrets with its new key: %w", err)
+			}
+		}
+		then = secretRow{Seals: row.Seals, Next: row.Next}
+	}
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		if now, err := n.secret(tx); err != nil || now != row {
+			return err
+		}
+		return n.rows.secrets.Put(tx, then, theSecret)
+	})
+	if err == nil && row.Former != "" {
+		n.log.Info("the site has changed its cluster key; the former one opens nothing any more")
+	}
+	return err
+}
+
+// resealAuthority seals the keys of the authorities anew.
+func (n *Node) resealAuthority(ctx context.Context) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		rows, err := n.authorities(tx)
+		if err != nil {
+			return err
+		}
+		for key, row := range rows {
+			if row.SealedKey == nil {
+				continue
+			}
+			plain, err := n.unseal(caKeyName, row.SealedKey)
+			if err != nil {
+				return err
+			}
+			if row.SealedKey, err = n.seal(caKeyName, plain); err != nil {
+				return err
+			}
+			if err := n.rows.authority.Put(tx, row, key); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return err
+}
