@@ -57,6 +57,11 @@ func (n *Node) open() (_ *instance, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the snapshots: %w", err)
 	}
+	// Nobody else syncs the names of the log and of the snapshots' directory, and
+	// without them a power cut takes all that is synced in them.
+	if err := errors.Join(syncDir(n.raftDir()), syncDir(n.cfg.Dir)); err != nil {
+		return nil, fmt.Errorf("keeping the name of the log: %w", err)
+	}
 	cached, err := raft.NewLogCache(128, n.cfg.Disk.Logs(store))
 	if err != nil {
 		return nil, err
@@ -115,9 +120,19 @@ func (n *Node) bootstrap(cfg *raft.Config, logs raft.LogStore, stable raft.Stabl
 		return fmt.Errorf("looking for a site to found: %w", err)
 	}
 	n.founding.Store(true)
-	begun, err := raft.HasExistingState(logs, stable, snapshots)
-	if err != nil || begun {
+	last, err := logs.LastIndex()
+	if err != nil {
+		return fmt.Errorf("looking for the beginning of the log: %w", err)
+	}
+	taken, err := snapshots.List()
+	if err != nil || last > 0 || len(taken) > 0 {
 		return err
+	}
+	// Raft writes the first term, then the first entry. Between the two a power cut
+	// leaves a log that belongs to nobody and that raft would not begin again.
+	// Without an entry nobody has a vote yet, so no vote is forgotten.
+	if err := stable.SetUint64([]byte("CurrentTerm"), 0); err != nil {
+		return fmt.Errorf("beginning the log: %w", err)
 	}
 	first := raft.Configuration{Servers: []raft.Server{{
 		Suffrage: raft.Voter, ID: cfg.LocalID, Address: raft.ServerAddress(n.cfg.Advertise),

@@ -251,6 +251,34 @@ func TestAStartKeepsTheMembership(t *testing.T) {
 }
 
 // An entry that this version cannot read stops the node, at every start.
+// Raft keeps its first term before its first entry; the power may go between.
+func TestAFoundingThatWasCutOffGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{Define: withWords})
+		n := c.NewNode()
+		if _, err := member.Found(n.Dir, n.Name, n.Addr); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(n.Dir, "raft"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		raw, done := openLog(t, n)
+		if err := raw.SetUint64([]byte("CurrentTerm"), 1); err != nil {
+			t.Fatal(err)
+		}
+		done()
+		n.Start()
+		c.AwaitVoters(1)
+		say(t, n, 0, 3)
+		n.Kill()
+		n.Start()
+		c.AwaitVoters(1)
+		if !said(n, 3) {
+			t.Error("the words are gone")
+		}
+	})
+}
+
 func TestAnUnknownEntryHaltsEveryStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := clustertest.New(t, clustertest.Options{Define: withWords})
