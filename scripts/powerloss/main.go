@@ -1,0 +1,46 @@
+// Command powerloss cuts the power of a real node at every step that it makes on
+// its disk. It runs the node under strace while clients push to it, follows the
+// system calls to know at each moment what was durable, and starts the node again
+// on what a power cut would have left then: without what was not synced, or with a
+// torn part of it. The node must start, hold all that it had acknowledged by that
+// moment, and take pushes.
+//
+// A moment counts as acknowledged from the system call on that writes the answer.
+// That the trace tells everything is checked: what it says of the directory in the
+// end is compared with the directory.
+package main
+
+import (
+	"context"
+	"flag"
+	"log"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"runtime"
+	"syscall"
+)
+
+func main() {
+	var p Plan
+	flag.StringVar(&p.Binary, "atoll", "bin/atoll", "the binary under test")
+	flag.Uint64Var(&p.Seed, "seed", rand.Uint64(), "of the pushes and of what is torn; printed")
+	flag.IntVar(&p.Clients, "clients", 2, "clients that push at once")
+	flag.IntVar(&p.Pushes, "pushes", 10, "images that each of them pushes in each run of the node")
+	flag.IntVar(&p.Samples, "samples", 0, "moments to try, chosen at random; 0: every one")
+	flag.IntVar(&p.Workers, "workers", 2*runtime.NumCPU(), "nodes that start at once")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	dir, err := os.MkdirTemp("", "atoll-powerloss")
+	if err != nil {
+		log.Fatal(err)
+	}
+	p.Dir, p.Say = dir, log.Printf
+	if _, err := run(ctx, p); err != nil {
+		log.Fatalf("seed %d, files in %s: %v", p.Seed, dir, err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		log.Fatal(err)
+	}
+}

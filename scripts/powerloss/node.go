@@ -1,0 +1,163 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	repository = "library/power"
+	password   = "Power-Password-1"
+	// patience is how long a node may take to start and to answer on a machine that
+	// does much else.
+	patience = 2 * time.Minute
+)
+
+// node is a process on a directory.
+type node struct {
+	cmd  *exec.Cmd
+	url  string
+	log  *logBuffer
+	done chan struct{}
+	http *http.Client
+}
+
+// start starts a node on a directory, founding a site if it belongs to none, and
+// waits until it serves. command is the binary, with what runs it before.
+func start(ctx context.Context, data string, command ...string) (*node, error) {
+	n := &node{log: &logBuffer{}, done: make(chan struct{}), http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}}
+	args := append(command[1:len(command):len(command)], "serve", "--init", "--data", data, "--name", "power", "--listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0")
+	n.cmd = exec.CommandContext(ctx, command[0], args...)
+	n.cmd.Env = append(os.Environ(), "ATOLL_ADMIN_PASSWORD="+password)
+	n.cmd.Stderr = n.log
+	out, err := n.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := n.cmd.Start(); err != nil {
+		return nil, err
+	}
+	served := make(chan string, 1)
+	go func() {
+		defer close(n.done)
+		lines := bufio.NewScanner(out)
+		for lines.Scan() {
+			if _, rest, ok := strings.Cut(lines.Text(), "serves at "); ok {
+				url, _, _ := strings.Cut(rest, " ")
+				served <- url
+			}
+		}
+		_ = n.cmd.Wait() // whoever waits for done reads the log
+	}()
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	select {
+	case n.url = <-served:
+		return n, nil
+	case <-n.done:
+		return nil, fmt.Errorf("the node ended before it served:\n%s", n.log)
+	case <-late.C:
+	}
+	n.kill()
+	return nil, fmt.Errorf("the node does not serve after %v:\n%s", patience, n.log)
+}
+
+// kill ends the process as kill -9 does and waits until it is gone.
+func (n *node) kill() {
+	_ = n.cmd.Process.Kill() // it may have ended
+	<-n.done
+	n.http.CloseIdleConnections()
+}
+
+// answer is what came back, read to its end.
+type answer struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+// question is a request to the repository; id names it in the answer and so in
+// the trace.
+type question struct {
+	method, path string
+	body         []byte
+	mediaType    string
+	id           string
+}
+
+func (n *node) do(ctx context.Context, q question) (answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	url := q.path
+	if strings.HasPrefix(url, "/") {
+		url = n.url + url
+	}
+	r, err := http.NewRequestWithContext(ctx, q.method, url, bytes.NewReader(q.body))
+	if err != nil {
+		return answer{}, err
+	}
+	r.SetBasicAuth("admin", password)
+	if q.mediaType != "" {
+		r.Header.Set("Content-Type", q.mediaType)
+	}
+	if q.id != "" {
+		r.Header.Set("X-Request-Id", q.id)
+	}
+	resp, err := n.http.Do(r)
+	if err != nil {
+		return answer{}, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return answer{resp.StatusCode, resp.Header, b}, err
+}
+
+// read gets something as soon as the node can say that it is not stale: the
+// log's last entries are known to be committed only when a leader is there.
+func (n *node) read(ctx context.Context, path string) (answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		a, err := n.do(ctx, question{method: http.MethodGet, path: "/v2/" + repository + path})
+		if err != nil || a.status != http.StatusServiceUnavailable && a.header.Get("Atoll-Stale") == "" {
+			return a, err
+		}
+		select {
+		case <-tick.C:
+		case <-n.done:
+			return a, errors.New("the node ended")
+		case <-ctx.Done():
+			return a, fmt.Errorf("%s: %d, and %w", path, a.status, ctx.Err())
+		}
+	}
+}
+
+// logBuffer keeps what a node prints.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
