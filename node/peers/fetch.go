@@ -162,6 +162,12 @@ func (c candidates) Candidates(_ context.Context, d digest.Digest) []transfer.Pe
 	return out
 }
 
+// distance of a peer, for the engine.
+func (p *Peers) distance(to transfer.Peer) int {
+	m, _ := p.find(to.ID)
+	return p.place().distance(placeOf(m))
+}
+
 // place is where this node stands.
 func (p *Peers) place() place {
 	m, _ := p.find(p.Roster.Self())

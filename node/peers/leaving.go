@@ -200,8 +200,18 @@ func (p *Peers) betray(ctx context.Context, m member.Member) error {
 	return nil
 }
 
-// spare refuses to lose the last copy of a blob with a node.
+// spare refuses to lose the last copy of a blob with a node; with one that is
+// drained, any copy that its homes lack.
 func (p *Peers) spare(ctx context.Context, m member.Member) error {
+	if _, up := p.find(m.ID); up && m.Draining != 0 {
+		left, err := p.DrainLeft(ctx, m.ID)
+		if err == nil && left > 0 {
+			err = fault.New(fault.Precondition, "%s is being drained and must still hand over %d blob(s): wait until atoll cluster status says that it is drained, or go on with --force, which keeps fewer copies and may lose some", m.Name, left)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	s, err := p.strands(ctx, m.ID)
 	switch {
 	case err != nil:

@@ -152,7 +152,7 @@ func New(c Config) (*Peers, error) {
 	}}
 	var err error
 	p.engine, err = stream.New(stream.Config{
-		Source: source{p}, Sink: sink{c.Store}, Peers: candidates{p}, Log: c.Log,
+		Source: source{p}, Sink: sink{c.Store}, Peers: candidates{p}, Distance: p.distance, Log: c.Log,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return c.Network.Dial(ctx, addr, peernet.ServiceBlob)
 		},

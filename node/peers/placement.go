@@ -17,6 +17,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/project"
 	"github.com/atoll-registry/atoll/node/settings"
+	"github.com/atoll-registry/atoll/transfer/stream"
 )
 
 // Labels of a node that say where it stands; others mean nothing to placement.
@@ -67,7 +68,7 @@ func (p place) distance(o place) int {
 	return farthest
 }
 
-const farthest = 2
+const farthest = stream.Farthest
 
 // spread reorders nodes so that each one stands apart from those before it, and
 // from the given ones, while there is another zone, then another rack, to choose

@@ -240,6 +240,10 @@ func TestDraining(t *testing.T) {
 		if left, err := s.nodes[0].DrainLeft(t.Context(), leaving.id); err != nil || left != len(ds) {
 			t.Errorf("two of the three homes are down: %d left, %v; want %d", left, err, len(ds))
 		}
+		row := member.Member{ID: leaving.id, Name: "leaving", Draining: 1}
+		if err := s.nodes[0].spare(t.Context(), row); !fault.Is(err, fault.Precondition) {
+			t.Errorf("it may be removed already: %v", err)
+		}
 		if f, err := s.nodes[0].Figures(t.Context()); err != nil || f[leaving.id].Leaving != len(ds) {
 			t.Errorf("the figure is %+v, %v", f[leaving.id], err)
 		}
@@ -249,6 +253,9 @@ func TestDraining(t *testing.T) {
 		pass(t, 2*time.Minute)
 		if left, err := s.nodes[0].DrainLeft(t.Context(), leaving.id); err != nil || left != 0 {
 			t.Errorf("all homes are up: %d left, %v", left, err)
+		}
+		if err := s.nodes[0].spare(t.Context(), row); err != nil {
+			t.Errorf("it may not be removed: %v", err)
 		}
 		if f, err := s.nodes[0].Figures(t.Context()); err != nil || f[leaving.id].Leaving != 0 {
 			t.Errorf("the figure is %+v, %v", f[leaving.id], err)

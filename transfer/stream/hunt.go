@@ -48,6 +48,7 @@ type hunt struct {
 	checking bool // recheck runs
 	asking   int
 	stale    bool // a holder was dropped since candidates were last asked
+	reach    int  // how far away candidates are asked
 	active   map[transfer.Peer]*holder
 	reserve  []*holder
 	verdict  map[transfer.Peer]*transfer.Asked
@@ -85,6 +86,9 @@ func newHunt(e *Engine, a *transfer.Arrival) *hunt {
 		verdict:  make(map[transfer.Peer]*transfer.Asked),
 		banned:   make(map[transfer.Peer]bool),
 	}
+	if e.cfg.Distance == nil {
+		h.reach = Farthest
+	}
 	if blob.Root == nil {
 		h.whole = newWhole(blob)
 	} else {
@@ -115,6 +119,11 @@ func (h *hunt) run(ctx context.Context) error {
 		case <-h.finished:
 			return nil
 		default:
+		}
+		if h.asking == 0 && h.reach < Farthest && !h.someComplete() {
+			h.reach++
+			h.ask(ctx)
+			continue
 		}
 		if h.asking == 0 && len(h.active) == 0 && !h.checking && len(h.marked) == 0 {
 			if !h.stale {
@@ -160,7 +169,7 @@ func (h *hunt) ask(ctx context.Context) {
 	h.stale = false
 	candidates := h.e.cfg.Peers.Candidates(ctx, h.blob.Digest)
 	for _, p := range candidates[:min(len(candidates), maxAsked)] {
-		if h.banned[p] || h.active[p] != nil || h.reserved(p) {
+		if h.banned[p] || h.active[p] != nil || h.reserved(p) || h.e.distance(p) > h.reach {
 			continue
 		}
 		h.asking++
@@ -172,6 +181,16 @@ func (h *hunt) ask(ctx context.Context) {
 			}
 		})
 	}
+}
+
+// Farthest is the largest Distance.
+const Farthest = 2
+
+func (e *Engine) distance(p transfer.Peer) int {
+	if e.cfg.Distance == nil {
+		return 0
+	}
+	return min(max(e.cfg.Distance(p), 0), Farthest)
 }
 
 func (h *hunt) reserved(p transfer.Peer) bool {

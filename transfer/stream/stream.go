@@ -79,6 +79,10 @@ type Config struct {
 
 	MaxFetches int // at once; others wait their turn. 16
 	MaxHolders int // asked for pieces at once, per fetch. 8
+
+	// Distance of a peer, 0 for the nearest, at most Farthest; nil: all are near. Who
+	// is farther is asked only while none of the nearer holds all of a blob.
+	Distance   func(transfer.Peer) int
 	PerHolder  int // requests in flight to one holder, per fetch. 4
 	MaxBuffers int // of 256 KiB each, in all. 128
 }
