@@ -322,6 +322,9 @@ func ended(cause error, dir string) error {
 	if errors.Is(cause, member.ErrRemoved) {
 		return fault.Wrap(cause, fault.Denied, "this node was removed from its site and serves no more; to let this machine join again, move %s away and start with --join and a new token", dir)
 	}
+	if errors.Is(cause, member.ErrCloned) {
+		return fault.Wrap(cause, fault.Conflict, "another machine runs as this very node: this data directory, %s, was copied from it. To make this machine a node of its own: atoll node seal --yes --data %s, then start it with --join and a new token", dir, dir)
+	}
 	return cause
 }
 

@@ -2,6 +2,7 @@ package clustertest
 
 import (
 	"errors"
+	"os"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -240,5 +241,57 @@ func TestLead(t *testing.T) {
 				t.Errorf("again: %v", err)
 			}
 		}
+	})
+}
+
+// TestClone: of two machines with one identity the later to start ends, and the
+// site does not notice.
+func TestClone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		nodes := c.Grow(3)
+		node := nodes[2]
+		node.Stop()
+		clone := c.NewNode()
+		if err := os.CopyFS(clone.Dir, os.DirFS(node.Dir)); err != nil {
+			t.Fatal(err)
+		}
+		clone.Name = node.Name
+		node.Start()
+		c.AwaitVoters(3)
+		if err := clone.TryStart(); !errors.Is(err, member.ErrCloned) {
+			t.Fatalf("a clone beside its original started: %v", err)
+		} else {
+			t.Log(err)
+		}
+		// The clone comes first: to the site the node has moved. The original is the
+		// later one now.
+		node.Stop()
+		clone.Start()
+		c.Await("the clone's address is known", func() bool {
+			s, err := nodes[0].Status(t.Context())
+			for _, m := range s.Members {
+				if m.ID == clone.Self() && m.Addr == clone.Addr && m.Up {
+					return err == nil && s.Quorum
+				}
+			}
+			return false
+		})
+		err := node.TryStart()
+		if err == nil {
+			err = node.ends() // it learns from the site where it is said to be
+		}
+		if !errors.Is(err, member.ErrCloned) {
+			t.Errorf("the original ended with %v", err)
+		}
+		if err := clone.write(t.Context(), "a", "1"); err != nil {
+			t.Error(err)
+		}
+		nodes[0].want("a", "1")
+		// A node that moves is none.
+		clone.Stop()
+		clone.Addr = "10.0.1.99:5001"
+		clone.Start()
+		clone.want("a", "1")
 	})
 }

@@ -48,6 +48,8 @@ type ping struct {
 	Version string `json:"version,omitempty"`
 	// Expires is when the node's certificate ends, in Unix seconds.
 	Expires int64 `json:"expires,omitempty"`
+	// Run is of the process that answers.
+	Run string `json:"run,omitempty"`
 	// Clock is the node's, in Unix milliseconds; Fitness and Codes are what it
 	// says of its own health.
 	Clock   int64    `json:"clock_ms,omitempty"`
@@ -205,6 +207,7 @@ func (n *Node) sign(in *instance) ping {
 	trusts := n.trusts()
 	seals, _ := n.sealing() // none is an answer
 	return ping{
+		Run:  n.run,
 		Keys: n.Identity().keyIDs(), Seals: keyID(seals),
 		Issuer: trusts[0], Trusts: trusts, Renewal: n.Identity().Renewal,
 		Node: n.Self(), Term: in.CurrentTerm(), Applied: in.machine.Applied(), Leader: n.Leader(),

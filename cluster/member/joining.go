@@ -328,24 +328,17 @@ func (n *Node) askRenewal(ctx context.Context, addr string, key crypto.Signer) (
 	return answer, err
 }
 
-// askStanding asks the member at addr whether this node was removed, over the
-// join service, which refuses nobody; ErrRemoved when it was. stale says that its
-// certificate is of an authority that the site no longer knows.
-func (n *Node) askStanding(ctx context.Context, addr string) (stale bool, err error) {
+// askStanding asks the member at addr how the site sees this node, over the join
+// service, which refuses nobody.
+func (n *Node) askStanding(ctx context.Context, addr string) (answer standingAnswer, err error) {
 	pin, err := pki.PinPEM(n.CA())
 	if err != nil {
-		return false, err
+		return answer, err
 	}
 	body, err := json.Marshal(standingRequest{Node: n.Self(), Issuer: fmt.Sprintf("%x", pin)})
 	if err != nil {
-		return false, err
+		return answer, err
 	}
-	var answer standingAnswer
-	if err := postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathStanding, body, &answer); err != nil {
-		return false, err
-	}
-	if answer.Removed != 0 {
-		return false, fmt.Errorf("%w on %s", ErrRemoved, time.Unix(answer.Removed, 0).UTC().Format(time.DateOnly))
-	}
-	return answer.Stale, nil
+	err = postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathStanding, body, &answer)
+	return answer, err
 }

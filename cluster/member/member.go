@@ -142,6 +142,8 @@ var (
 	ErrUnreachable = errors.New("no node of the site answered")
 	// ErrRemoved: this node is no longer a member of its site.
 	ErrRemoved = errors.New("this node was removed from its site")
+	// ErrCloned: another process runs as this very node.
+	ErrCloned = errors.New("another machine runs as this very node")
 
 	errStopped = errors.New("the node is stopping")
 )
@@ -173,6 +175,7 @@ type Node struct {
 	reseal   []func(context.Context) error // see Resealers
 	altering sync.Mutex                    // held while the identity on disk changes; taken before mu
 	begun    time.Time
+	run      string // of this process: two that run as one node differ in it
 	ready    chan struct{}
 	ran      atomic.Bool
 }
@@ -200,7 +203,7 @@ func New(cfg Config, identity Identity) (*Node, error) {
 	cfg.defaults()
 	n := &Node{
 		cfg: cfg, log: cfg.Log, db: cfg.DB, rows: defineRows(cfg.DB),
-		changed: newSignal(), peers: newSightings(), ready: make(chan struct{}), begun: time.Now(),
+		changed: newSignal(), peers: newSightings(), ready: make(chan struct{}), begun: time.Now(), run: table.NewID(),
 	}
 	err := n.become(identity)
 	if err != nil {

@@ -296,6 +296,8 @@ type standingAnswer struct {
 	Removed int64 `json:"removed"`
 	// Stale: its certificate is of an authority that the site no longer knows.
 	Stale bool `json:"stale,omitempty"`
+	// Addr is where a member is as far as the site knows.
+	Addr string `json:"addr,omitempty"`
 }
 
 type standingRequest struct {
@@ -319,7 +321,7 @@ func (n *Node) standing(_ context.Context, body []byte) (any, error) {
 	in := n.raft.Load()
 	// Until it has left raft's configuration its vote may be needed.
 	if !ok || m.Removed == 0 || in == nil || in.serves(m.ID) {
-		return standingAnswer{Stale: req.Issuer != "" && !slices.Contains(n.trusts(), req.Issuer)}, nil
+		return standingAnswer{Stale: req.Issuer != "" && !slices.Contains(n.trusts(), req.Issuer), Addr: m.Addr}, nil
 	}
 	return standingAnswer{Removed: m.Removed}, nil
 }
@@ -331,7 +333,11 @@ func (n *Node) dismissed(self Member) error {
 	if self.Removed == 0 || in == nil || in.serves(self.ID) {
 		return nil
 	}
-	return fmt.Errorf("%w on %s", ErrRemoved, time.Unix(self.Removed, 0).UTC().Format(time.DateOnly))
+	return removedOn(self.Removed)
+}
+
+func removedOn(at int64) error {
+	return fmt.Errorf("%w on %s", ErrRemoved, time.Unix(at, 0).UTC().Format(time.DateOnly))
 }
 
 // Betray removes a node that strangers may have in their hands, and replaces what

@@ -28,6 +28,11 @@ func (n *Node) Run(ctx context.Context) error {
 		return errors.New("member: Run was called twice")
 	}
 	n.meetMembers(ctx)
+	if self, ok, err := n.member(n.Self()); err == nil && ok {
+		if err := n.alone(ctx, self); err != nil {
+			return err
+		}
+	}
 	in, err := n.open()
 	if err != nil {
 		return err
@@ -156,6 +161,9 @@ func (n *Node) publish(ctx context.Context) error {
 				return err
 			}
 		case ok && !n.published(self).equal(self):
+			if err := n.alone(ctx, self); err != nil {
+				return err
+			}
 			if err := n.publishOnce(ctx); err != nil && ctx.Err() == nil {
 				n.log.Info("this node's new address or name is not known to the site yet", "error", err)
 			}
@@ -171,6 +179,23 @@ func (n *Node) publish(ctx context.Context) error {
 		}
 		tick.Stop()
 	}
+}
+
+// alone makes sure that nobody else runs as this node at the address that its row
+// names: ErrCloned when somebody does. A copied disk would else vote twice, in two
+// minds. The one that runs where the row says goes on; the other, which would move
+// the row to itself, ends.
+func (n *Node) alone(ctx context.Context, self Member) error {
+	if self.Addr == n.cfg.Advertise {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live)
+	defer cancel()
+	var other ping
+	if err := n.ask(ctx, self.Addr, pathPing, &other); err != nil || other.Node != n.Self() || other.Run == n.run {
+		return nil // the node has moved
+	}
+	return fmt.Errorf("%w: node %s (%s) answers at %s, and this one is at %s", ErrCloned, self.ID, self.Name, self.Addr, n.cfg.Advertise)
 }
 
 // published is what this node's row should be.

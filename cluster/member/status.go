@@ -241,26 +241,32 @@ func (n *Node) watchPeers(ctx context.Context) error {
 	}
 }
 
-// inquire asks the members that do not answer whether this node was removed;
-// ErrRemoved when one says so.
+// inquire asks the members how the site sees this node, which finds no leader:
+// ErrRemoved when it was removed, ErrCloned when another machine runs as it.
 func (n *Node) inquire(ctx context.Context, members []Member) error {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live/2)
 	defer cancel()
 	var asked errgroup.Group
 	var stale atomic.Bool
 	for _, m := range members {
-		if n.live(m.ID) {
+		if m.ID == n.Self() {
 			continue
 		}
 		asked.Go(func() error {
-			outdated, err := n.askStanding(ctx, m.Addr)
-			if errors.Is(err, ErrRemoved) {
-				return err
-			}
-			if outdated {
+			how, err := n.askStanding(ctx, m.Addr)
+			switch {
+			case err != nil:
+				return nil // it is down, or its network is
+			case how.Removed != 0:
+				return removedOn(how.Removed)
+			case how.Stale:
 				stale.Store(true)
+			case how.Addr != "":
+				self := m
+				self.ID, self.Name, self.Addr = n.Self(), n.cfg.Name, how.Addr
+				return n.alone(ctx, self)
 			}
-			return nil // it is down, or its network is
+			return nil
 		})
 	}
 	err := asked.Wait()

@@ -110,7 +110,7 @@ the rows of the table "tag"; the content is among the blobs, which a wipe keeps.
 }
 
 func newNode() *cobra.Command {
-	return group(&cobra.Command{Use: "node", Short: "This machine's node"}, newNodeWipe())
+	return group(&cobra.Command{Use: "node", Short: "This machine's node"}, newNodeWipe(), newNodeSeal())
 }
 
 func newNodeWipe() *cobra.Command {
@@ -137,6 +137,39 @@ Metadata that only this node has is lost: see atoll cluster salvage.`,
 			}
 			return done(cmd, map[string]any{"data": data, "removed": removed},
 				"wiped %s (%s); its blobs stay. Join it with: atoll serve --data %s --join ADDR --token TOKEN", data, dash(strings.Join(removed, " ")), data)
+		},
+	}
+	cmd.Flags().StringVar(&data, "data", "", "data directory of the stopped node (default "+node.DefaultDataDir()+")")
+	cmd.Flags().BoolVar(&yes, "yes", false, "do it")
+	formatFlag(cmd)
+	return cmd
+}
+
+func newNodeSeal() *cobra.Command {
+	var data string
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "seal --data DIR --yes",
+		Short: "Strip a stopped node's identity before its disk is copied to other machines; its blobs stay",
+		Long: `Strip a stopped node's identity before its disk is copied to other machines: its id,
+its keys, its certificate and its copy of the metadata are deleted, its blobs stay.
+Each machine that starts from the copy joins a site as a node of its own and need
+not fetch what it has. Two machines with one identity would be one node in two
+minds; the second to start refuses to.
+
+If the node was a member, take it out of its site first: atoll cluster remove.`,
+		Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			data = dataDir(data)
+			if !yes {
+				return usageError{fmt.Errorf("this deletes the identity, the keys and the metadata of the node in %s; say --yes to do it", data)}
+			}
+			removed, err := node.Wipe(data)
+			if err != nil {
+				return err
+			}
+			return done(cmd, map[string]any{"data": data, "removed": removed},
+				"sealed %s (%s); copy the disk now. On each copy: atoll serve --data %s --join ADDR --token TOKEN", data, dash(strings.Join(removed, " ")), data)
 		},
 	}
 	cmd.Flags().StringVar(&data, "data", "", "data directory of the stopped node (default "+node.DefaultDataDir()+")")
