@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -112,8 +113,11 @@ func TestRealDiskFills(t *testing.T) {
 		t.Fatalf("fill: %v, %v", ok, err)
 	}
 	logs := r.Logs(store)
+	random := rand.NewChaCha8([32]byte{1}) // nothing that could be compressed
 	entry := func(index uint64) *raft.Log {
-		txn := kv.Txn{ID: kv.NewID(), Base: index - 1, Ops: []kv.Op{{Kind: kv.Put, Key: fmt.Appendf(nil, "key%08d", index), Value: make([]byte, 8<<10)}}}
+		value := make([]byte, 8<<10)
+		_, _ = random.Read(value) // never fails
+		txn := kv.Txn{ID: kv.NewID(), Base: index - 1, Ops: []kv.Op{{Kind: kv.Put, Key: fmt.Appendf(nil, "key%08d", index), Value: value}}}
 		data, err := txn.Encode()
 		if err != nil {
 			t.Fatal(err)
@@ -139,10 +143,15 @@ func TestRealDiskFills(t *testing.T) {
 	}
 	giveBack := eat(t, dir)
 	before := acknowledged
-	if err := write(); err != nil || r.Held() != 0 {
-		t.Fatalf("on a full disk with a ballast: %v, %d held", err, r.Held())
+	for r.Held() != 0 { // the files have some free pages of their own
+		if acknowledged > before+10_000 {
+			t.Fatal("the disk does not fill")
+		}
+		if err := write(); err != nil {
+			t.Fatalf("on a full disk with a ballast: %v, %d held", err, r.Held())
+		}
 	}
-	t.Logf("%d entries fit into the ballast at least", acknowledged-before)
+	t.Logf("%d entries were taken on a full disk until the ballast was given up", acknowledged-before)
 	// Take what is left, now for good.
 	giveMore := eatMore(t, dir)
 	for err == nil && acknowledged < before+10_000 {
@@ -162,6 +171,21 @@ func TestRealDiskFills(t *testing.T) {
 		t.Fatalf("a full disk ended the node: %v", err)
 	default:
 	}
+	// A start on the full disk: nothing is left to give up, and the files open.
+	if err := errors.Join(store.Close(), bolt.Close()); err != nil {
+		t.Fatal(err)
+	}
+	verify(t, dir, acknowledged)
+	if store, err = kv.OpenLog(filepath.Join(dir, "log.db")); err != nil {
+		t.Fatalf("the log does not open on a full disk: %v", err)
+	}
+	if bolt, err = kv.OpenBolt(filepath.Join(dir, "state.db")); err != nil {
+		t.Fatalf("the state does not open on a full disk: %v", err)
+	}
+	if machine, err = kv.NewMachine(r.Engine(bolt), kv.Hooks{}); err != nil {
+		t.Fatal(err)
+	}
+	logs = r.Logs(store)
 	giveMore()
 	giveBack()
 	if err := write(); err != nil {
