@@ -34,6 +34,7 @@ type Options struct {
 type Cluster struct {
 	Network *Network
 	t       testing.TB
+	dir     string // of the nodes' directories
 	opts    Options
 	nodes   []*Node
 }
@@ -41,7 +42,7 @@ type Cluster struct {
 // New gives a cluster without nodes. Nodes that run when the test ends are
 // stopped.
 func New(t testing.TB, opts Options) *Cluster {
-	c := &Cluster{Network: NewNetwork(), t: t, opts: opts}
+	c := &Cluster{Network: NewNetwork(), t: t, dir: t.TempDir(), opts: opts} // removed after the nodes have ended
 	t.Cleanup(func() {
 		for _, n := range c.nodes {
 			n.Kill()
@@ -61,6 +62,10 @@ type Node struct {
 	// Labels and Cache are what the next start says of the node.
 	Labels map[string]string
 	Cache  bool
+	// Level of the program that the next start runs, or the next JoinWith comes
+	// with; version.Level when 0.
+	Level   int
+	Version string // of that program
 
 	cluster *Cluster
 	engine  kv.Engine
@@ -115,7 +120,7 @@ func (c *Cluster) newNode() *Node {
 	number := len(c.nodes) + 1
 	n := &Node{
 		Name: fmt.Sprintf("node%d", number), Addr: fmt.Sprintf("10.0.0.%d:5001", number),
-		Dir: filepath.Join(c.t.TempDir(), "data"), cluster: c,
+		Dir: filepath.Join(c.dir, fmt.Sprintf("node%d", number), "data"), cluster: c,
 	}
 	c.nodes = append(c.nodes, n)
 	return n
@@ -124,7 +129,7 @@ func (c *Cluster) newNode() *Node {
 // JoinWith joins the node to a site; it does not start it.
 func (n *Node) JoinWith(token string, addrs ...string) error {
 	_, err := member.Join(n.cluster.t.Context(), member.JoinConfig{
-		Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Token: token, Addrs: addrs,
+		Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Token: token, Addrs: addrs, Level: n.Level,
 		Dial: n.cluster.Network.Visitor(n.Addr).DialJoin,
 	})
 	return err
@@ -175,6 +180,7 @@ func (n *Node) TryStart() error {
 	node, err = member.New(member.Config{
 		Disk: disk, Clock: clock, Dir: n.Dir, Name: n.Name, Advertise: n.Addr, Network: n.host, DB: n.DB, Log: log, Epoch: n.Epoch,
 		Timings: opts.Timings, Snapshots: opts.Snapshots, Labels: n.Labels, Cache: n.Cache,
+		Level: n.Level, Version: n.Version,
 	}, identity)
 	if err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // Strangers reach the join service: few requests at a time, few a second.
@@ -229,6 +230,11 @@ func (n *Node) redeem(tx *table.Tx, a applicant, now time.Time) (known bool, err
 
 // enter writes the applicant's member row.
 func (n *Node) enter(tx *table.Tx, a applicant, known bool, now time.Time) error {
+	if err := n.gate.Admit(tx, a.Feature); errors.Is(err, version.ErrMismatch) {
+		return refuse(codeVersion, "%v", err)
+	} else if err != nil {
+		return err
+	}
 	m, _, ok, err := n.rows.members.Get(tx, a.Node)
 	switch {
 	case err != nil:

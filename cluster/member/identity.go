@@ -19,6 +19,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // Files of the data directory, all 0600. The cluster key has a file of its own,
@@ -32,7 +33,9 @@ const (
 
 // Files are the names of the files that make a directory that of a node, the
 // identity first.
-func Files() []string { return []string{identityFile, clusterKeyFile, foundingFile, joiningFile} }
+func Files() []string {
+	return []string{identityFile, clusterKeyFile, foundingFile, joiningFile, version.StampFile}
+}
 
 // identityFormat is the version of identity.json.
 const identityFormat = 1
@@ -74,8 +77,12 @@ type foundingJSON struct {
 	CAKey string `json:"ca_key"`
 }
 
-// LoadIdentity reads the identity in dir; ErrEmpty when there is none.
+// LoadIdentity reads the identity in dir; ErrEmpty when there is none,
+// version.ErrMismatch when another version of the program has to be used on it.
 func LoadIdentity(dir string) (Identity, error) {
+	if err := version.Check(dir, ""); err != nil {
+		return Identity{}, err
+	}
 	var stored identityJSON
 	if err := readJSON(filepath.Join(dir, identityFile), &stored); errors.Is(err, fs.ErrNotExist) {
 		return Identity{}, fmt.Errorf("%s: %w", dir, ErrEmpty)
@@ -129,6 +136,9 @@ func (id Identity) Save(dir string) error { return id.save(dir) }
 // save writes the identity; the identity file comes last, because its
 // existence says that the directory belongs to a site.
 func (id Identity) save(dir string) error {
+	if err := version.Mark(dir, "", 0); err != nil {
+		return err
+	}
 	if err := writeFile(filepath.Join(dir, clusterKeyFile), id.ClusterKey); err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package member
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"encoding/json"
@@ -18,6 +19,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // JoinConfig is what a new node needs to join a site.
@@ -33,6 +35,7 @@ type JoinConfig struct {
 	Log  *slog.Logger
 	// Retry is for how long nodes that do not answer are asked again; 0 means 30 s.
 	Retry time.Duration
+	Level int // of the program: version.Level when 0
 }
 
 const (
@@ -91,7 +94,7 @@ func (r *refusal) Error() string { return r.Message }
 func (r *refusal) Is(target error) bool {
 	want, ok := map[string]error{
 		codeExpired: ErrTokenExpired, codeUsed: ErrTokenUsed, codeUnknown: ErrTokenUnknown,
-		codeOtherSite: ErrOtherSite, codeName: ErrNameTaken, codeMalformed: pki.ErrMalformed, codeRemoved: ErrRemoved,
+		codeOtherSite: ErrOtherSite, codeName: ErrNameTaken, codeMalformed: pki.ErrMalformed, codeRemoved: ErrRemoved, codeVersion: version.ErrMismatch,
 	}[r.Code]
 	return ok && want == target
 }
@@ -104,6 +107,7 @@ const (
 	codeName      = "name_taken"
 	codeMalformed = "malformed"
 	codeRemoved   = "removed"
+	codeVersion   = "version"
 	codeLater     = "try_again"
 )
 
@@ -121,7 +125,7 @@ type joiningJSON struct {
 
 // Join makes cfg.Dir the data directory of a new member of an existing site.
 // Errors: ErrFounded, pki.ErrMalformed, ErrOtherSite, ErrTokenExpired,
-// ErrTokenUsed, ErrTokenUnknown, ErrNameTaken, ErrUnreachable.
+// ErrTokenUsed, ErrTokenUnknown, ErrNameTaken, ErrUnreachable, version.ErrMismatch.
 func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	token, err := pki.ParseToken(cfg.Token)
 	if err != nil {
@@ -152,7 +156,7 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	}
 	body, err := json.Marshal(joinRequest{
 		Token: token.String(), Node: pending.Node, Name: cfg.Name, Addr: cfg.Advertise, API: cfg.APIURL,
-		CSR: csr, Feature: FeatureLevel,
+		CSR: csr, Feature: cmp.Or(cfg.Level, version.Level),
 	})
 	if err != nil {
 		return Identity{}, err

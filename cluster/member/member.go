@@ -23,6 +23,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // Services of the network that this package listens on.
@@ -30,10 +31,6 @@ const (
 	ServiceRaft    byte = 1
 	ServiceControl byte = 2
 )
-
-// FeatureLevel is what this version publishes in its member row: new shapes of
-// rows wait until every member has reached the level that brought them.
-const FeatureLevel = 1
 
 // Network carries connections between the nodes of the site. An accepted or
 // dialled connection proves its peer and says who it is: it has a method
@@ -61,6 +58,7 @@ type Config struct {
 	Name      string // a label; the identity's when empty
 	Advertise string // host:port of the peer port as other nodes reach it; required
 	Version   string // of the program, for people
+	Level     int    // of the program: version.Level when 0
 	APIURL    string // where clients reach this node's public API
 	Network   Network
 	DB        *table.DB // New defines its tables on it; built before Run
@@ -156,6 +154,7 @@ type Node struct {
 	log    *slog.Logger
 	db     *table.DB
 	rows   rows
+	gate   *version.Gate
 	client *http.Client
 
 	mu       sync.Mutex
@@ -202,7 +201,7 @@ func New(cfg Config, identity Identity) (*Node, error) {
 	}
 	cfg.defaults()
 	n := &Node{
-		cfg: cfg, log: cfg.Log, db: cfg.DB, rows: defineRows(cfg.DB),
+		cfg: cfg, log: cfg.Log, db: cfg.DB, rows: defineRows(cfg.DB), gate: version.NewGate(cfg.DB, cfg.Level, cfg.Version),
 		changed: newSignal(), peers: newSightings(), ready: make(chan struct{}), begun: time.Now(), run: table.NewID(),
 	}
 	err := n.become(identity)
@@ -241,6 +240,9 @@ func (c *Config) defaults() {
 	}
 	if c.Clock == nil {
 		c.Clock = time.Now
+	}
+	if c.Level == 0 {
+		c.Level = version.Level
 	}
 	if c.MaxVoters == 0 {
 		c.MaxVoters = 5

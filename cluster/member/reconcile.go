@@ -110,13 +110,16 @@ func (n *Node) foundRows(ctx context.Context) error {
 		}
 		self := Member{
 			ID: id.NodeID, Name: n.cfg.Name, Addr: n.cfg.Advertise, API: n.cfg.APIURL,
-			Joined: time.Now().Unix(), Feature: FeatureLevel, KeyHash: keyHash,
+			Joined: time.Now().Unix(), Feature: n.cfg.Level, KeyHash: keyHash,
 			Labels: n.cfg.Labels, Cache: n.cfg.Cache,
 		}
 		if err := n.rows.members.Put(tx, self, self.ID); err != nil {
 			return err
 		}
 		if err := n.rows.names.Put(tx, nameRow{Node: self.ID}, self.Name); err != nil {
+			return err
+		}
+		if err := n.gate.Found(tx, time.Now()); err != nil {
 			return err
 		}
 		if err := n.rows.clock.Put(tx, clockRow{At: n.cfg.Clock().Unix()}, theClock); err != nil {

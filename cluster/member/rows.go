@@ -11,6 +11,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // Member is a node's row. Raft's own configuration follows these rows, never
@@ -21,7 +22,7 @@ type Member struct {
 	Addr    string `cbor:"addr"` // of the peer port
 	API     string `cbor:"api"`  // URL of the public API; "" when not known yet
 	Joined  int64  `cbor:"joined"`
-	Feature int    `cbor:"feature"`
+	Feature int    `cbor:"feature"`  // the level of the program that it runs, or last ran
 	KeyHash string `cbor:"key_hash"` // of the key that its certificate is for
 	// Removed is when the node was removed, 0 while it is a member. The row
 	// stays: a certificate that was once issued is refused by it.
@@ -40,7 +41,13 @@ type Member struct {
 	// Outcast is the id of the recovery epoch that began without the node; ""
 	// unless it was removed in that way.
 	Outcast string `cbor:"outcast,omitempty"`
+	// Version of the program that it runs, or last ran, for people. Written at
+	// sites of levelVersions.
+	Version string `cbor:"version,omitempty"`
 }
+
+// levelVersions is the feature level that brought Member.Version.
+const levelVersions = 2
 
 // equal says that two rows are the same.
 func (m Member) equal(o Member) bool {
@@ -166,6 +173,63 @@ func (n *Node) roster() (members []Member, err error) {
 	return members, err
 }
 
+// Level is the site's feature level at the moment of r. A room asks for it, in the
+// transaction that it writes with, before it writes a shape of a row that a level
+// brought. It never goes down.
+func (n *Node) Level(r table.Reader) (int, error) { return n.gate.Site(r) }
+
+// Upgrade says how far the site is with an upgrade, at the moment of r.
+func (n *Node) Upgrade(r table.Reader) (version.Upgrade, error) {
+	site, err := n.gate.Site(r)
+	if err != nil {
+		return version.Upgrade{}, err
+	}
+	runners, err := n.runners(r)
+	return version.Survey(site, runners), err
+}
+
+func (n *Node) runners(r table.Reader) ([]version.Runner, error) {
+	members, err := n.Members(r)
+	var runners []version.Runner
+	for _, m := range members {
+		runners = append(runners, version.Runner{Name: m.Name, Level: m.Feature})
+	}
+	return runners, err
+}
+
+// FinishUpgrade raises the site's feature level to that of its nodes, after which
+// the older version cannot be put back. A second time changes nothing. Errors:
+// version.ErrNotYet when a node runs the older version.
+func (n *Node) FinishUpgrade(ctx context.Context) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		runners, err := n.runners(tx)
+		if err != nil {
+			return err
+		}
+		return n.gate.Raise(tx, runners, n.Now())
+	})
+	return err
+}
+
+// heed stops a node whose program the site has outgrown, and writes the site's
+// level down where the next start looks first.
+func (n *Node) heed() (level int, err error) {
+	err = n.db.View(func(v *table.View) error {
+		if err := n.gate.Outdated(v); err != nil {
+			return err
+		}
+		level, err = n.gate.Site(v)
+		return err
+	})
+	if err != nil {
+		return level, err
+	}
+	if err := version.Mark(n.cfg.Dir, n.cfg.Version, level); err != nil {
+		n.log.Warn("the data directory does not say which version used it last", "error", err) // a full disk serves pulls
+	}
+	return level, nil
+}
+
 // member reads one row of the newest local state.
 func (n *Node) member(id string) (m Member, ok bool, err error) {
 	err = n.db.View(func(v *table.View) error {
@@ -203,7 +267,7 @@ type Offline struct{ node *Node }
 // NewOffline defines the tables of members on a database that is not built yet.
 // The cluster key opens the site's secrets.
 func NewOffline(db *table.DB, clusterKey []byte) *Offline {
-	return &Offline{&Node{db: db, rows: defineRows(db), identity: Identity{ClusterKey: clusterKey}}}
+	return &Offline{&Node{db: db, rows: defineRows(db), gate: version.NewGate(db, version.Level, ""), identity: Identity{ClusterKey: clusterKey}}}
 }
 
 // Members are the site's nodes.
@@ -227,12 +291,16 @@ func (o *Offline) Authority() (*pki.Authority, error) {
 }
 
 // Alone makes the rows those of a site that goes on with the member self alone:
-// every other is marked as left out by the epoch, and its name is free.
+// every other is marked as left out by the epoch, and its name is free. A site
+// that this program is too old for is refused with version.ErrMismatch.
 func (o *Offline) Alone(ctx context.Context, self Member, e epoch.Epoch) error {
 	rows := o.node.rows
 	now := time.Now().Unix()
 	self.Removed, self.Outcast, self.ReplacedBy = 0, "", ""
 	_, err := o.node.db.Update(ctx, func(tx *table.Tx) error {
+		if err := o.node.gate.Outdated(tx); err != nil {
+			return err
+		}
 		var others []Member
 		for row, err := range rows.members.Scan(tx, table.Range{}) {
 			if err != nil {

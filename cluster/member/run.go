@@ -12,11 +12,12 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // Run makes the node take part in its site until ctx ends or something fails
-// for good: the state machine halts, or the node was removed (ErrRemoved). A
-// node runs once.
+// for good: the state machine halts, the node was removed (ErrRemoved), or its
+// program does not fit the site (version.ErrMismatch). A node runs once.
 //
 // The order of stopping has reasons. What acts by itself (leading, pings,
 // renewal) ends first, so that nothing starts anew. Then the leadership is
@@ -26,6 +27,9 @@ import (
 func (n *Node) Run(ctx context.Context) error {
 	if n.ran.Swap(true) {
 		return errors.New("member: Run was called twice")
+	}
+	if _, err := n.heed(); err != nil {
+		return err
 	}
 	n.meetMembers(ctx)
 	if self, ok, err := n.member(n.Self()); err == nil && ok {
@@ -147,12 +151,18 @@ func (n *Node) observe(ctx context.Context, in *instance) error {
 	}
 }
 
-// publish keeps this node's own row true, and notices when it was removed.
+// publish keeps this node's own row true, and notices when it was removed or the
+// site has outgrown its program.
 func (n *Node) publish(ctx context.Context) error {
-	rows := n.db.Watch(ctx, "member", n.Self())
+	rows, raised := n.db.Watch(ctx, "member", n.Self()), n.db.Watch(ctx, version.TableName)
 	for {
 		changed := n.changed.wait()
-		self, ok, err := n.member(n.Self())
+		level, err := n.heed()
+		if errors.Is(err, version.ErrMismatch) {
+			return err
+		}
+		self, ok, unread := n.member(n.Self())
+		err = errors.Join(err, unread)
 		switch {
 		case err != nil:
 			n.log.Warn("reading this node's row", "error", err)
@@ -160,17 +170,22 @@ func (n *Node) publish(ctx context.Context) error {
 			if err := n.dismissed(self); err != nil {
 				return err
 			}
-		case ok && !n.published(self).equal(self):
+		case ok && !n.published(self, level).equal(self):
 			if err := n.alone(ctx, self); err != nil {
 				return err
 			}
-			if err := n.publishOnce(ctx); err != nil && ctx.Err() == nil {
+			err := n.publishOnce(ctx)
+			if errors.Is(err, version.ErrMismatch) {
+				return err
+			}
+			if err != nil && ctx.Err() == nil {
 				n.log.Info("this node's new address or name is not known to the site yet", "error", err)
 			}
 		}
 		tick := time.NewTimer(5 * n.cfg.Timings.Ping)
 		select {
 		case <-rows:
+		case <-raised:
 		case <-changed:
 		case <-tick.C:
 		case <-ctx.Done():
@@ -198,10 +213,13 @@ func (n *Node) alone(ctx context.Context, self Member) error {
 	return fmt.Errorf("%w: node %s (%s) answers at %s, and this one is at %s", ErrCloned, self.ID, self.Name, self.Addr, n.cfg.Advertise)
 }
 
-// published is what this node's row should be.
-func (n *Node) published(m Member) Member {
-	m.Name, m.Addr, m.API, m.Feature = n.cfg.Name, n.cfg.Advertise, n.cfg.APIURL, FeatureLevel
+// published is what this node's row should be at a site of the level.
+func (n *Node) published(m Member, level int) Member {
+	m.Name, m.Addr, m.API, m.Feature = n.cfg.Name, n.cfg.Advertise, n.cfg.APIURL, n.cfg.Level
 	m.Labels, m.Cache = n.cfg.Labels, n.cfg.Cache
+	if level >= levelVersions {
+		m.Version = n.cfg.Version
+	}
 	return m
 }
 
@@ -211,7 +229,14 @@ func (n *Node) publishOnce(ctx context.Context) error {
 		if err != nil || !ok || self.Removed != 0 {
 			return err
 		}
-		is := n.published(self)
+		level, err := n.gate.Site(tx)
+		if err == nil {
+			err = n.gate.Fits(tx)
+		}
+		if err != nil {
+			return err
+		}
+		is := n.published(self, level)
 		if is.Name != self.Name {
 			if holder, _, taken, err := n.rows.names.Get(tx, is.Name); err != nil {
 				return err

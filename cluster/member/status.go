@@ -15,6 +15,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // Status is what a node knows of its site.
@@ -36,6 +37,7 @@ type Status struct {
 	Strays   []epoch.Stray
 	Rotation Rotation // of the site's certificates
 	Rekeying bool     // the site is changing its cluster key
+	Upgrade  version.Upgrade
 }
 
 // MemberStatus is one member as this node sees it.
@@ -48,7 +50,7 @@ type MemberStatus struct {
 	// when it is not known.
 	Lag         uint64
 	LastContact time.Time // zero: never since this node started
-	Version     string    // "" when it has not said
+	Version     string    // of the program; the row's when it has not said
 	CertExpires time.Time // of its certificate for its peers; zero when it has not said
 	// Fitness and Codes are what the member says of its own health.
 	Fitness Fitness
@@ -78,6 +80,12 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		Quorum: unconfirmed == nil, LastContact: n.LastContact(),
 		Epoch: n.cfg.Epoch.Epoch(), Fenced: n.cfg.Epoch.Err(), Strays: n.cfg.Epoch.Strays(),
 	}
+	if err := n.db.View(func(v *table.View) (err error) {
+		s.Upgrade, err = n.Upgrade(v)
+		return err
+	}); err != nil {
+		return s, err
+	}
 	voters := make(map[string]bool)
 	for _, server := range in.servers() {
 		voters[string(server.ID)] = server.Suffrage == raft.Voter
@@ -93,7 +101,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		if said.Applied > 0 && said.Applied < s.Applied {
 			ms.Lag = s.Applied - said.Applied
 		}
-		ms.Version, ms.Fitness, ms.Codes = said.Version, said.Fitness, said.Codes
+		ms.Version, ms.Fitness, ms.Codes = cmp.Or(said.Version, m.Version), said.Fitness, said.Codes
 		ms.Skew, ms.SkewBound, ms.Clocked = seen.skew, seen.bound, seen.clocked
 		if said.Expires != 0 {
 			ms.CertExpires = time.Unix(said.Expires, 0)

@@ -15,6 +15,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // Founding makes a site of one new node out of a snapshot of another's state.
@@ -145,5 +146,5 @@ func identify(id *member.Identity, f Founding, offline *member.Offline) (member.
 		return member.Member{}, err
 	}
 	hash, err := pki.KeyHash(key.Public())
-	return member.Member{ID: id.NodeID, Name: f.Name, Addr: f.Addr, Joined: now.Unix(), Feature: member.FeatureLevel, KeyHash: hash}, err
+	return member.Member{ID: id.NodeID, Name: f.Name, Addr: f.Addr, Joined: now.Unix(), Feature: version.Level, KeyHash: hash}, err
 }

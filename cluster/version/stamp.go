@@ -1,0 +1,138 @@
+package version
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Formats of a data directory. It grows when a version writes files that the one
+// before cannot read; what such a version does with a directory of the format
+// before (rewrite it, or refuse it) is decided where those files are opened, and
+// says so here by OldestFormat.
+//
+//	1  directories without a StampFile
+//	2  state and log in the layouts that cluster/DESIGN.md describes; 1 is refused
+const (
+	Format       = 2
+	OldestFormat = 2
+)
+
+// StampFile is the file in a data directory that says what the directory is.
+const StampFile = "version.json"
+
+// Stamp is the content of StampFile. A node's directory without one has format 1. Fields
+// that this version does not know are lost when the file is written anew, which
+// happens only after Check has let the directory pass.
+type Stamp struct {
+	Format  int    `json:"format"`
+	Level   int    `json:"level"`   // of the site, as far as the node knows; it only grows
+	Program string `json:"program"` // the version that wrote last, for people
+}
+
+// reads is what a program can work on.
+type reads struct{ oldest, newest, level int }
+
+// Check says, with ErrMismatch, that a data directory is of another version than
+// this program can work on. It changes nothing, and a directory that does not
+// exist or holds nothing passes. program is this program's version for people.
+func Check(dir, program string) error {
+	s, err := read(dir)
+	if err != nil {
+		return err
+	}
+	return s.check(dir, program, reads{OldestFormat, Format, Level})
+}
+
+func (s Stamp) check(dir, program string, can reads) error {
+	writer := "an early version"
+	if s.Program != "" {
+		writer = called(s.Program)
+	}
+	switch {
+	case s.Format > can.newest:
+		return fmt.Errorf("%w the data directory %s: it has format %d, written by %s, and this is %s, which knows formats up to %d; start %s or a newer version on it. Nothing was changed",
+			ErrMismatch, dir, s.Format, writer, called(program), can.newest, writer)
+	case s.Format < can.oldest:
+		return fmt.Errorf("%w the data directory %s: it has format %d, written by %s, and this is %s, which knows formats from %d on; start a version in between on it first, or move it away and join anew with --join and --name of this node. Nothing was changed",
+			ErrMismatch, dir, s.Format, writer, called(program), can.oldest)
+	case s.Level > can.level:
+		return fmt.Errorf("%w the data directory %s: its site is at feature level %d, it was last used by %s, and this is %s, which knows levels up to %d; start %s or a newer version on it. Nothing was changed",
+			ErrMismatch, dir, s.Level, writer, called(program), can.level, writer)
+	}
+	return nil
+}
+
+// traces are what a directory of a node has, whatever its format.
+func traces() []string { return []string{"identity.json", "raft", "meta.db"} }
+
+func read(dir string) (Stamp, error) {
+	s := Stamp{Format: Format, Level: First} // of a directory that is no node's yet
+	path := filepath.Join(dir, StampFile)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		for _, name := range traces() {
+			if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+				s.Format = 1
+			} else if !errors.Is(err, fs.ErrNotExist) {
+				return s, fmt.Errorf("reading the version of the data directory: %w", err)
+			}
+		}
+		return s, nil
+	}
+	if err != nil {
+		return s, fmt.Errorf("reading the version of the data directory: %w", err)
+	}
+	if err := json.Unmarshal(data, &s); err != nil || s.Format < 1 {
+		return s, fmt.Errorf("%s is damaged: if this version of atoll is the one that used the directory last, remove that file; else start the one that did", path)
+	}
+	return s, nil
+}
+
+// Mark writes down that this program uses the directory, at a site of the level
+// given, 0 when that is not known. A level that is there stays if it is higher,
+// and a program that is there if none is given.
+func Mark(dir, program string, level int) error {
+	old, err := read(dir)
+	if err != nil {
+		return err
+	}
+	s := Stamp{Format: Format, Level: max(level, old.Level), Program: cmp.Or(program, old.Program)}
+	if _, err := os.Stat(filepath.Join(dir, StampFile)); err == nil && s == old {
+		return nil
+	}
+	data, err := json.Marshal(s)
+	if err == nil {
+		err = write(dir, append(data, '\n'))
+	}
+	if err != nil {
+		return fmt.Errorf("writing the version of the data directory %s: %w", dir, err)
+	}
+	return nil
+}
+
+// write replaces the file so that a crash leaves the old or the new one.
+func write(dir string, data []byte) error {
+	f, err := os.CreateTemp(dir, StampFile+".tmp-*") // 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // it is gone when all went well
+	_, err = f.Write(data)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), filepath.Join(dir, StampFile))
+	}
+	if err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
