@@ -31,6 +31,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/recovery"
 	"github.com/atoll-registry/atoll/cluster/reserve"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/identity"
@@ -75,6 +76,10 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 			taken.Close()
 		}
 	}()
+	// Before anything in the directory is touched.
+	if err := version.Check(c.Data, c.Version); err != nil {
+		return nil, err
+	}
 	if n.lock, err = lockData(c.Data); err != nil {
 		return nil, err
 	}
@@ -230,6 +235,8 @@ func notJoined(err error) error {
 		return fault.Wrap(err, fault.Invalid, text)
 	case errors.Is(err, member.ErrTokenExpired), errors.Is(err, member.ErrTokenUsed), errors.Is(err, member.ErrTokenUnknown), errors.Is(err, member.ErrOtherSite):
 		return fault.Wrap(err, fault.Denied, text)
+	case errors.Is(err, version.ErrMismatch):
+		return fault.Wrap(err, fault.Precondition, text)
 	case errors.Is(err, member.ErrNameTaken):
 		return fault.Wrap(err, fault.Conflict, text)
 	case errors.Is(err, member.ErrUnreachable):

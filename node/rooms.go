@@ -34,6 +34,7 @@ import (
 	"github.com/atoll-registry/atoll/node/sites"
 	"github.com/atoll-registry/atoll/node/storage"
 	"github.com/atoll-registry/atoll/node/telemetry"
+	"github.com/atoll-registry/atoll/node/upgrade"
 	"github.com/atoll-registry/atoll/node/watch"
 )
 
@@ -173,6 +174,7 @@ func (r *rooms) register(g ground) {
 	r.adopt.Operations(r.kernel)
 	r.backup.Operations(r.kernel)
 	r.watch.Operations(r.kernel)
+	upgrade.Operations(r.kernel, upgrade.Config{DB: g.db, Cluster: g.member, Version: g.config.Version})
 }
 
 // members counts the site's nodes.

@@ -15,7 +15,7 @@ import (
 
 func newCluster() *cobra.Command {
 	return group(&cobra.Command{Use: "cluster", Short: "Look at the nodes of this site and change them"},
-		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove(), newClusterRecover(), newClusterSalvage(),
+		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove(), newClusterRecover(), newClusterSalvage(), newClusterUpgrade(),
 		group(&cobra.Command{Use: "rotate", Short: "Give all nodes new certificates"}, newClusterRotate("certificates"), newClusterRotate("ca")))
 }
 
@@ -86,6 +86,7 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 	default:
 		fmt.Fprintf(w, "\n%d more voter(s) may fail\n", s.Tolerance)
 	}
+	fmt.Fprintf(w, "feature level of the site: %d\n", s.Level)
 	lacking := fmt.Sprint(s.UnderReplicated)
 	if s.Counting {
 		lacking += " (still counting)"

@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/atoll-registry/atoll/airgap"
+	clusterversion "github.com/atoll-registry/atoll/cluster/version"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -18,12 +19,14 @@ const (
 	exitNotFound    = 5 // no such thing
 	exitConflict    = 6 // it exists already, or a rule forbids it now
 	exitRefused     = 7 // a bundle is untrusted, altered, truncated or not for this site
+	exitVersion     = 8 // this version of atoll is too old or too new for the data directory or the site
 	exitInterrupted = 130
 )
 
 const exitCodesHelp = `
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no node or no leader (try again),
-4 not allowed, 5 not found, 6 conflict, 7 bundle refused, 130 interrupted.`
+4 not allowed, 5 not found, 6 conflict, 7 bundle refused, 8 wrong version of atoll
+for this data directory or site, 130 interrupted.`
 
 // usageError marks an error as one of the command line.
 type usageError struct{ error }
@@ -42,6 +45,8 @@ func exitCode(err error) int {
 		return exitInterrupted
 	case errors.As(err, &refused):
 		return exitRefused
+	case errors.Is(err, clusterversion.ErrMismatch):
+		return exitVersion
 	}
 	switch fault.KindOf(err) {
 	case fault.Invalid:

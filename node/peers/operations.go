@@ -49,6 +49,8 @@ type Status struct {
 	Fenced string `json:"fenced,omitempty"`
 	// Advice says in words what is wrong and what to do; empty when all is well.
 	Advice []string `json:"advice"`
+	// Level is the site's feature level; the nodes' are in Nodes.
+	Level int `json:"level"`
 }
 
 // NodeStatus is one node of the site.
@@ -175,7 +177,8 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 	if err != nil {
 		return Status{}, fault.Wrap(err, fault.Unavailable, "the state of the cluster cannot be read now")
 	}
-	out := Status{Site: p.Cluster.Identity().SiteID, Self: p.Roster.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Epoch: s.Epoch.String(), Advice: []string{}}
+	out := Status{Site: p.Cluster.Identity().SiteID, Self: p.Roster.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Epoch: s.Epoch.String(),
+		Level: s.Upgrade.Site, Advice: []string{}}
 	if s.Fenced != nil {
 		out.Fenced = s.Fenced.Error()
 	}
@@ -278,6 +281,7 @@ func advise(out Status, s member.Status, now time.Time) []string {
 		}
 		advice = append(advice, doing)
 	}
+	advice = append(advice, s.Upgrade.Advice()...)
 	if out.Lost > 0 {
 		advice = append(advice, fmt.Sprintf("no node that is up holds %d of the blobs: bring back the nodes that are down; if all are up, push the images again that atoll scrub status names", out.Lost))
 	}
