@@ -74,6 +74,8 @@ type Config struct {
 	// Started is called once, when the node serves.
 	Started func(Started)
 
+	rebuilding bool // by Rebuild; else a node does not start on half a rebuild
+
 	timings member.Timings   // of the consensus; tests shrink them
 	clock   func() time.Time // of the machine; tests set it wrong
 	disk    watch.Disk       // that the watch writes to; tests let it hang

@@ -83,6 +83,9 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	if n.lock, err = lockData(c.Data); err != nil {
 		return nil, err
 	}
+	if err := rebuildPending(c); err != nil {
+		return nil, err
+	}
 	if err := recovery.Pending(c.Data); err != nil {
 		return nil, fault.New(fault.Conflict, "%v", err)
 	}
@@ -303,7 +306,7 @@ func (n *Node) Run(ctx context.Context) error {
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
 	cluster := startFloor(run, fail, n.member.Run)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
-		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, telemetry.GiveBackMemory)
+		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, telemetry.GiveBackMemory)
 
 	err := n.settle(run)
 	if err == nil {

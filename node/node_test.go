@@ -123,7 +123,7 @@ func TestRefusals(t *testing.T) {
 		"directory of a running node": {func(c *Config) { c.Data = n.Data }, fault.Conflict, "another node runs with the data directory"},
 		"registry's port in use":      {func(c *Config) { c.Listen = taken }, fault.Conflict, "choose another address with --listen"},
 		"peers' port in use":          {func(c *Config) { c.PeerListen = n.PeerAddr }, fault.Conflict, "choose another address with --peer-listen"},
-		"empty directory":             {func(c *Config) { c.Init = false }, fault.Invalid, "--init founds a new site, --join ADDR --token TOKEN joins one, or restore"},
+		"empty directory":             {func(c *Config) { c.Init = false }, fault.Invalid, "--init founds a new site, --join ADDR --token TOKEN joins one, or make a site of a backup in it with: atoll restore FILE"},
 		"found and join":              {func(c *Config) { c.Join = []string{n.PeerAddr} }, fault.Invalid, "choose one"},
 		"join without a token":        {func(c *Config) { c.Init, c.Join = false, []string{n.PeerAddr} }, fault.Invalid, "atoll token create"},
 		"no address":                  {func(c *Config) { c.Listen = "5000" }, fault.Invalid, "HOST:PORT"},

@@ -15,6 +15,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/recovery"
 	"github.com/atoll-registry/atoll/node/backup"
 	"github.com/atoll-registry/atoll/node/fault"
+	"github.com/atoll-registry/atoll/node/ledger"
 	"github.com/atoll-registry/atoll/transfer/peernet"
 )
 
@@ -57,8 +58,10 @@ func Salvage(data string, w io.Writer, log *slog.Logger) (out recovery.Count, er
 func Wipe(data string) (removed []string, err error) {
 	err = locked(data, func() error {
 		removed, err = recovery.Wipe(data)
-		for _, name := range []string{PasswordName, SocketName} {
-			if gone := os.Remove(filepath.Join(data, name)); gone == nil {
+		for _, name := range []string{PasswordName, SocketName, ledger.Dir} {
+			path := filepath.Join(data, name)
+			if _, absent := os.Lstat(path); absent == nil {
+				err = errors.Join(err, os.RemoveAll(path))
 				removed = append(removed, name)
 			}
 		}

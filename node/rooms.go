@@ -24,6 +24,7 @@ import (
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/identity"
 	"github.com/atoll-registry/atoll/node/journal"
+	"github.com/atoll-registry/atoll/node/ledger"
 	"github.com/atoll-registry/atoll/node/offline"
 	"github.com/atoll-registry/atoll/node/peers"
 	"github.com/atoll-registry/atoll/node/project"
@@ -57,6 +58,7 @@ type rooms struct {
 	adopt     *adopt.Adopt
 	backup    *backup.Backup
 	watch     *watch.Watch
+	ledger    *ledger.Ledger
 	kernel    *rest.Kernel
 	http      http.Handler
 }
@@ -134,6 +136,9 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r.peers.Heed(r.watch)
 	r.adopt = adopt.New(adopt.Config{
 		DB: g.db, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records, Copies: r.peers, Log: g.log,
+	})
+	r.ledger = ledger.New(ledger.Config{
+		Data: g.config.Data, DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Log: g.log,
 	})
 	r.backup = backup.New(backup.Config{
 		DB: g.db, Engine: g.engine, Member: g.member, Store: r.store, Records: r.records, Fetcher: r.peers, Version: g.config.Version, Log: g.log,

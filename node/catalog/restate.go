@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -61,4 +63,14 @@ func (c *Catalog) restate(project string, scan func(*table.View, table.Range, fu
 			return err
 		}
 	}
+}
+
+// Small gives the bytes of a manifest that is kept as a row; nil when there is
+// none, or when it is too large for one and kept as a blob.
+func (c *Catalog) Small(v *table.View, d digest.Digest) ([]byte, error) {
+	row, _, ok, err := c.manifests.Get(v, d.String())
+	if err != nil || !ok {
+		return nil, err
+	}
+	return row.Bytes, nil
 }

@@ -100,6 +100,7 @@ var layers = [...]layer{
 	{folder: "node/search", may: under3, tests: helpers},
 	{folder: "node/adopt", may: under3, tests: helpers},
 	{folder: "node/backup", may: under3, tests: helpers},
+	{folder: "node/ledger", may: under3, tests: helpers},
 	{folder: "node/storage", may: under3, tests: helpers},
 	{folder: "node/upgrade", may: under3, tests: helpers},
 	{folder: "node/console", may: under3, tests: helpers},
