@@ -18,6 +18,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 func token(t *testing.T, n *clustertest.Node, ttl time.Duration, uses int) string {
@@ -289,7 +290,7 @@ func TestADirectoryInUse(t *testing.T) {
 	n := c.Found()
 	copied := c.NewNode()
 	copied.Dir = t.TempDir()
-	for _, name := range []string{"identity.json", "cluster.key"} {
+	for _, name := range []string{"identity.json", "cluster.key", version.StampFile} {
 		b, err := os.ReadFile(filepath.Join(n.Dir, name))
 		if err != nil {
 			t.Fatal(err)
