@@ -14,6 +14,7 @@
 package backup
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"time"
 
 	"filippo.io/age"
@@ -28,6 +30,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/blobs"
@@ -105,6 +108,9 @@ func (b *Backup) Write(ctx context.Context, w io.Writer, asked Request) error {
 	if err := b.DB.ReadIndex(ctx); err != nil {
 		return err
 	}
+	// The site may change its key meanwhile: what is sealed in the state opens with
+	// a key of before or of after.
+	before := b.Member.Identity().ClusterKey
 	state, err := b.Engine.Open()
 	if err != nil {
 		return fmt.Errorf("opening the state for a backup: %w", err)
@@ -119,7 +125,7 @@ func (b *Backup) Write(ctx context.Context, w io.Writer, asked Request) error {
 		return err
 	}
 	if len(recipients) > 0 {
-		keys := Keys{ClusterKey: b.Member.Identity().ClusterKey}
+		keys := Keys{ClusterKey: joinKeys(before, b.Member.Identity().ClusterKey)}
 		if err := out.part(partKeys, "", func(w io.Writer) error { return json.NewEncoder(w).Encode(keys) }); err != nil {
 			return err
 		}
@@ -140,6 +146,17 @@ func (b *Backup) Write(ctx context.Context, w io.Writer, asked Request) error {
 	b.Log.Info("backup written", "id", header.ID, "revision", header.Revision, "encrypted", len(recipients) > 0,
 		"blobs", sum.Blobs, "bytes", sum.Bytes, "missing", sum.Missing, "took", time.Since(start), "user", access.From(ctx).Name)
 	return nil
+}
+
+// joinKeys gives all cluster keys that are in two lists of them.
+func joinKeys(a, b []byte) []byte {
+	all := bytes.Clone(a)
+	for key := range slices.Chunk(b, pki.ClusterKeySize) {
+		if !slices.ContainsFunc(slices.Collect(slices.Chunk(a, pki.ClusterKeySize)), func(k []byte) bool { return bytes.Equal(k, key) }) {
+			all = append(all, key...)
+		}
+	}
+	return all
 }
 
 func parseRecipients(texts []string) (recipients []age.Recipient, err error) {
