@@ -96,7 +96,6 @@ func Recover(ctx context.Context, s Survivor) (Recovered, error) {
 	if err := old.copyTo(b); err != nil {
 		return out, err
 	}
-	point, pointTerm := b.last, old.lastTerm
 	if err := b.at("copied"); err != nil {
 		return out, err
 	}
@@ -116,7 +115,7 @@ func Recover(ctx context.Context, s Survivor) (Recovered, error) {
 		if self.ID == "" {
 			return fmt.Errorf("node %s is no member of its site as far as its own state says: it was removed, or has not caught up since it joined; recover another node", id.NodeID)
 		}
-		if out.Epoch, err = newEpoch(id.SiteID, guard.Epoch(), offline, func(e *epoch.Epoch) { e.Index, e.Term = point, pointTerm }); err != nil {
+		if out.Epoch, err = newEpoch(id.SiteID, guard.Epoch(), offline, func(e *epoch.Epoch) { e.Index, e.Term = old.point, old.pointTerm }); err != nil {
 			return err
 		}
 		return offline.Alone(ctx, self, out.Epoch)
@@ -189,6 +188,9 @@ type oldState struct {
 	last      uint64
 	lastTerm  uint64 // of the last entry, or the newest snapshot
 	term      uint64 // the newest that the node has heard of
+	// point and pointTerm are of the last entry that says something. Behind it may
+	// be what a leader writes to open its term, which the others need not have.
+	point, pointTerm uint64
 }
 
 func openOld(dir string, log *slog.Logger) (o *oldState, err error) {
@@ -225,6 +227,7 @@ func openOld(dir string, log *slog.Logger) (o *oldState, err error) {
 	if len(list) > 0 {
 		o.newest = list[0]
 		o.servers, o.lastTerm = o.newest.Configuration.Servers, o.newest.Term
+		o.point, o.pointTerm = o.newest.Index, o.newest.Term
 	}
 	if o.term, err = o.log.GetUint64([]byte("CurrentTerm")); err != nil && !errors.Is(err, kv.ErrNotFound) {
 		return nil, fmt.Errorf("reading the term: %w", err)
@@ -245,8 +248,20 @@ func (o *oldState) readLog() (err error) {
 			o.servers = raft.DecodeConfiguration(l.Data).Servers
 		}
 		o.lastTerm = max(o.lastTerm, l.Term)
+		if l.Index > o.point && says(l) {
+			o.point, o.pointTerm = l.Index, l.Term
+		}
 		return nil
 	})
+}
+
+// says reports whether an entry changes anything.
+func says(l *raft.Log) bool {
+	if l.Type != raft.LogCommand {
+		return l.Type == raft.LogConfiguration
+	}
+	t, err := kv.DecodeTxn(l.Data)
+	return err != nil || len(t.Ops) > 0
 }
 
 // entries reads the log from an index on.
