@@ -35,14 +35,14 @@ func newWatch(g ground, r *rooms, lowWater func() int64) (*watch.Watch, error) {
 
 // certificates lists those whose end would be noticed.
 func certificates(g ground) func() []watch.Certificate {
-	authority := parseFirst(g.member.CA())
 	return func() []watch.Certificate {
+		authority := parseFirst(g.member.CA()) // it may have been replaced
 		all := []watch.Certificate{{
 			Code: "node-certificate-expiring", Of: "the certificate by which other nodes know this one", Leaf: g.member.Certificate().Leaf, Within: renewLate,
 			Renew: "it renews itself through any other node of the site: see to it that this node reaches one, then look for \"renewing\" in its log",
 		}, {
 			Code: "ca-expiring", Of: "the certificate of the site's own authority", Leaf: authority, Within: authorityWarning,
-			Renew: "renew the site's authority while its nodes are up",
+			Renew: "replace it while the nodes are up: atoll cluster rotate ca",
 		}}
 		if g.files != nil {
 			if pair, err := g.files.get(nil); err == nil {
