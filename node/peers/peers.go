@@ -274,8 +274,8 @@ func (p *Peers) serveHTTP(ctx context.Context, service byte, server *http.Server
 		last, cancel := context.WithTimeout(requests, grace)
 		defer cancel()
 		if server.Shutdown(last) != nil {
+			server.Close() // first: a handler that is cut must not seem to have succeeded
 			cut()
-			server.Close()
 		}
 		open.Lock()
 	})
