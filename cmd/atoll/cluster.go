@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -86,7 +87,9 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 	default:
 		fmt.Fprintf(w, "\n%d more voter(s) may fail\n", s.Tolerance)
 	}
-	fmt.Fprintf(w, "feature level of the site: %d\n", s.Level)
+	if slices.ContainsFunc(s.Nodes, func(n peers.NodeStatus) bool { return n.Feature != s.Level }) {
+		fmt.Fprintf(w, "feature level of the site: %d\n", s.Level)
+	}
 	lacking := fmt.Sprint(s.UnderReplicated)
 	if s.Counting {
 		lacking += " (still counting)"

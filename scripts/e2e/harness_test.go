@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -66,6 +67,8 @@ type plan struct {
 	net   int    // its hosts are 10.NET.0.1, .2 ... on a switch of their own: no other net has a route to them
 	nodes int
 	args  []string // further flags of every node
+	// binary that the nodes run; the one that TestMain built when "".
+	binary string
 }
 
 // newSite starts a site and waits until all its nodes are up and vote.
@@ -78,7 +81,7 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 		if err != nil {
 			t.Fatal(err)
 		}
-		node := lab.NewNode(host, built.atoll, filepath.Join(dir, host.Name), p.args...)
+		node := lab.NewNode(host, cmp.Or(p.binary, built.atoll), filepath.Join(dir, host.Name), p.args...)
 		if i == 1 {
 			err = node.Found(ctx)
 		} else {

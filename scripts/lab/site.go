@@ -71,6 +71,10 @@ func (n *Node) waitServing(ctx context.Context) error {
 	}
 }
 
+// Use makes the node's next start, and the commands after it, those of another
+// binary.
+func (n *Node) Use(binary string) { n.binary = binary }
+
 // Kill ends the node as kill -9 does.
 func (n *Node) Kill() { n.run.Kill() }
 
@@ -112,11 +116,14 @@ type Status struct {
 	UnderReplicated int    `json:"under_replicated"`
 	Counting        bool   `json:"counting"` // UnderReplicated is not complete yet
 	Lost            int    `json:"lost"`
+	Level           int    `json:"level"`
 	Nodes           []struct {
 		ID, Name          string
 		Voter, Leader, Up bool
 		Lag               uint64
+		Feature           int
 	} `json:"nodes"`
+	Advice []string `json:"advice"`
 }
 
 // Status asks the node for the state of its cluster.
