@@ -63,11 +63,13 @@ SOAK_SECONDS ?= 600
 soak: build
 	go run ./scripts/soak -seconds $(SOAK_SECONDS)
 
-# A site of real nodes that is broken under load for as long as CHAOS_SECONDS; as
-# root. Prints its seed: CHAOS_SEED plays a schedule again.
+# A site of real nodes that is broken under load for as long as CHAOS_SECONDS, as
+# root; then sites in one process for as long. Both print their seeds: CHAOS_SEED
+# plays a schedule again.
 CHAOS_SECONDS ?= 600
 chaos: testdeps build
 	go run ./scripts/chaos -seconds $(CHAOS_SECONDS) $(if $(CHAOS_SEED),-seed $(CHAOS_SEED))
+	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) go test -count=1 -timeout 0 -run TestRandomSchedule ./cluster/clustertest
 
 # Cuts the power of a real node after every change that it makes on its disk, in
 # four ways; a quarter of an hour on two idle cores. make test takes a sample.

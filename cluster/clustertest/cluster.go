@@ -24,6 +24,8 @@ type Options struct {
 	Snapshots member.Snapshots
 	// Disk gives what stands between a node's raft and its files, for each run.
 	Disk func(n *Node) member.Disk
+	// Engine gives what stands before the engine of a node's state, for each run.
+	Engine func(n *Node, e kv.Engine) kv.Engine
 	// Clock gives a node's clock.
 	Clock func(n *Node) func() time.Time
 	// Define defines the test's tables on each node's database.
@@ -152,6 +154,9 @@ func (n *Node) TryStart() error {
 	}
 	if n.engine, err = kv.OpenBolt(filepath.Join(n.Dir, "meta.db")); err != nil {
 		return err
+	}
+	if opts.Engine != nil {
+		n.engine = opts.Engine(n, n.engine)
 	}
 	n.logs = &lines{t: t, name: n.Name}
 	log := slog.New(slog.NewTextHandler(n.logs, &slog.HandlerOptions{Level: level()}))
