@@ -6,17 +6,21 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/version"
 )
 
 // wiped are the names that make a directory that of a node, in the order in
 // which they go. The identity is first: without it nothing starts on the rest.
 // The state is before the log, and the log last, because a directory with a log
-// and no identity is refused by all but another Wipe.
+// and no identity is refused by all but another Wipe. Behind it goes only what
+// says which version of the program wrote the rest.
 func wiped() []string {
-	return append(member.Files(), planFile, buildDir, stateFile, stateFile+".new", epoch.File, epoch.FencedFile, raftDir)
+	names := slices.DeleteFunc(member.Files(), func(name string) bool { return name == version.StampFile })
+	return append(names, planFile, buildDir, stateFile, stateFile+".new", epoch.File, epoch.FencedFile, raftDir, version.StampFile)
 }
 
 // Wipe makes the data directory that of a node which has never been a member of
