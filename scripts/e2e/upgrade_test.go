@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/version"
 	"github.com/atoll-registry/atoll/scripts/lab"
 )
 
@@ -88,7 +89,7 @@ func TestRollingUpgradeAndRollBack(t *testing.T) {
 		if !strings.Contains(out, "not all nodes run the newer version: upgrade up") {
 			t.Errorf("finished half way: %s", out)
 		}
-		if out := s.atoll(ctx, node, "cluster", "status"); !strings.Contains(out, "an upgrade is under way: the older version still runs on up") || !strings.Contains(out, "feature level of the site: 1") {
+		if out := s.atoll(ctx, node, "cluster", "status"); !strings.Contains(out, "an upgrade is under way: the older version still runs on up") || !strings.Contains(out, says(version.Level-1)) {
 			t.Errorf("the status does not speak of the upgrade:\n%s", out)
 		}
 	})
@@ -97,16 +98,16 @@ func TestRollingUpgradeAndRollBack(t *testing.T) {
 
 	first, last := s.nodes[0], s.nodes[2]
 	if err := first.WaitStatus(ctx, "advice to finish", func(st lab.Status) bool {
-		return st.Level == 1 && slices.ContainsFunc(st.Advice, func(line string) bool { return strings.Contains(line, "atoll cluster upgrade --finish") })
+		return st.Level == version.Level-1 && slices.ContainsFunc(st.Advice, func(line string) bool { return strings.Contains(line, "atoll cluster upgrade --finish") })
 	}); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 { // safe to repeat
-		if out := s.atoll(ctx, last, "cluster", "upgrade", "--finish"); !strings.Contains(out, "feature level of the site: 2") {
+		if out := s.atoll(ctx, last, "cluster", "upgrade", "--finish"); !strings.Contains(out, says(version.Level)) {
 			t.Fatalf("finishing the upgrade: %s", out)
 		}
 	}
-	if err := first.WaitStatus(ctx, "the new level", func(st lab.Status) bool { return st.Level == 2 && allUp(st) }); err != nil {
+	if err := first.WaitStatus(ctx, "the new level", func(st lab.Status) bool { return st.Level == version.Level && allUp(st) }); err != nil {
 		t.Fatal(err)
 	}
 
@@ -116,13 +117,13 @@ func TestRollingUpgradeAndRollBack(t *testing.T) {
 	}
 	out, err := last.Host.Run(ctx, previous, "serve", "--data", last.Data, "--listen", last.Registry(), "--name", last.Host.Name)
 	var exit *exec.ExitError
-	if !errors.As(err, &exit) || exit.ExitCode() != 8 || !strings.Contains(err.Error(), "its site is at feature level 2") || !strings.Contains(err.Error(), last.Data) {
+	if !errors.As(err, &exit) || exit.ExitCode() != 8 || !strings.Contains(err.Error(), fmt.Sprintf("its site is at feature level %d", version.Level)) || !strings.Contains(err.Error(), last.Data) {
 		t.Errorf("the previous version on a directory of the finished site: %s %v", out, err)
 	}
 	token := s.atoll(ctx, first, "token", "create")
 	stranger := filepath.Join(t.TempDir(), "stranger")
 	out, err = last.Host.Run(ctx, previous, "serve", "--data", stranger, "--listen", last.Registry(), "--name", "stranger", "--join", first.PeerAddr(), "--token", token)
-	if !errors.As(err, &exit) || exit.ExitCode() != 8 || !strings.Contains(err.Error(), "the site is at feature level 2 and the program that wants to join knows levels up to 1") {
+	if !errors.As(err, &exit) || exit.ExitCode() != 8 || !strings.Contains(err.Error(), fmt.Sprintf("the site is at feature level %d and the program that wants to join knows levels up to %d", version.Level, version.Level-1)) {
 		t.Errorf("the previous version joins the finished site: %s %v", out, err)
 	}
 	// The new shape is in use: the version of a node that is down is known.
@@ -137,6 +138,8 @@ func TestRollingUpgradeAndRollBack(t *testing.T) {
 	}
 	load.finish(t)
 }
+
+func says(level int) string { return fmt.Sprintf("feature level of the site: %d", level) }
 
 func allUp(st lab.Status) bool {
 	up := 0
