@@ -1,6 +1,8 @@
 package node
 
 import (
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -10,6 +12,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // filler takes a node's disk away, from outside its namespace.
@@ -81,7 +87,7 @@ func TestDiskFillsToTheLastByte(t *testing.T) {
 			// Writes of metadata go on for as long as there is room, and are
 			// acknowledged or refused, never lost.
 			tag := fmt.Sprint("full-", round, "-", len(kept))
-			p := kept[0]
+			p := filling(t, kept[0], uint64(1000*round+len(kept)))
 			p.answer = n.do("PUT", "/v2/library/app/manifests/"+tag, p.manifest, "Content-Type", "application/vnd.oci.image.manifest.v1+json")
 			if p.answer.Status == http.StatusCreated {
 				p.repository, p.tag = "library/app", tag
@@ -112,6 +118,21 @@ func TestDiskFillsToTheLastByte(t *testing.T) {
 		n.do("GET", "/v2/library/app/manifests/none", nil).want(http.StatusNotFound)
 	}
 	t.Logf("%d pushes were acknowledged, all are there", len(kept))
+}
+
+// filling is an image with the blobs of another and a manifest that takes room.
+func filling(t *testing.T, p pushed, seed uint64) pushed {
+	t.Helper()
+	manifest, err := json.Marshal(v1.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageManifest,
+		Config: describe(v1.MediaTypeImageConfig, p.blobs[0]), Layers: []v1.Descriptor{describe(v1.MediaTypeImageLayer, p.blobs[1])},
+		Annotations: map[string]string{"filling": base64.StdEncoding.EncodeToString(content(seed, 40<<10))},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.manifest, p.digest = manifest, digest.FromBytes(manifest)
+	return p
 }
 
 // pullAll holds the node to everything that it has acknowledged.
