@@ -25,6 +25,7 @@ import (
 type schedule struct {
 	*rig
 	dice     *rand.Rand
+	deck     []int // faults to come
 	machines map[*Node]*machine
 	made     map[string]int
 	refused  int
@@ -75,7 +76,7 @@ func TestRandomSchedule(t *testing.T) {
 	}
 	seconds, _ := strconv.Atoi(os.Getenv("CHAOS_SECONDS")) // none is one schedule
 	if seconds > 0 {
-		rounds = 25
+		rounds = 2 * len(faults)
 	}
 	end := time.Now().Add(time.Duration(seconds) * time.Second)
 	total := map[string]int{}
@@ -128,7 +129,11 @@ func playSchedule(t *testing.T, seed uint64, rounds int, total map[string]int) {
 // attack makes one fault, to the leader in half of all cases, and lets the site
 // recover for a while.
 func (s *schedule) attack(ctx context.Context) {
-	f := faults[s.dice.IntN(len(faults))]
+	if len(s.deck) == 0 {
+		s.deck = s.dice.Perm(len(faults)) // each comes before one comes again
+	}
+	f := faults[s.deck[0]]
+	s.deck = s.deck[1:]
 	victim := s.pick()
 	if s.dice.IntN(2) == 0 {
 		for _, n := range s.open {
