@@ -78,6 +78,9 @@ func (n *Node) Use(binary string) { n.binary = binary }
 // Kill ends the node as kill -9 does.
 func (n *Node) Kill() { n.run.Kill() }
 
+// Binary is the program that the node runs.
+func (n *Node) Binary() string { return n.binary }
+
 // Process is the present run of the node.
 func (n *Node) Process() *Process { return n.run }
 

@@ -1,0 +1,325 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/atoll-registry/atoll/scripts/lab"
+)
+
+// manual is docs/operations.md as what it has people type: each section's
+// commands. A section may be run once, and every one has to be.
+type manual struct {
+	t        *testing.T
+	ctx      context.Context //nolint:containedctx // a test's own
+	sections map[string][]string
+}
+
+func readManual(ctx context.Context, t *testing.T) *manual {
+	t.Helper()
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &manual{t: t, ctx: ctx, sections: map[string][]string{}}
+	title := ""
+	for line := range strings.Lines(string(text)) {
+		line = strings.TrimRight(line, "\n")
+		if name, ok := strings.CutPrefix(line, "## "); ok {
+			title = name
+		} else if command, ok := strings.CutPrefix(line, "    "); ok && strings.TrimSpace(command) != "" {
+			m.sections[title] = append(m.sections[title], strings.TrimSpace(command))
+		}
+	}
+	return m
+}
+
+// step carries out one command of a section, given its words, and gives what it
+// printed.
+type step func(words []string) string
+
+// run carries out a section, one step a command.
+func (m *manual) run(title string, steps ...step) (said []string) {
+	m.t.Helper()
+	commands, ok := m.sections[title]
+	if !ok || len(commands) != len(steps) {
+		m.t.Fatalf("the section %q of the manual has the commands %q; the test has %d steps for it", title, commands, len(steps))
+	}
+	delete(m.sections, title)
+	for i, command := range commands {
+		m.t.Logf("%s: %s", title, command)
+		command, _, _ = strings.Cut(command, " > ") // what a file gets is what it prints
+		command, _, _ = strings.Cut(command, " # ")
+		said = append(said, steps[i](strings.Fields(command)))
+	}
+	return said
+}
+
+// done fails for sections that nobody ran.
+func (m *manual) done() {
+	for title, commands := range m.sections {
+		m.t.Errorf("nobody ran the section %q of the manual: %q", title, commands)
+	}
+}
+
+// with puts what a person would type in the place of the manual's capitals.
+func with(words []string, pairs ...string) []string {
+	out := make([]string, len(words))
+	for i, w := range words {
+		for p := 0; p < len(pairs); p += 2 {
+			w = strings.ReplaceAll(w, pairs[p], pairs[p+1])
+		}
+		out[i] = w
+	}
+	return out
+}
+
+// on runs a command of the product on a node, against that node.
+func (m *manual) on(n *lab.Node, pairs ...string) step {
+	return func(words []string) string {
+		m.t.Helper()
+		return m.must(n.Atoll(m.ctx, with(words[1:], pairs...)...))
+	}
+}
+
+// off runs one that needs no node: the manual names the data directory.
+func (m *manual) off(n *lab.Node, pairs ...string) step {
+	return func(words []string) string {
+		m.t.Helper()
+		return m.must(n.Host.Run(m.ctx, n.Binary(), with(words[1:], append(pairs, "DIR", n.Data)...)...))
+	}
+}
+
+// start runs atoll serve and waits until it serves.
+func (m *manual) start(n *lab.Node, pairs ...string) step {
+	return func(words []string) string {
+		m.t.Helper()
+		args := with(words[2:], append(pairs, "DIR", n.Data)...)
+		return m.must("", n.Start(m.ctx, args...))
+	}
+}
+
+// tool runs another program on a node's machine.
+func (m *manual) tool(n *lab.Node, pairs ...string) step {
+	return func(words []string) string {
+		m.t.Helper()
+		return m.must(n.Host.Run(m.ctx, words[0], with(words[1:], pairs...)...))
+	}
+}
+
+func (m *manual) must(said string, err error) string {
+	m.t.Helper()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return strings.TrimSpace(said)
+}
+
+// await waits for a state of the cluster as a node sees it.
+func (m *manual) await(n *lab.Node, what string, ok func(lab.Status) bool) {
+	m.t.Helper()
+	if err := n.WaitStatus(m.ctx, what, ok); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// voting waits until so many nodes are up and vote, and nothing lacks copies.
+func (m *manual) voting(n *lab.Node, want int) {
+	m.t.Helper()
+	m.await(n, fmt.Sprintf("%d voters", want), func(s lab.Status) bool {
+		voters := 0
+		for _, node := range s.Nodes {
+			if node.Voter && node.Up {
+				voters++
+			}
+		}
+		return s.Quorum && voters == want && s.UnderReplicated == 0
+	})
+}
+
+// shows waits until the row of a node in the status, as a person reads it, has a
+// word.
+func (m *manual) shows(n *lab.Node, name, word string) {
+	m.t.Helper()
+	m.await(n, name+" to be "+word, func(lab.Status) bool {
+		for line := range strings.Lines(m.must(n.Atoll(m.ctx, "cluster", "status"))) {
+			if words := strings.Fields(line); len(words) > 0 && words[0] == name {
+				return strings.Contains(line, word)
+			}
+		}
+		return false
+	})
+}
+
+// leads waits until a node of that name leads, or none of it does.
+func (m *manual) leads(n *lab.Node, name string) {
+	m.t.Helper()
+	m.await(n, name+" to lead", func(s lab.Status) bool {
+		for _, node := range s.Nodes {
+			if node.Leader {
+				return node.Name == name
+			}
+		}
+		return false
+	})
+}
+
+// Every command of docs/operations.md does what the page says, in the order of
+// a site's life.
+func TestOperations(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t, 8*time.Minute)
+	l, dir := newLab(t), t.TempDir()
+	m := readManual(ctx, t)
+	machine := func(i int, name string) *lab.Node {
+		host, err := l.Host(ctx, fmt.Sprint("o", i), "o", fmt.Sprintf("10.79.0.%d/24", i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := lab.NewNode(host, built.atoll, filepath.Join(dir, host.Name), "--name", name)
+		t.Cleanup(func() {
+			if n.Process() != nil {
+				n.Kill()
+			}
+			if t.Failed() {
+				t.Logf("log of %s:\n%s", host.Name, tail(n.Log(), 30))
+			}
+		})
+		return n
+	}
+	one, two, three, four := machine(1, "one"), machine(2, "two"), machine(3, "three"), machine(4, "four")
+	if err := one.Found(ctx); err != nil {
+		t.Fatal(err)
+	}
+	m.run("", m.on(one))
+	s := &site{t: t, nodes: []*lab.Node{one}}
+	var err error
+	if s.env, err = lab.Clients(ctx, t.TempDir(), one, two, three, four); err != nil {
+		t.Fatal(err)
+	}
+	img := image(ctx, t, 1<<20)
+	s.pushAll(ctx, one, img, "library/app", "v1")
+
+	var token string
+	keep := func(do step) step { return func(words []string) string { token = do(words); return token } }
+	join := func(n *lab.Node, more ...string) step {
+		return func(words []string) string {
+			return m.start(n, append(more, "ADDR", one.Host.IP, "TOKEN", token)...)(words)
+		}
+	}
+	m.run("Grow a site", keep(m.on(one)), join(two))
+	for _, n := range []*lab.Node{three, four} {
+		keep(m.on(one))([]string{"atoll", "token", "create"})
+		join(n)([]string{"atoll", "serve", "--join", "ADDR:5001", "--token", "TOKEN"})
+	}
+	m.voting(one, 3)
+
+	m.run("Move the leadership", m.on(one, "NODE", "two"))
+	m.leads(one, "two")
+
+	drain := func(name string) step {
+		return func(words []string) string {
+			said := m.on(one, "NODE", name)(words)
+			m.shows(one, name, "drained")
+			return said
+		}
+	}
+	m.run("Take a node out of service, and back", drain("three"), m.on(one), func(words []string) string {
+		if err := three.Stop(ctx); err != nil {
+			t.Fatal(err)
+		}
+		m.must("", three.Start(ctx))
+		return m.on(one, "NODE", "three")(words)
+	})
+	m.voting(one, 3)
+
+	drain("four")([]string{"atoll", "cluster", "drain", "four"})
+	m.run("Remove a node", m.on(one, "NODE", "four"))
+	select {
+	case <-four.Process().Done():
+	case <-ctx.Done():
+		t.Fatal("the removed node goes on running")
+	}
+	m.voting(one, 3)
+
+	three.Kill()
+	heir := machine(5, "three")
+	m.await(one, "three to be seen as down", func(s lab.Status) bool {
+		for _, node := range s.Nodes {
+			if node.Name == "three" {
+				return !node.Up
+			}
+		}
+		return false
+	})
+	m.run("Replace a dead node", keep(m.on(one)), func(words []string) string {
+		return join(heir)(words[:len(words)-2]) // the machine is called so already
+	})
+	m.voting(one, 3)
+
+	m.backups(s, img, machine(6, "restored"))
+	m.recovery(s, img, []*lab.Node{one, two, heir}, join, keep)
+	m.done()
+}
+
+// backups carries a site to a new machine by a file.
+func (m *manual) backups(s *site, img lab.Image, fresh *lab.Node) {
+	m.t.Helper()
+	one, stick := s.nodes[0], m.t.TempDir()
+	key := filepath.Join(stick, "backup.key")
+	files := []string{"/mnt/usb/site.backup", filepath.Join(stick, "site.backup"), "backup.key", key}
+	var public string
+	m.run("Back up a site", func(words []string) string {
+		m.tool(one, files...)(words)
+		text, err := os.ReadFile(key)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if p, ok := strings.CutPrefix(line, "# public key: "); ok {
+				public = strings.TrimSpace(p)
+			}
+		}
+		return public
+	}, func(words []string) string {
+		return m.on(one, append(files, "age1...", public)...)(words)
+	}, m.off(one, files...))
+	m.run("Restore a site from a backup", m.off(fresh, append([]string{"site.backup", filepath.Join(stick, "site.backup")}, files[2:]...)...), m.start(fresh))
+	restored := &site{t: m.t, nodes: []*lab.Node{fresh}}
+	var err error
+	if restored.env, err = lab.Clients(m.ctx, m.t.TempDir(), fresh); err != nil {
+		m.t.Fatal(err)
+	}
+	if got := restored.pullAll(m.ctx, fresh, "app:v1"); got != img.Index.String() {
+		m.t.Errorf("the restored site serves %s, want %s", got, img.Index)
+	}
+	fresh.Kill()
+}
+
+// recovery makes one survivor of three the site, and takes an old one back.
+func (m *manual) recovery(s *site, img lab.Image, nodes []*lab.Node, join func(*lab.Node, ...string) step, keep func(step) step) {
+	m.t.Helper()
+	one, two, three := nodes[0], nodes[1], nodes[2]
+	for _, n := range nodes {
+		n.Kill()
+	}
+	m.run("Most voters are gone for good", m.off(one), m.start(one))
+	s.pushAll(m.ctx, one, img, "library/app", "after")
+	m.must("", two.Start(m.ctx))
+	m.await(two, "the old node to be fenced", func(st lab.Status) bool { return !st.Quorum })
+	if err := two.Stop(m.ctx); err != nil {
+		m.t.Fatal(err)
+	}
+	saved := filepath.Join(m.t.TempDir(), "saved.json")
+	keep(m.on(one))([]string{"atoll", "token", "create"})
+	m.run("A node of before the recovery comes back", m.off(two, "saved.json", saved), m.off(two), join(two))
+	if got := s.pullAll(m.ctx, two, "app:after"); got != img.Index.String() {
+		m.t.Errorf("the node that came back serves %s, want %s", got, img.Index)
+	}
+	_ = three
+}
