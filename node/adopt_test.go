@@ -36,7 +36,7 @@ func otherRegistry(t *testing.T, dir string) (address string, stop func()) {
 		}
 		t.Fatal(text)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", ownHost()+":0")
 	must(t, err)
 	address = l.Addr().String()
 	l.Close()

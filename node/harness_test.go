@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -46,10 +47,16 @@ type running struct {
 	logs   *lines
 }
 
+// ownHost is a loopback address that is this process's: on the usual one another's
+// outgoing connection may take the port of a node that is about to start again.
+func ownHost() string {
+	return fmt.Sprintf("127.%d.%d.9", 1+os.Getpid()>>8%200, os.Getpid()%256)
+}
+
 // config gives a loopback node that founds a site in a new directory.
 func config(t testing.TB) Config {
 	return Config{
-		Data: filepath.Join(t.TempDir(), "data"), Listen: "127.0.0.1:0", PeerListen: "127.0.0.1:0", Name: "one",
+		Data: filepath.Join(t.TempDir(), "data"), Listen: ownHost() + ":0", PeerListen: ownHost() + ":0", Name: "one",
 		Init: true, AdminPassword: password, Version: "test", timings: fast,
 	}
 }

@@ -23,7 +23,7 @@ import (
 func TestContentSurvivesARestart(t *testing.T) {
 	done := leaks(t)
 	n := start(t, config(t))
-	if !n.Founded || n.PasswordFile != "" || n.PeerAddr == "127.0.0.1:0" || !strings.HasPrefix(n.URL, "http://127.0.0.1:") {
+	if !n.Founded || n.PasswordFile != "" || n.PeerAddr == ownHost()+":0" || !strings.HasPrefix(n.URL, "http://"+ownHost()+":") {
 		t.Fatalf("started as %+v", n.Started)
 	}
 	p := n.push("library/app", "v1", bytes.Repeat([]byte("layer "), 1000))
@@ -35,7 +35,7 @@ func TestContentSurvivesARestart(t *testing.T) {
 		t.Error("a start on a founded directory founded it again")
 	}
 	n.pull(p, "v1")
-	n = n.again(func(c *Config) { c.Init, c.PeerListen = true, "127.0.0.1:0" }) // --init is harmless, the port may change
+	n = n.again(func(c *Config) { c.Init, c.PeerListen = true, ownHost()+":0" }) // --init is harmless, the port may change
 	n.pull(p, "v1")
 	n.push("library/app", "v2", []byte("another"))
 	if err := n.stop(); err != nil {

@@ -16,17 +16,16 @@ import (
 // commands. A section may be run once, and every one has to be.
 type manual struct {
 	t        *testing.T
-	ctx      context.Context //nolint:containedctx // a test's own
 	sections map[string][]string
 }
 
-func readManual(ctx context.Context, t *testing.T) *manual {
+func readManual(t *testing.T) *manual {
 	t.Helper()
 	text, err := os.ReadFile("../../docs/operations.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &manual{t: t, ctx: ctx, sections: map[string][]string{}}
+	m := &manual{t: t, sections: map[string][]string{}}
 	title := ""
 	for line := range strings.Lines(string(text)) {
 		line = strings.TrimRight(line, "\n")
@@ -41,10 +40,10 @@ func readManual(ctx context.Context, t *testing.T) *manual {
 
 // step carries out one command of a section, given its words, and gives what it
 // printed.
-type step func(words []string) string
+type step func(ctx context.Context, words []string) string
 
 // run carries out a section, one step a command.
-func (m *manual) run(title string, steps ...step) (said []string) {
+func (m *manual) run(ctx context.Context, title string, steps ...step) (said []string) {
 	m.t.Helper()
 	commands, ok := m.sections[title]
 	if !ok || len(commands) != len(steps) {
@@ -55,7 +54,7 @@ func (m *manual) run(title string, steps ...step) (said []string) {
 		m.t.Logf("%s: %s", title, command)
 		command, _, _ = strings.Cut(command, " > ") // what a file gets is what it prints
 		command, _, _ = strings.Cut(command, " # ")
-		said = append(said, steps[i](strings.Fields(command)))
+		said = append(said, steps[i](ctx, strings.Fields(command)))
 	}
 	return said
 }
@@ -81,34 +80,34 @@ func with(words []string, pairs ...string) []string {
 
 // on runs a command of the product on a node, against that node.
 func (m *manual) on(n *lab.Node, pairs ...string) step {
-	return func(words []string) string {
+	return func(ctx context.Context, words []string) string {
 		m.t.Helper()
-		return m.must(n.Atoll(m.ctx, with(words[1:], pairs...)...))
+		return m.must(n.Atoll(ctx, with(words[1:], pairs...)...))
 	}
 }
 
 // off runs one that needs no node: the manual names the data directory.
 func (m *manual) off(n *lab.Node, pairs ...string) step {
-	return func(words []string) string {
+	return func(ctx context.Context, words []string) string {
 		m.t.Helper()
-		return m.must(n.Host.Run(m.ctx, n.Binary(), with(words[1:], append(pairs, "DIR", n.Data)...)...))
+		return m.must(n.Host.Run(ctx, n.Binary(), with(words[1:], append(pairs, "DIR", n.Data)...)...))
 	}
 }
 
 // start runs atoll serve and waits until it serves.
 func (m *manual) start(n *lab.Node, pairs ...string) step {
-	return func(words []string) string {
+	return func(ctx context.Context, words []string) string {
 		m.t.Helper()
 		args := with(words[2:], append(pairs, "DIR", n.Data)...)
-		return m.must("", n.Start(m.ctx, args...))
+		return m.must("", n.Start(ctx, args...))
 	}
 }
 
 // tool runs another program on a node's machine.
 func (m *manual) tool(n *lab.Node, pairs ...string) step {
-	return func(words []string) string {
+	return func(ctx context.Context, words []string) string {
 		m.t.Helper()
-		return m.must(n.Host.Run(m.ctx, words[0], with(words[1:], pairs...)...))
+		return m.must(n.Host.Run(ctx, words[0], with(words[1:], pairs...)...))
 	}
 }
 
@@ -121,17 +120,17 @@ func (m *manual) must(said string, err error) string {
 }
 
 // await waits for a state of the cluster as a node sees it.
-func (m *manual) await(n *lab.Node, what string, ok func(lab.Status) bool) {
+func (m *manual) await(ctx context.Context, n *lab.Node, what string, ok func(lab.Status) bool) {
 	m.t.Helper()
-	if err := n.WaitStatus(m.ctx, what, ok); err != nil {
+	if err := n.WaitStatus(ctx, what, ok); err != nil {
 		m.t.Fatal(err)
 	}
 }
 
 // voting waits until so many nodes are up and vote, and nothing lacks copies.
-func (m *manual) voting(n *lab.Node, want int) {
+func (m *manual) voting(ctx context.Context, n *lab.Node, want int) {
 	m.t.Helper()
-	m.await(n, fmt.Sprintf("%d voters", want), func(s lab.Status) bool {
+	m.await(ctx, n, fmt.Sprintf("%d voters", want), func(s lab.Status) bool {
 		voters := 0
 		for _, node := range s.Nodes {
 			if node.Voter && node.Up {
@@ -144,10 +143,10 @@ func (m *manual) voting(n *lab.Node, want int) {
 
 // shows waits until the row of a node in the status, as a person reads it, has a
 // word.
-func (m *manual) shows(n *lab.Node, name, word string) {
+func (m *manual) shows(ctx context.Context, n *lab.Node, name, word string) {
 	m.t.Helper()
-	m.await(n, name+" to be "+word, func(lab.Status) bool {
-		for line := range strings.Lines(m.must(n.Atoll(m.ctx, "cluster", "status"))) {
+	m.await(ctx, n, name+" to be "+word, func(lab.Status) bool {
+		for line := range strings.Lines(m.must(n.Atoll(ctx, "cluster", "status"))) {
 			if words := strings.Fields(line); len(words) > 0 && words[0] == name {
 				return strings.Contains(line, word)
 			}
@@ -157,9 +156,9 @@ func (m *manual) shows(n *lab.Node, name, word string) {
 }
 
 // leads waits until a node of that name leads, or none of it does.
-func (m *manual) leads(n *lab.Node, name string) {
+func (m *manual) leads(ctx context.Context, n *lab.Node, name string) {
 	m.t.Helper()
-	m.await(n, name+" to lead", func(s lab.Status) bool {
+	m.await(ctx, n, name+" to lead", func(s lab.Status) bool {
 		for _, node := range s.Nodes {
 			if node.Leader {
 				return node.Name == name
@@ -175,7 +174,7 @@ func TestOperations(t *testing.T) {
 	t.Parallel()
 	ctx := deadline(t, 8*time.Minute)
 	l, dir := newLab(t), t.TempDir()
-	m := readManual(ctx, t)
+	m := readManual(t)
 	machine := func(i int, name string) *lab.Node {
 		host, err := l.Host(ctx, fmt.Sprint("o", i), "o", fmt.Sprintf("10.79.0.%d/24", i))
 		if err != nil {
@@ -196,60 +195,62 @@ func TestOperations(t *testing.T) {
 	if err := one.Found(ctx); err != nil {
 		t.Fatal(err)
 	}
-	m.run("", m.on(one))
+	m.run(ctx, "", m.on(one))
+	var token string
+	keep := func(do step) step {
+		return func(ctx context.Context, words []string) string { token = do(ctx, words); return token }
+	}
+	join := func(n *lab.Node, more ...string) step {
+		return func(ctx context.Context, words []string) string {
+			return m.start(n, append(more, "ADDR", one.Host.IP, "TOKEN", token)...)(ctx, words)
+		}
+	}
+	m.run(ctx, "Grow a site", keep(m.on(one)), join(two))
+	for _, n := range []*lab.Node{three, four} {
+		keep(m.on(one))(ctx, []string{"atoll", "token", "create"})
+		join(n)(ctx, []string{"atoll", "serve", "--join", "ADDR:5001", "--token", "TOKEN"})
+	}
+	m.voting(ctx, one, 3)
+
 	s := &site{t: t, nodes: []*lab.Node{one}}
 	var err error
-	if s.env, err = lab.Clients(ctx, t.TempDir(), one, two, three, four); err != nil {
+	if s.env, err = lab.Clients(ctx, t.TempDir(), one, two, three); err != nil {
 		t.Fatal(err)
 	}
 	img := image(ctx, t, 1<<20)
 	s.pushAll(ctx, one, img, "library/app", "v1")
 
-	var token string
-	keep := func(do step) step { return func(words []string) string { token = do(words); return token } }
-	join := func(n *lab.Node, more ...string) step {
-		return func(words []string) string {
-			return m.start(n, append(more, "ADDR", one.Host.IP, "TOKEN", token)...)(words)
-		}
-	}
-	m.run("Grow a site", keep(m.on(one)), join(two))
-	for _, n := range []*lab.Node{three, four} {
-		keep(m.on(one))([]string{"atoll", "token", "create"})
-		join(n)([]string{"atoll", "serve", "--join", "ADDR:5001", "--token", "TOKEN"})
-	}
-	m.voting(one, 3)
-
-	m.run("Move the leadership", m.on(one, "NODE", "two"))
-	m.leads(one, "two")
+	m.run(ctx, "Move the leadership", m.on(one, "NODE", "two"))
+	m.leads(ctx, one, "two")
 
 	drain := func(name string) step {
-		return func(words []string) string {
-			said := m.on(one, "NODE", name)(words)
-			m.shows(one, name, "drained")
+		return func(ctx context.Context, words []string) string {
+			said := m.on(one, "NODE", name)(ctx, words)
+			m.shows(ctx, one, name, "drained")
 			return said
 		}
 	}
-	m.run("Take a node out of service, and back", drain("three"), m.on(one), func(words []string) string {
+	m.run(ctx, "Take a node out of service, and back", drain("three"), m.on(one), func(ctx context.Context, words []string) string {
 		if err := three.Stop(ctx); err != nil {
 			t.Fatal(err)
 		}
 		m.must("", three.Start(ctx))
-		return m.on(one, "NODE", "three")(words)
+		return m.on(one, "NODE", "three")(ctx, words)
 	})
-	m.voting(one, 3)
+	m.voting(ctx, one, 3)
 
-	drain("four")([]string{"atoll", "cluster", "drain", "four"})
-	m.run("Remove a node", m.on(one, "NODE", "four"))
+	drain("four")(ctx, []string{"atoll", "cluster", "drain", "four"})
+	m.run(ctx, "Remove a node", m.on(one, "NODE", "four"))
 	select {
 	case <-four.Process().Done():
 	case <-ctx.Done():
 		t.Fatal("the removed node goes on running")
 	}
-	m.voting(one, 3)
+	m.voting(ctx, one, 3)
 
 	three.Kill()
 	heir := machine(5, "three")
-	m.await(one, "three to be seen as down", func(s lab.Status) bool {
+	m.await(ctx, one, "three to be seen as down", func(s lab.Status) bool {
 		for _, node := range s.Nodes {
 			if node.Name == "three" {
 				return !node.Up
@@ -257,25 +258,25 @@ func TestOperations(t *testing.T) {
 		}
 		return false
 	})
-	m.run("Replace a dead node", keep(m.on(one)), func(words []string) string {
-		return join(heir)(words[:len(words)-2]) // the machine is called so already
+	m.run(ctx, "Replace a dead node", keep(m.on(one)), func(ctx context.Context, words []string) string {
+		return join(heir)(ctx, words[:len(words)-2]) // the machine is called so already
 	})
-	m.voting(one, 3)
+	m.voting(ctx, one, 3)
 
-	m.backups(s, img, machine(6, "restored"))
-	m.recovery(s, img, []*lab.Node{one, two, heir}, join, keep)
+	m.backups(ctx, s, img, machine(6, "restored"))
+	m.recovery(ctx, s, []*lab.Node{one, two, heir}, join, keep)
 	m.done()
 }
 
 // backups carries a site to a new machine by a file.
-func (m *manual) backups(s *site, img lab.Image, fresh *lab.Node) {
+func (m *manual) backups(ctx context.Context, s *site, img lab.Image, fresh *lab.Node) {
 	m.t.Helper()
 	one, stick := s.nodes[0], m.t.TempDir()
 	key := filepath.Join(stick, "backup.key")
 	files := []string{"/mnt/usb/site.backup", filepath.Join(stick, "site.backup"), "backup.key", key}
 	var public string
-	m.run("Back up a site", func(words []string) string {
-		m.tool(one, files...)(words)
+	m.run(ctx, "Back up a site", func(ctx context.Context, words []string) string {
+		m.tool(one, files...)(ctx, words)
 		text, err := os.ReadFile(key)
 		if err != nil {
 			m.t.Fatal(err)
@@ -286,40 +287,40 @@ func (m *manual) backups(s *site, img lab.Image, fresh *lab.Node) {
 			}
 		}
 		return public
-	}, func(words []string) string {
-		return m.on(one, append(files, "age1...", public)...)(words)
+	}, func(ctx context.Context, words []string) string {
+		return m.on(one, append(files, "age1...", public)...)(ctx, words)
 	}, m.off(one, files...))
-	m.run("Restore a site from a backup", m.off(fresh, append([]string{"site.backup", filepath.Join(stick, "site.backup")}, files[2:]...)...), m.start(fresh))
+	m.run(ctx, "Restore a site from a backup", m.off(fresh, append([]string{"site.backup", filepath.Join(stick, "site.backup")}, files[2:]...)...), m.start(fresh))
 	restored := &site{t: m.t, nodes: []*lab.Node{fresh}}
 	var err error
-	if restored.env, err = lab.Clients(m.ctx, m.t.TempDir(), fresh); err != nil {
+	if restored.env, err = lab.Clients(ctx, m.t.TempDir(), fresh); err != nil {
 		m.t.Fatal(err)
 	}
-	if got := restored.pullAll(m.ctx, fresh, "app:v1"); got != img.Index.String() {
+	if got := restored.pullAll(ctx, fresh, "app:v1"); got != img.Index.String() {
 		m.t.Errorf("the restored site serves %s, want %s", got, img.Index)
 	}
 	fresh.Kill()
 }
 
 // recovery makes one survivor of three the site, and takes an old one back.
-func (m *manual) recovery(s *site, img lab.Image, nodes []*lab.Node, join func(*lab.Node, ...string) step, keep func(step) step) {
+func (m *manual) recovery(ctx context.Context, s *site, nodes []*lab.Node, join func(*lab.Node, ...string) step, keep func(step) step) {
 	m.t.Helper()
-	one, two, three := nodes[0], nodes[1], nodes[2]
+	one, two := nodes[0], nodes[1]
+	img := image(ctx, m.t, 0)
 	for _, n := range nodes {
 		n.Kill()
 	}
-	m.run("Most voters are gone for good", m.off(one), m.start(one))
-	s.pushAll(m.ctx, one, img, "library/app", "after")
-	m.must("", two.Start(m.ctx))
-	m.await(two, "the old node to be fenced", func(st lab.Status) bool { return !st.Quorum })
-	if err := two.Stop(m.ctx); err != nil {
+	m.run(ctx, "Most voters are gone for good", m.off(one), m.start(one))
+	s.pushAll(ctx, one, img, "library/app", "after")
+	m.must("", two.Start(ctx))
+	m.await(ctx, two, "the old node to be fenced", func(st lab.Status) bool { return !st.Quorum })
+	if err := two.Stop(ctx); err != nil {
 		m.t.Fatal(err)
 	}
 	saved := filepath.Join(m.t.TempDir(), "saved.json")
-	keep(m.on(one))([]string{"atoll", "token", "create"})
-	m.run("A node of before the recovery comes back", m.off(two, "saved.json", saved), m.off(two), join(two))
-	if got := s.pullAll(m.ctx, two, "app:after"); got != img.Index.String() {
+	keep(m.on(one))(ctx, []string{"atoll", "token", "create"})
+	m.run(ctx, "A node of before the recovery comes back", m.off(two, "saved.json", saved), m.off(two), join(two))
+	if got := s.pullAll(ctx, two, "app:after"); got != img.Index.String() {
 		m.t.Errorf("the node that came back serves %s, want %s", got, img.Index)
 	}
-	_ = three
 }
