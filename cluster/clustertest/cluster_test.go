@@ -277,6 +277,37 @@ func TestSecondCopyOfTwo(t *testing.T) {
 	})
 }
 
+// A node that was itself brought up by a snapshot, and restarted since, can bring
+// up others by it when it leads.
+func TestSnapshotIsPassedOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes, Snapshots: member.Snapshots{MinBytes: 1000, TrailingLogs: 2}})
+		first := c.Found()
+		for i := range 200 {
+			if err := first.write(t.Context(), fmt.Sprint("k", i), "some text that fills the log"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.Await("a snapshot", func() bool { return len(first.snapshots(t)) > 0 || first.writeMore(t) })
+		second, third := c.Join(first), c.Join(first)
+		c.AwaitVoters(3)
+		for _, n := range []*Node{second, third} {
+			if len(n.snapshots(t)) == 0 {
+				t.Fatal("a new node was brought up without a snapshot")
+			}
+			n.Kill()
+			n.Start()
+			c.AwaitVoters(3)
+		}
+		first.Kill()
+		if err := c.Leader().write(t.Context(), "k0", "new"); err != nil {
+			t.Fatal(err)
+		}
+		fourth := c.Join(second)
+		fourth.want("k0", "new")
+	})
+}
+
 // A machine that lost its disk is set up anew under its name and at its address.
 func TestNewDiskAtTheOldAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -57,6 +57,18 @@ func stateAsSnapshot(newest *raft.SnapshotMeta, logs raft.LogStore, at kv.Positi
 	if err := logs.GetLog(at.Index, &last); err != nil || last.Term != at.Term {
 		return nil
 	}
+	// It must hold the entry of the newest stored snapshot as well. A leader sends
+	// that snapshot to a node that is far behind and then goes on behind it, for
+	// which it needs the entry's term: from the log, or from what it takes for its
+	// newest snapshot, which is the state now. Without either it would send the
+	// snapshot again, for ever. A log that begins behind a snapshot is that of a
+	// node that was brought up by it.
+	if newest != nil {
+		var at raft.Log
+		if err := logs.GetLog(newest.Index, &at); err != nil {
+			return nil
+		}
+	}
 	meta := &raft.SnapshotMeta{
 		Version: raft.SnapshotVersionMax, ID: "state", Index: at.Index, Term: at.Term, ConfigurationIndex: at.Changed,
 	}
