@@ -191,7 +191,10 @@ is verified as a whole first. The node is then started with: atoll serve --data 
 
 The restored site is the same site in a new life: its journals go on under a new
 incarnation, and nodes of the old one that come back are refused. Other nodes join
-it anew with tokens. If the command is cut short, run it again with the same file.`,
+it anew with tokens. If the command is cut short, run it again with the same file.
+
+Nodes of the old site that the restored one can reach are put out of service when
+it starts. Try a backup out on a machine that cannot reach them.`,
 		Args: exactArgs("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if r.Log, err = newLogger(cmd, logLevel); err != nil {
