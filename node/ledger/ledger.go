@@ -13,13 +13,10 @@
 package ledger
 
 import (
-	"bufio"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -46,11 +43,9 @@ const (
 	// page is how many entries are read at once.
 	page = 256
 	// roomy: a file below this size is not rewritten, in bytes.
-	roomy = 16 << 20
+	roomy = 64 << 20
 	// farewell bounds the last look at the journals when the node stops.
 	farewell = 2 * time.Second
-	// maxRecord bounds a record: a manifest in a row, an entry, and their names.
-	maxRecord = catalog.MaxRow + entry.MaxValue + 4096
 )
 
 // record is one line of the ledger: a change of a project, and the bytes of the
@@ -73,7 +68,7 @@ type position struct {
 
 const (
 	positionName   = "position.json"
-	positionFormat = 1
+	positionFormat = 2
 )
 
 var errDamaged = errors.New("it is damaged")
@@ -173,22 +168,22 @@ func (l *Ledger) catch(ctx context.Context) error {
 		return err
 	}
 	next := l.at.clone()
-	w := &writer{to: bufio.NewWriterSize(l.file, 256<<10)}
+	w := newWriter(l.file)
 	for _, id := range logs {
 		if err := l.follow(ctx, id, &next, w); err != nil {
 			return err
 		}
 	}
-	if w.size == 0 {
-		return nil
+	if err := w.flush(); err != nil || w.size == 0 {
+		return err
 	}
 	next.Size += w.size
-	return l.keep(next, w)
+	return l.keep(next)
 }
 
 // keep makes what was written durable, and then counted.
-func (l *Ledger) keep(next position, w *writer) error {
-	if err := errors.Join(w.to.Flush(), l.file.Sync()); err != nil {
+func (l *Ledger) keep(next position) error {
+	if err := l.file.Sync(); err != nil {
 		return err
 	}
 	if err := writePosition(l.dir, next); err != nil {
@@ -245,8 +240,12 @@ func (l *Ledger) follow(ctx context.Context, id entry.LogID, next *position, w *
 
 func (l *Ledger) record(v *table.View, project string, value []byte) (record, error) {
 	r := record{Project: project, Value: append([]byte(nil), value...)}
-	e, err := entry.Decode(value)
-	if err != nil || e.Kind != entry.ArtifactPut {
+	// Checked it was when it came into the journal, and will be by a rebuild.
+	var e struct {
+		Kind   string        `cbor:"kind"`
+		Digest digest.Digest `cbor:"digest"`
+	}
+	if err := cbor.Unmarshal(value, &e); err != nil || e.Kind != entry.ArtifactPut {
 		return r, err
 	}
 	body, err := l.Catalog.Small(v, e.Digest)
@@ -262,15 +261,19 @@ func (l *Ledger) compact(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	w := &writer{to: bufio.NewWriterSize(file, 256<<10)}
-	if err := l.restate(ctx, &next, w); err != nil {
+	w := newWriter(file)
+	err = l.restate(ctx, &next, w)
+	if err == nil {
+		err = w.flush()
+	}
+	if err != nil {
 		file.Close()
 		return err
 	}
 	old := l.at.File
 	l.close()
 	l.file, next.Size, next.Begun = file, w.size, w.size
-	if err := l.keep(next, w); err != nil {
+	if err := l.keep(next); err != nil {
 		return err
 	}
 	return os.Remove(filepath.Join(l.dir, old))
@@ -377,82 +380,6 @@ func (l *Ledger) open() error {
 	}
 	l.file, l.at = file, at
 	return nil
-}
-
-// A record in the file is 4 bytes length (big-endian), 4 bytes CRC-32C of what
-// follows, and the record as CBOR.
-type writer struct {
-	to   *bufio.Writer
-	size int64
-}
-
-func (w *writer) write(r record) error {
-	body, err := cbor.Marshal(r)
-	if err != nil {
-		return err
-	}
-	head := binary.BigEndian.AppendUint32(nil, uint32(len(body)))
-	head = binary.BigEndian.AppendUint32(head, crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)))
-	w.size += int64(len(head) + len(body))
-	_, err = w.to.Write(append(head, body...))
-	return err
-}
-
-// read gives the records of a ledger in order, each with its place in the file;
-// fs.ErrNotExist when there is none. It ends at the first that is damaged, with
-// an error after those before it were given.
-func read(dir string, give func(at int64, r record)) (name string, err error) {
-	p, err := readPosition(dir)
-	if err != nil {
-		return "", err
-	}
-	name = filepath.Join(dir, p.File)
-	file, err := os.Open(name)
-	if err != nil {
-		return "", err
-	}
-	defer file.Close()
-	in := bufio.NewReaderSize(io.LimitReader(file, p.Size), 256<<10)
-	for at := int64(0); at < p.Size; {
-		r, n, err := readRecord(in)
-		if err != nil {
-			return name, fmt.Errorf("the ledger is damaged at byte %d of %d: %w", at, p.Size, err)
-		}
-		give(at, r)
-		at += n
-	}
-	return name, nil
-}
-
-func readRecord(in io.Reader) (r record, n int64, err error) {
-	var head [8]byte
-	if _, err := io.ReadFull(in, head[:]); err != nil {
-		return r, 0, err
-	}
-	size := binary.BigEndian.Uint32(head[:4])
-	if size > maxRecord {
-		return r, 0, fmt.Errorf("a record of %d bytes", size)
-	}
-	body := make([]byte, size)
-	if _, err := io.ReadFull(in, body); err != nil {
-		return r, 0, err
-	}
-	if crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)) != binary.BigEndian.Uint32(head[4:]) {
-		return r, 0, errors.New("its checksum is wrong")
-	}
-	return r, int64(len(head)) + int64(size), cbor.Unmarshal(body, &r)
-}
-
-// manifestAt reads the manifest of one record again.
-func manifestAt(file io.ReaderAt, at int64, d digest.Digest) ([]byte, error) {
-	r, _, err := readRecord(io.NewSectionReader(file, at, maxRecord+8))
-	if err != nil {
-		return nil, err
-	}
-	if d.Algorithm().FromBytes(r.Manifest) != d {
-		return nil, fmt.Errorf("manifest %s is damaged in the ledger", d)
-	}
-	return r.Manifest, nil
 }
 
 func readPosition(dir string) (p position, err error) {

@@ -92,8 +92,8 @@ func (s *site) catch() {
 // there whole.
 func (s *site) want(artifacts int, tags map[string]digest.Digest) {
 	s.t.Helper()
-	got := state{projects: map[string]*projectState{}, bytes: map[digest.Digest]int64{}}
-	name, err := read(s.dir, func(at int64, r record) {
+	got := state{projects: map[string]*projectState{}, bytes: map[digest.Digest]place{}}
+	name, err := read(s.dir, func(at place, r record) {
 		if err := got.apply(at, r); err != nil {
 			s.t.Error(err)
 		}
@@ -202,10 +202,12 @@ func TestCompacts(t *testing.T) {
 	s.want(3, map[string]digest.Digest{"a": last, "b": s.push("b", 7)})
 }
 
-// A damaged record ends what is believed.
+// A damaged block ends what is believed.
 func TestDamaged(t *testing.T) {
 	s := newSite(t)
 	s.push("a", 1)
+	s.catch()
+	s.push("b", 2)
 	s.catch()
 	s.close()
 	name := filepath.Join(s.dir, s.at.File)
@@ -218,7 +220,7 @@ func TestDamaged(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := 0
-	if _, err := read(s.dir, func(int64, record) { n++ }); err == nil || n == 0 {
+	if _, err := read(s.dir, func(place, record) { n++ }); err == nil || n == 0 {
 		t.Errorf("%d records, then %v", n, err)
 	}
 }

@@ -61,7 +61,7 @@ const actor = "rebuild"
 type state struct {
 	file     io.ReaderAt // nil: none
 	projects map[string]*projectState
-	bytes    map[digest.Digest]int64 // where the file has manifests
+	bytes    map[digest.Digest]place // where the file has manifests
 }
 
 type projectState struct {
@@ -72,7 +72,7 @@ type projectState struct {
 
 type artifactKey struct{ repository, name string }
 
-func (s *state) apply(at int64, r record) error {
+func (s *state) apply(at place, r record) error {
 	e, err := entry.Decode(r.Value)
 	if err != nil {
 		return err
@@ -107,12 +107,12 @@ func (l *Ledger) Rebuild(ctx context.Context, r Rebuilding) (Report, error) {
 		r.Progress = func(string) {}
 	}
 	w := &work{Ledger: l, Rebuilding: r, report: Report{Problems: []Problem{}}, done: map[artifactAt]error{}, named: map[digest.Digest]bool{}}
-	w.state = state{projects: map[string]*projectState{}, bytes: map[digest.Digest]int64{}}
+	w.state = state{projects: map[string]*projectState{}, bytes: map[digest.Digest]place{}}
 	from := r.From
 	if from == "" {
 		from = l.dir
 	}
-	name, err := read(from, func(at int64, rec record) {
+	name, err := read(from, func(at place, rec record) {
 		if err := w.state.apply(at, rec); err != nil {
 			w.problem(rec.Project, err)
 		}
