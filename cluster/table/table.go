@@ -162,9 +162,41 @@ func (t *Table[T]) Delete(tx *Tx, key ...string) error {
 // comes with its Key and an error; the Scan goes on if the caller does.
 func (t *Table[T]) Scan(r Reader, rg Range) iter.Seq2[Row[T], error] {
 	return func(yield func(Row[T], error) bool) {
+		for row, err := range t.walk(r, rg) {
+			if err != nil {
+				yield(Row[T]{}, err)
+				return
+			}
+			_, parts := splitKey(row.Key)
+			v, err := t.decode(row.Key, row.Value)
+			if !yield(Row[T]{Key: parts, Value: v, Meta: Meta{row.Created, row.Revision}}, err) {
+				return
+			}
+		}
+	}
+}
+
+// Keys is Scan for who wants the keys alone: rows are not decoded.
+func (t *Table[T]) Keys(r Reader, rg Range) iter.Seq2[[]string, error] {
+	return func(yield func([]string, error) bool) {
+		for row, err := range t.walk(r, rg) {
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			if _, parts := splitKey(row.Key); !yield(parts, nil) {
+				return
+			}
+		}
+	}
+}
+
+// walk gives the rows of a Range as they are stored; an error ends it.
+func (t *Table[T]) walk(r Reader, rg Range) iter.Seq2[kv.Row, error] {
+	return func(yield func(kv.Row, error) bool) {
 		from, to, err := t.span(rg)
 		if err != nil {
-			yield(Row[T]{}, err)
+			yield(kv.Row{}, err)
 			return
 		}
 		if string(from) >= string(to) {
@@ -177,15 +209,13 @@ func (t *Table[T]) Scan(r Reader, rg Range) iter.Seq2[Row[T], error] {
 		given := 0
 		for row, err := range r.rows(from, to, walk) {
 			if err != nil {
-				yield(Row[T]{}, err)
+				yield(kv.Row{}, err)
 				return
 			}
 			if rg.Since > 0 && row.Revision != 0 && row.Revision <= rg.Since {
 				continue
 			}
-			_, parts := splitKey(row.Key)
-			v, err := t.decode(row.Key, row.Value)
-			if !yield(Row[T]{Key: parts, Value: v, Meta: Meta{row.Created, row.Revision}}, err) {
+			if !yield(row, nil) {
 				return
 			}
 			if given++; given == rg.Limit {

@@ -53,7 +53,7 @@ func (g *Registry) listTags(c *call) error {
 	}
 	n := c.route.Name
 	// A page of none is asked for to learn whether the repository exists.
-	tags, page, err := g.catalog.Tags(c.r.Context(), n.Project, n.Repository, q.last, max(q.n, 1))
+	tags, page, err := g.catalog.TagNames(c.r.Context(), n.Project, n.Repository, q.last, max(q.n, 1))
 	if err != nil {
 		return err
 	}
@@ -61,10 +61,7 @@ func (g *Registry) listTags(c *call) error {
 	answer := struct {
 		Name string   `json:"name"`
 		Tags []string `json:"tags"`
-	}{n.Sent, []string{}}
-	for _, t := range tags[:min(q.n, len(tags))] {
-		answer.Tags = append(answer.Tags, t.Name)
-	}
+	}{n.Sent, append([]string{}, tags[:min(q.n, len(tags))]...)}
 	if page.More && len(answer.Tags) > 0 {
 		q.next(c, "/v2/"+n.Sent+"/tags/list", answer.Tags[len(answer.Tags)-1])
 	}
