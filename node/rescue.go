@@ -24,9 +24,12 @@ import (
 
 // Restore makes a site of a backup in a data directory that holds no node.
 func Restore(ctx context.Context, r backup.Restoring) (out backup.Restored, err error) {
+	r.Answers = func(who member.Identity) (func(ctx context.Context, addr, id string) bool, error) {
+		return answering(who, r.Log)
+	}
 	err = locked(r.Data, func() error {
 		out, err = backup.Restore(ctx, r)
-		return err
+		return refused(err)
 	})
 	return out, err
 }
@@ -35,7 +38,11 @@ func Restore(ctx context.Context, r backup.Restoring) (out backup.Restored, err 
 // fault Conflict says why it is not done.
 func Recover(ctx context.Context, data string, log *slog.Logger) (out recovery.Recovered, err error) {
 	err = locked(data, func() error {
-		answers, err := answering(data, log)
+		who, err := member.LoadIdentity(data)
+		if err != nil {
+			return refused(err)
+		}
+		answers, err := answering(who, log)
 		if err != nil {
 			return err
 		}
@@ -93,12 +100,9 @@ func locked(data string, work func() error) error {
 	return work()
 }
 
-// answering asks nodes of the site whether they are up. A node that refuses is.
-func answering(data string, log *slog.Logger) (func(ctx context.Context, addr, id string) bool, error) {
-	who, err := member.LoadIdentity(data)
-	if err != nil {
-		return nil, refused(err)
-	}
+// answering asks, as a node, others of the site whether they are up. One that
+// refuses is.
+func answering(who member.Identity, log *slog.Logger) (func(ctx context.Context, addr, id string) bool, error) {
 	cert, err := who.Certificate()
 	if err != nil {
 		return nil, err

@@ -96,6 +96,15 @@ func TestBackupAndRestore(t *testing.T) {
 	if bytes.Contains(file, old.ClusterKey) || bytes.Contains(one.backup(backup.Request{Blobs: true}), old.ClusterKey) {
 		t.Fatal("the cluster key is in a backup as it is")
 	}
+	// Beside the site that works, which it would put out of service.
+	drill := backup.Restoring{Data: filepath.Join(t.TempDir(), "drill"), File: bytes.NewReader(file), Identities: []age.Identity{identity}, Log: quiet}
+	if _, err := Restore(t.Context(), drill); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "--replace") {
+		t.Errorf("a restore within reach of the site ends with %v", err)
+	}
+	drill.Replace, drill.File = true, bytes.NewReader(file)
+	if _, err := Restore(t.Context(), drill); err != nil {
+		t.Errorf("a restore that may replace the site ends with %v", err)
+	}
 	if err := one.stop(); err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,9 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
@@ -34,6 +37,10 @@ type Founding struct {
 	// may have been done before. May be nil.
 	Beside  func(ctx context.Context) error
 	Prepare Prepare // may be nil
+	// Answers gives, for the new node, what Survivor.Answers is: a member of the
+	// old site that is up ends the work with ErrAnswers, because the new one would
+	// put it out of service. Nil: nobody is asked.
+	Answers func(who member.Identity) (func(ctx context.Context, addr, id string) bool, error)
 	Log     *slog.Logger
 
 	// Step is called between the steps of the work; its error ends it there, as a
@@ -102,6 +109,9 @@ func Found(ctx context.Context, f Founding) (member.Identity, epoch.Epoch, error
 		if err != nil {
 			return err
 		}
+		if err := f.unanswered(ctx, id, offline); err != nil {
+			return err
+		}
 		if e, err = newEpoch(f.Site, f.Parent, offline, func(*epoch.Epoch) {}); err != nil {
 			return err
 		}
@@ -125,6 +135,37 @@ func Found(ctx context.Context, f Founding) (member.Identity, epoch.Epoch, error
 	// The identity last: its existence says that the directory is a node's.
 	names[3], names[len(names)-1] = names[len(names)-1], names[3]
 	return id, e, b.commit(plan{Names: names, Epoch: e.Wire(), For: f.Source})
+}
+
+// unanswered refuses while members of the old site are up.
+func (f Founding) unanswered(ctx context.Context, id member.Identity, offline *member.Offline) error {
+	if f.Answers == nil {
+		return nil
+	}
+	answers, err := f.Answers(id)
+	if err != nil {
+		return err
+	}
+	members, err := offline.Members()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	up := make([]string, len(members))
+	var asked sync.WaitGroup
+	for i, m := range members {
+		asked.Go(func() {
+			if answers(ctx, m.Addr, m.ID) {
+				up[i] = fmt.Sprintf("%s at %s", m.Name, m.Addr)
+			}
+		})
+	}
+	asked.Wait()
+	if up = slices.DeleteFunc(up, func(s string) bool { return s == "" }); len(up) > 0 {
+		return fmt.Errorf("%w: %s. The restored site would put the nodes of the old one out of service. To try a backup out, restore it where it cannot reach them; to replace the site, stop them first, or say so with --replace", ErrAnswers, strings.Join(up, ", "))
+	}
+	return nil
 }
 
 // identify gives the new node its key and certificate, and its row.

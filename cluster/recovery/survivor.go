@@ -51,8 +51,8 @@ var (
 	ErrNotNeeded = errors.New("this site needs no recovery")
 	// ErrNotFenced: there is nothing to salvage, as far as the node knows.
 	ErrNotFenced = errors.New("this node is not fenced")
-	// ErrAnswers: a voter is up.
-	ErrAnswers = errors.New("a voter of the site answers")
+	// ErrAnswers: a node of the old site is up.
+	ErrAnswers = errors.New("a node of the site answers")
 )
 
 // Recover makes the survivor a site of its own. What its log holds counts as

@@ -193,8 +193,9 @@ The restored site is the same site in a new life: its journals go on under a new
 incarnation, and nodes of the old one that come back are refused. Other nodes join
 it anew with tokens. If the command is cut short, run it again with the same file.
 
-Nodes of the old site that the restored one can reach are put out of service when
-it starts. Try a backup out on a machine that cannot reach them.`,
+Nodes of the old site that the restored one can reach would be put out of service
+when it starts, so it is refused while one answers. Try a backup out on a machine
+that cannot reach them; --replace restores although they answer.`,
 		Args: exactArgs("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if r.Log, err = newLogger(cmd, logLevel); err != nil {
@@ -240,6 +241,7 @@ it starts. Try a backup out on a machine that cannot reach them.`,
 	f := cmd.Flags()
 	f.StringVar(&data, "data", "", "data directory to make (default "+node.DefaultDataDir()+")")
 	f.StringVar(&identity, "identity", "", "file with the identity (AGE-SECRET-KEY-...) of a recipient")
+	f.BoolVar(&r.Replace, "replace", false, "restore although nodes of the old site answer; they are put out of service when this one starts")
 	f.StringVar(&clusterKey, "cluster-key", "", "file cluster.key of a node of the site, for a backup without keys")
 	f.StringVar(&r.Name, "name", "", "name of the node for people (default: that of the node which wrote the backup)")
 	f.StringVar(&r.Addr, "advertise", "", "address of its peer port (default: that node's; it is corrected when the node starts)")

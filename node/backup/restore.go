@@ -101,7 +101,11 @@ type Restoring struct {
 	// file cluster.key of a node of the site; else nil.
 	ClusterKey []byte
 	Name, Addr string // of the new node; "" are those of the node that wrote the backup
-	Log        *slog.Logger
+	// Replace: nodes of the old site that are up do not matter; else Answers, of
+	// recovery.Founding, is asked about them.
+	Replace bool
+	Answers func(who member.Identity) (func(ctx context.Context, addr, id string) bool, error)
+	Log     *slog.Logger
 	// Progress is told, as bytes of the file are read, how many: the file is read
 	// twice. May be nil.
 	Progress func(n int)
@@ -183,6 +187,9 @@ func (r Restoring) found(ctx context.Context, file *fileReader, source string) (
 		Dir: r.Data, Site: file.Site, Name: r.Name, Addr: r.Addr, ClusterKey: key, Parent: parent, Source: source,
 		Snapshot: metadata, Prepare: NewLife(r.Data), Log: r.Log,
 		Beside: func(ctx context.Context) error { return r.takeBlobs(ctx, file) },
+	}
+	if !r.Replace {
+		f.Answers = r.Answers
 	}
 	f.Step = r.Step
 	return recovery.Found(ctx, f)

@@ -187,7 +187,7 @@ func TestOperations(t *testing.T) {
 	machine := func(i int, name string) *lab.Node {
 		net := "o"
 		if name == "restored" {
-			net = "drill" // it would put the site out of service, as the manual says
+			net = "drill" // where it cannot reach the site
 		}
 		host, err := l.Host(ctx, fmt.Sprint("o", i), net, fmt.Sprintf("10.79.0.%d/24", i))
 		if err != nil {
