@@ -25,11 +25,12 @@ run: build
 # All that CI runs. The S3 server's suite goes without the race detector: it finds
 # the S3 driver of distribution 3.1.2 reusing the buffer of a request that was
 # broken off (its writer's pool); our own part of it runs under the detector on
-# the disk and memory backends.
+# the disk and memory backends. Four packages at once, because some wait much:
+# for elections, and for disks and nodes that are late.
 test: testdeps build
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
-	$(TESTED) CGO_ENABLED=1 go test -race -timeout 12m $$(go list ./... | grep -v /scripts/)
+	$(TESTED) CGO_ENABLED=1 go test -race -p 4 -timeout 12m $$(go list ./... | grep -v /scripts/)
 	$(TESTED) go test -timeout 5m -tags s3 -run S3 ./node/blobs/cloud
 	PATH="$(TOOLS):$$PATH" go test -count=1 -timeout 12m ./scripts/...
 
