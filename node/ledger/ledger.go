@@ -40,6 +40,8 @@ const Dir = "ledger"
 const (
 	// settle is how long changes gather before they are written.
 	settle = 5 * time.Second
+	// stretch is how much is written before it is counted, in bytes.
+	stretch = 4 << 20
 	// page is how many entries are read at once.
 	page = 256
 	// roomy: a file below this size is not rewritten, in bytes.
@@ -174,11 +176,18 @@ func (l *Ledger) catch(ctx context.Context) error {
 			return err
 		}
 	}
+	return l.advance(&next, w)
+}
+
+// advance counts what was written so far: a node that is far behind, as one that
+// has just joined, does not begin again when it is stopped on the way.
+func (l *Ledger) advance(next *position, w *writer) error {
 	if err := w.flush(); err != nil || w.size == 0 {
 		return err
 	}
 	next.Size += w.size
-	return l.keep(next)
+	w.size = 0
+	return l.keep(next.clone())
 }
 
 // keep makes what was written durable, and then counted.
@@ -234,6 +243,11 @@ func (l *Ledger) follow(ctx context.Context, id entry.LogID, next *position, w *
 			}
 		}
 		next.Logs[id.String()] += uint64(n)
+		if w.size >= stretch {
+			if err := l.advance(next, w); err != nil {
+				return err
+			}
+		}
 	}
 	return ctx.Err()
 }
