@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
@@ -416,12 +417,7 @@ func (n *Node) adminPassword() (string, error) {
 	}
 	password := rand.Text()
 	name := filepath.Join(n.config.Data, PasswordName)
-	file, err := os.OpenFile(name, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return "", err
-	}
-	_, err = fmt.Fprintln(file, password)
-	return password, errors.Join(err, file.Sync(), file.Close(), syncDir(n.config.Data))
+	return password, atomicfile.Write(name, []byte(password+"\n"))
 }
 
 func (n *Node) announce() {

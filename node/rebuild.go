@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -59,7 +60,7 @@ func Rebuild(ctx context.Context, c Config, progress func(repository string)) (r
 	if err = errors.Join(err, <-ended); err != nil {
 		return report, err
 	}
-	return report, errors.Join(os.Remove(filepath.Join(c.Data, rebuildFile)), syncDir(c.Data))
+	return report, atomicfile.Remove(filepath.Join(c.Data, rebuildFile))
 }
 
 // prepareRebuild clears the way for a new site, and keeps what was there.
@@ -86,7 +87,7 @@ func prepareRebuild(data string) error {
 			return err
 		}
 	}
-	if err := errors.Join(syncDir(kept), syncDir(data)); err != nil {
+	if err := errors.Join(atomicfile.SyncDir(kept), atomicfile.SyncDir(data)); err != nil {
 		return err
 	}
 	return writeRebuild(data, rebuildPhase{Moved: true})
@@ -109,23 +110,7 @@ func rebuildable(data string) error {
 }
 
 func writeRebuild(data string, phase rebuildPhase) error {
-	b, err := json.Marshal(phase)
-	if err != nil {
-		return err
-	}
-	name := filepath.Join(data, rebuildFile)
-	file, err := os.OpenFile(name+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(b)
-	if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(name+".new", name); err != nil {
-		return err
-	}
-	return syncDir(data)
+	return atomicfile.WriteJSON(filepath.Join(data, rebuildFile), phase)
 }
 
 // rebuildPending refuses to start a node on half a rebuild.

@@ -1,17 +1,17 @@
 package epoch
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 )
 
 // Files in the data directory.
@@ -53,7 +53,7 @@ func (r *refusal) Public() string {
 // Load reads the epoch of a data directory.
 func Load(dir string) (Epoch, error) {
 	var stored fileJSON
-	if err := read(filepath.Join(dir, File), &stored); errors.Is(err, fs.ErrNotExist) {
+	if err := atomicfile.ReadJSON(filepath.Join(dir, File), &stored); errors.Is(err, fs.ErrNotExist) {
 		return Epoch{}, nil
 	} else if err != nil {
 		return Epoch{}, err
@@ -70,13 +70,13 @@ func Save(dir string, e Epoch) error {
 	if e.Zero() {
 		return nil
 	}
-	return write(filepath.Join(dir, File), fileJSON{Epoch: e.Wire()})
+	return atomicfile.WriteJSON(filepath.Join(dir, File), fileJSON{Epoch: e.Wire()})
 }
 
 // LoadFence reads why the node of a data directory is fenced; not ok when it is
 // not.
 func LoadFence(dir string) (f Fence, ok bool, err error) {
-	err = read(filepath.Join(dir, FencedFile), &f)
+	err = atomicfile.ReadJSON(filepath.Join(dir, FencedFile), &f)
 	if errors.Is(err, fs.ErrNotExist) {
 		return Fence{}, false, nil
 	}
@@ -209,7 +209,7 @@ func (g *Guard) close(peer string, later Epoch) error {
 		return nil
 	}
 	f := Fence{Epoch: later.Wire(), Peer: peer, At: time.Now().Unix()}
-	err := write(filepath.Join(g.dir, FencedFile), f)
+	err := atomicfile.WriteJSON(filepath.Join(g.dir, FencedFile), f)
 	g.fence = &f
 	close(g.fenced)
 	if err != nil {
@@ -243,40 +243,4 @@ func (g *Guard) Strays() []Stray {
 	}
 	slices.SortFunc(all, func(a, b Stray) int { return strings.Compare(a.Node, b.Node) })
 	return all
-}
-
-func read(name string, into any) error {
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, into); err != nil {
-		return fmt.Errorf("%s is damaged: %w", name, err)
-	}
-	return nil
-}
-
-// write puts a small file in place at once and durably.
-func write(name string, v any) error {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return err
-	}
-	temp := name + ".new"
-	f, err := os.OpenFile(temp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(b, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, name); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(name))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

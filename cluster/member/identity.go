@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,6 +16,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
@@ -84,7 +84,7 @@ func LoadIdentity(dir string) (Identity, error) {
 		return Identity{}, err
 	}
 	var stored identityJSON
-	if err := readJSON(filepath.Join(dir, identityFile), &stored); errors.Is(err, fs.ErrNotExist) {
+	if err := atomicfile.ReadJSON(filepath.Join(dir, identityFile), &stored); errors.Is(err, fs.ErrNotExist) {
 		return Identity{}, fmt.Errorf("%s: %w", dir, ErrEmpty)
 	} else if err != nil {
 		return Identity{}, fmt.Errorf("reading the node's identity: %w", err)
@@ -139,10 +139,10 @@ func (id Identity) save(dir string) error {
 	if err := version.Mark(dir, "", 0); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, clusterKeyFile), id.ClusterKey); err != nil {
+	if err := atomicfile.Write(filepath.Join(dir, clusterKeyFile), id.ClusterKey); err != nil {
 		return err
 	}
-	return writeJSON(filepath.Join(dir, identityFile), identityJSON{
+	return atomicfile.WriteJSON(filepath.Join(dir, identityFile), identityJSON{
 		Format: identityFormat, Site: id.SiteID, Node: id.NodeID, Name: id.Name,
 		CA: string(id.CA), Links: string(id.Links), Renewal: id.Renewal, Cert: string(id.Cert), Key: string(id.Key),
 	})
@@ -184,7 +184,7 @@ func Found(dir, name, advertise string) (Identity, error) {
 	if id.Cert, err = authority.IssueNode(key.Public(), id.SiteID, id.NodeID, now); err != nil {
 		return Identity{}, err
 	}
-	if err := writeJSON(filepath.Join(dir, foundingFile), foundingJSON{CAKey: string(caKey)}); err != nil {
+	if err := atomicfile.WriteJSON(filepath.Join(dir, foundingFile), foundingJSON{CAKey: string(caKey)}); err != nil {
 		return Identity{}, err
 	}
 	return id, id.save(dir)
@@ -271,68 +271,6 @@ func (id Identity) key(name string) []byte {
 		}
 	}
 	return nil
-}
-
-func readJSON(path string, into any) error {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, into); err != nil {
-		return fmt.Errorf("%s is damaged: %w", path, err)
-	}
-	return nil
-}
-
-func writeJSON(path string, v any) error {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return err
-	}
-	return writeFile(path, append(b, '\n'))
-}
-
-// writeFile replaces a file so that a crash leaves the old or the new one.
-func writeFile(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp-*") // 0600
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, err)
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(path))
-	}
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, err)
-	}
-	return nil
-}
-
-// removeFile removes a file for good; that it is gone already is fine.
-func removeFile(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("removing %s: %w", path, err)
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 // checkName allows what people call machines: 1 to 63 letters, digits, dots,

@@ -13,6 +13,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/raftnet"
 )
@@ -59,7 +60,7 @@ func (n *Node) open() (_ *instance, err error) {
 	}
 	// Nobody else syncs the names of the log and of the snapshots' directory, and
 	// without them a power cut takes all that is synced in them.
-	if err := errors.Join(syncDir(n.raftDir()), syncDir(n.cfg.Dir)); err != nil {
+	if err := errors.Join(atomicfile.SyncDir(n.raftDir()), atomicfile.SyncDir(n.cfg.Dir)); err != nil {
 		return nil, fmt.Errorf("keeping the name of the log: %w", err)
 	}
 	cached, err := raft.NewLogCache(128, n.cfg.Disk.Logs(store))

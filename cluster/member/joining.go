@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -183,7 +184,7 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	if err := id.save(cfg.Dir); err != nil {
 		return Identity{}, err
 	}
-	return id, removeFile(filepath.Join(cfg.Dir, joiningFile))
+	return id, atomicfile.Remove(filepath.Join(cfg.Dir, joiningFile))
 }
 
 // check makes sure of what a site answered before it is stored.
@@ -209,7 +210,7 @@ func (id Identity) check(pin []byte) error {
 func application(dir, tokenID string) (joiningJSON, crypto.Signer, error) {
 	path := filepath.Join(dir, joiningFile)
 	var pending joiningJSON
-	err := readJSON(path, &pending)
+	err := atomicfile.ReadJSON(path, &pending)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return pending, nil, err
 	}
@@ -229,7 +230,7 @@ func application(dir, tokenID string) (joiningJSON, crypto.Signer, error) {
 		return pending, nil, err
 	}
 	pending = joiningJSON{TokenID: tokenID, Node: table.NewID(), Key: string(keyPEM)}
-	return pending, key, writeJSON(path, pending)
+	return pending, key, atomicfile.WriteJSON(path, pending)
 }
 
 // apply asks one node after the other. A refusal is final, unless it says to

@@ -11,6 +11,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -92,7 +93,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 	}
 	path := filepath.Join(n.cfg.Dir, foundingFile)
 	var founding foundingJSON
-	if err := readJSON(path, &founding); err != nil {
+	if err := atomicfile.ReadJSON(path, &founding); err != nil {
 		return err
 	}
 	id := n.Identity()
@@ -131,7 +132,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 		return fmt.Errorf("writing the site's first rows: %w", err)
 	}
 	n.log.Info("founded the site", "site", id.SiteID, "node", id.NodeID, "name", n.cfg.Name)
-	if err := removeFile(path); err != nil {
+	if err := atomicfile.Remove(path); err != nil {
 		return err
 	}
 	n.founding.Store(false)

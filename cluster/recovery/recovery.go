@@ -26,6 +26,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
@@ -189,7 +190,7 @@ func (b *builder) consensus(id, addr string) (err error) {
 	}
 	// The log holds the entry at which the snapshot ends: a node that was sent the
 	// snapshot is told of the entry before the next one.
-	return errors.Join(logs.StoreLog(last), logs.SetUint64([]byte("CurrentTerm"), term), logs.Close(), syncDir(b.path(raftDir)))
+	return errors.Join(logs.StoreLog(last), logs.SetUint64([]byte("CurrentTerm"), term), logs.Close(), atomicfile.SyncDir(b.path(raftDir)))
 }
 
 // commit writes the plan and carries it out.
@@ -198,11 +199,11 @@ func (b *builder) commit(p plan) error {
 	if err := b.at("built"); err != nil {
 		return err
 	}
-	if err := errors.Join(syncDir(b.path()), syncDir(b.dir)); err != nil {
+	if err := errors.Join(atomicfile.SyncDir(b.path()), atomicfile.SyncDir(b.dir)); err != nil {
 		return err
 	}
 	p.Form = planForm
-	if err := writeJSON(filepath.Join(b.dir, planFile), p); err != nil {
+	if err := atomicfile.WriteJSON(filepath.Join(b.dir, planFile), p); err != nil {
 		return fmt.Errorf("writing down what is to be put in place: %w", err)
 	}
 	return finish(b.dir, p, b.at)
@@ -242,7 +243,7 @@ func finish(dir string, p plan, at func(string) error) error {
 	if err := os.Remove(filepath.Join(dir, planFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return syncDir(dir)
+	return atomicfile.SyncDir(dir)
 }
 
 // replace puts one new file or directory in place of the old one, which it
@@ -258,7 +259,7 @@ func replace(dir, kept, name string, at func(string) error) error {
 		if err := os.Rename(here, filepath.Join(dir, kept, name)); err != nil {
 			return err
 		}
-		if err := errors.Join(syncDir(filepath.Join(dir, kept)), syncDir(dir), at("kept "+name)); err != nil {
+		if err := errors.Join(atomicfile.SyncDir(filepath.Join(dir, kept)), atomicfile.SyncDir(dir), at("kept "+name)); err != nil {
 			return err
 		}
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -267,7 +268,7 @@ func replace(dir, kept, name string, at func(string) error) error {
 	if err := os.Rename(fresh, here); err != nil {
 		return err
 	}
-	return errors.Join(syncDir(dir), at("placed "+name))
+	return errors.Join(atomicfile.SyncDir(dir), at("placed "+name))
 }
 
 // pendingPlan reads the plan of work that was cut short.
@@ -321,32 +322,4 @@ func newEpoch(site string, parent epoch.Epoch, offline *member.Offline, point fu
 	next := parent.Next(table.NewID(), time.Now())
 	point(&next)
 	return next.Sign(site, authority.Signer())
-}
-
-func writeJSON(name string, v any) error {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return err
-	}
-	temp := name + ".new"
-	f, err := os.OpenFile(temp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(b, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, name); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(name))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

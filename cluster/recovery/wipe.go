@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/version"
@@ -41,7 +42,7 @@ func wipe(dir string, at func(string) error) (removed []string, err error) {
 		if err := os.RemoveAll(path); err != nil {
 			return removed, fmt.Errorf("wiping %s: %w", path, err)
 		}
-		if err := errors.Join(syncDir(dir), at(name)); err != nil {
+		if err := errors.Join(atomicfile.SyncDir(dir), at(name)); err != nil {
 			return removed, err
 		}
 		removed = append(removed, name)

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 )
 
 // Formats of a data directory. It grows when a version writes files that the one
@@ -107,32 +109,10 @@ func Mark(dir, program string, level int) error {
 	}
 	data, err := json.Marshal(s)
 	if err == nil {
-		err = write(dir, append(data, '\n'))
+		err = atomicfile.Write(filepath.Join(dir, StampFile), append(data, '\n'))
 	}
 	if err != nil {
 		return fmt.Errorf("writing the version of the data directory %s: %w", dir, err)
 	}
 	return nil
-}
-
-// write replaces the file so that a crash leaves the old or the new one.
-func write(dir string, data []byte) error {
-	f, err := os.CreateTemp(dir, StampFile+".tmp-*") // 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // it is gone when all went well
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), filepath.Join(dir, StampFile))
-	}
-	if err != nil {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

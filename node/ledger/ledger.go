@@ -28,6 +28,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/bundle/entry"
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/journal"
@@ -195,7 +196,7 @@ func (l *Ledger) keep(next position) error {
 	if err := l.file.Sync(); err != nil {
 		return err
 	}
-	if err := writePosition(l.dir, next); err != nil {
+	if err := atomicfile.WriteJSON(filepath.Join(l.dir, positionName), next); err != nil {
 		return err
 	}
 	l.at = next
@@ -380,7 +381,7 @@ func (l *Ledger) open() error {
 		// Somebody cut it: it begins anew, from the journals.
 		l.Log.Warn("the ledger for a rebuild is damaged and written anew", "file", at.File)
 		at.Size, at.Begun, at.Logs = 0, 0, map[string]uint64{}
-		err = writePosition(l.dir, at)
+		err = atomicfile.WriteJSON(filepath.Join(l.dir, positionName), at)
 	}
 	if err == nil {
 		err = file.Truncate(at.Size)
@@ -411,28 +412,4 @@ func readPosition(dir string) (p position, err error) {
 		p.Logs = map[string]uint64{}
 	}
 	return p, nil
-}
-
-func writePosition(dir string, p position) error {
-	b, err := json.Marshal(p)
-	if err != nil {
-		return err
-	}
-	temp := filepath.Join(dir, positionName+".new")
-	file, err := os.OpenFile(temp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(b)
-	if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, filepath.Join(dir, positionName)); err != nil {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/blobs/cloud"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -212,28 +213,8 @@ func (s *Storage) read() (known bool, err error) {
 
 // save writes down where blobs are, durably, before anything goes there.
 func (s *Storage) save(st state) error {
-	text, err := json.MarshalIndent(st, "", "  ")
-	if err != nil {
-		return err
-	}
-	name := filepath.Join(s.Data, fileName)
-	f, err := os.OpenFile(name+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(name+".tmp", name)
-	}
-	if err != nil {
+	if err := atomicfile.WriteJSON(filepath.Join(s.Data, fileName), st); err != nil {
 		return fmt.Errorf("writing down where blobs are: %w", err)
 	}
-	dir, err := os.Open(s.Data)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return nil
 }
