@@ -1,107 +1,22 @@
 package member
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"net/http"
 	"net/url"
 	"time"
 
-	"golang.org/x/time/rate"
-
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
 )
 
-// Strangers reach the join service: few requests at a time, few a second.
-const (
-	joinsPerSecond = 5
-	joinsBurst     = 20
-	joinsAtOnce    = 4
-)
-
 // joinServer serves the nodes that have no valid certificate.
 func (n *Node) joinServer() *http.Server {
-	limiter := rate.NewLimiter(joinsPerSecond, joinsBurst)
-	places := make(chan struct{}, joinsAtOnce)
-	bounded := func(answer func(context.Context, []byte) (any, error)) http.HandlerFunc {
-		return func(w http.ResponseWriter, r *http.Request) {
-			select {
-			case places <- struct{}{}:
-				defer func() { <-places }()
-			default:
-				n.refuse(w, refuse(codeLater, "too many nodes are joining at this moment: try again in a few seconds"))
-				return
-			}
-			if !limiter.Allow() {
-				n.refuse(w, refuse(codeLater, "too many nodes are joining at this moment: try again in a few seconds"))
-				return
-			}
-			body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxJoinBody))
-			if err != nil {
-				n.refuse(w, refuse(codeMalformed, "reading the request: %v", err))
-				return
-			}
-			v, err := answer(r.Context(), body)
-			if err != nil {
-				n.refuse(w, err)
-				return
-			}
-			n.reply(w, v)
-		}
-	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+pathJoin, bounded(n.admit))
-	mux.HandleFunc("POST "+pathRenew, bounded(n.renewal))
-	mux.HandleFunc("POST "+pathStanding, bounded(n.standing))
-	s := &http.Server{
-		Handler:           mux,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      40 * time.Second, // longer than a write waits for a leader
-		MaxHeaderBytes:    4 << 10,
-		ErrorLog:          slog.NewLogLogger(n.log.Handler(), slog.LevelDebug),
-	}
-	s.SetKeepAlivesEnabled(false)
-	return s
-}
-
-// refuse answers with a refusal; other errors stay in the log.
-func (n *Node) refuse(w http.ResponseWriter, err error) {
-	var no *refusal
-	var passing interface{ Unavailable() bool }
-	switch {
-	case errors.As(err, &no):
-	case errors.As(err, &passing) && passing.Unavailable(), errors.Is(err, context.DeadlineExceeded):
-		no = refuse(codeLater, "the site cannot take a node in at the moment, because no leader answers: try again")
-	default:
-		no = refuse(codeLater, "the node could not answer; its log says why")
-	}
-	n.log.Info("refused a node's request to join or renew", "code", no.Code, "error", err)
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(http.StatusForbidden)
-	if err := json.NewEncoder(w).Encode(no); err != nil {
-		n.log.Debug("answering a node", "error", err)
-	}
-}
-
-// decodeStrict reads exactly one JSON value that has only the fields of into.
-func decodeStrict(body []byte, into any) error {
-	d := json.NewDecoder(bytes.NewReader(body))
-	d.DisallowUnknownFields()
-	if err := d.Decode(into); err != nil {
-		return refuse(codeMalformed, "the request is malformed: %v", err)
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return refuse(codeMalformed, "the request is malformed: something follows it")
-	}
-	return nil
+	return joining.Server(map[string]joining.Handler{pathJoin: n.admit, pathRenew: n.renewal, pathStanding: n.standing}, n.log)
 }
 
 // applicant is a joinRequest that was checked.
@@ -115,33 +30,33 @@ type applicant struct {
 // parseJoin reads and checks a stranger's request. It knows nothing of the site.
 func parseJoin(body []byte) (applicant, error) {
 	var a applicant
-	if err := decodeStrict(body, &a.joinRequest); err != nil {
+	if err := joining.Decode(body, &a.joinRequest); err != nil {
 		return a, err
 	}
 	var err error
 	if a.token, err = pki.ParseToken(a.Token); err != nil {
-		return a, refuse(codeMalformed, "the join token: %v", err)
+		return a, joining.Refuse(joining.CodeMalformed, "the join token: %v", err)
 	}
 	if a.token.Kind != pki.KindJoin {
-		return a, refuse(codeMalformed, "the token is not for joining")
+		return a, joining.Refuse(joining.CodeMalformed, "the token is not for joining")
 	}
 	if len(a.Node) != 32 || !pki.ValidID(a.Node) {
-		return a, refuse(codeMalformed, "the node id is malformed")
+		return a, joining.Refuse(joining.CodeMalformed, "the node id is malformed")
 	}
 	if err := checkName(a.Name); err != nil {
-		return a, refuse(codeMalformed, "%v", err)
+		return a, joining.Refuse(joining.CodeMalformed, "%v", err)
 	}
 	if err := checkAddr(a.Addr); err != nil {
-		return a, refuse(codeMalformed, "the advertised address: %v", err)
+		return a, joining.Refuse(joining.CodeMalformed, "the advertised address: %v", err)
 	}
 	if err := checkAPI(a.API); err != nil {
-		return a, refuse(codeMalformed, "%v", err)
+		return a, joining.Refuse(joining.CodeMalformed, "%v", err)
 	}
 	if a.Feature < 1 || a.Feature > 1<<20 {
-		return a, refuse(codeMalformed, "the feature level is malformed")
+		return a, joining.Refuse(joining.CodeMalformed, "the feature level is malformed")
 	}
 	if a.public, a.keyHash, err = parseKey(a.CSR); err != nil {
-		return a, refuse(codeMalformed, "%v", err)
+		return a, joining.Refuse(joining.CodeMalformed, "%v", err)
 	}
 	return a, nil
 }
@@ -177,7 +92,7 @@ func (n *Node) admit(ctx context.Context, body []byte) (any, error) {
 	if known, err := id.knows(a.token.Pin); err != nil {
 		return nil, err
 	} else if !known {
-		return nil, refuse(codeOtherSite, "the token is for another site than this node's (%s): make one here with: atoll token create", id.SiteID)
+		return nil, joining.Refuse(joining.CodeOtherSite, "the token is for another site than this node's (%s): make one here with: atoll token create", id.SiteID)
 	}
 	now := n.Now()
 	var signer signer
@@ -211,7 +126,7 @@ func (n *Node) redeem(tx *table.Tx, a applicant, now time.Time) (known bool, err
 	}
 	// One answer for both, so that ids cannot be tried out.
 	if !ok || !pki.SecretMatches(row.Hash, a.token.Secret) || row.Kind != a.token.Kind {
-		return false, refuse(codeUnknown, "the token is not known here: it was mistyped, or revoked, or never made at this site")
+		return false, joining.Refuse(joining.CodeUnknown, "the token is not known here: it was mistyped, or revoked, or never made at this site")
 	}
 	for _, u := range row.Used {
 		if u.Node == a.Node && u.KeyHash == a.keyHash {
@@ -219,10 +134,10 @@ func (n *Node) redeem(tx *table.Tx, a applicant, now time.Time) (known bool, err
 		}
 	}
 	if expires := time.Unix(row.Expires, 0); !now.Before(expires) {
-		return false, refuse(codeExpired, "the token expired on %s: make a new one with: atoll token create", expires.UTC().Format(time.RFC3339))
+		return false, joining.Refuse(joining.CodeExpired, "the token expired on %s: make a new one with: atoll token create", expires.UTC().Format(time.RFC3339))
 	}
 	if len(row.Used) >= row.Uses {
-		return false, refuse(codeUsed, "the token was for %d use(s), and all are taken: make a new one with: atoll token create", row.Uses)
+		return false, joining.Refuse(joining.CodeUsed, "the token was for %d use(s), and all are taken: make a new one with: atoll token create", row.Uses)
 	}
 	row.Used = append(row.Used, tokenUse{Node: a.Node, KeyHash: a.keyHash})
 	return false, n.rows.tokens.Put(tx, row, a.token.ID)
@@ -231,7 +146,7 @@ func (n *Node) redeem(tx *table.Tx, a applicant, now time.Time) (known bool, err
 // enter writes the applicant's member row.
 func (n *Node) enter(tx *table.Tx, a applicant, known bool, now time.Time) error {
 	if err := n.gate.Admit(tx, a.Feature); errors.Is(err, version.ErrMismatch) {
-		return refuse(codeVersion, "%v", err)
+		return joining.Refuse(joining.CodeVersion, "%v", err)
 	} else if err != nil {
 		return err
 	}
@@ -240,9 +155,9 @@ func (n *Node) enter(tx *table.Tx, a applicant, known bool, now time.Time) error
 	case err != nil:
 		return err
 	case ok && m.Removed != 0:
-		return refuse(codeRemoved, "the node %s was removed from the site: join with an empty data directory", a.Node)
+		return joining.Refuse(joining.CodeRemoved, "the node %s was removed from the site: join with an empty data directory", a.Node)
 	case ok && (!known || m.KeyHash != a.keyHash):
-		return refuse(codeMalformed, "the node id %s belongs to another node", a.Node)
+		return joining.Refuse(joining.CodeMalformed, "the node id %s belongs to another node", a.Node)
 	case !ok:
 		m = Member{ID: a.Node, Joined: now.Unix(), KeyHash: a.keyHash}
 	}
@@ -275,10 +190,10 @@ func (n *Node) takeName(tx *table.Tx, a applicant) error {
 		}
 		if found && old.Removed == 0 {
 			if time.Since(n.begun) < n.cfg.Timings.Live {
-				return refuse(codeLater, "this node has just started and does not know yet who is up: try again in a few seconds")
+				return joining.Refuse(joining.CodeLater, "this node has just started and does not know yet who is up: try again in a few seconds")
 			}
 			if n.live(old.ID) {
-				return refuse(codeName, "the name %q belongs to a node that is up (%s at %s): choose another with --name", a.Name, old.ID, old.Addr)
+				return joining.Refuse(joining.CodeName, "the name %q belongs to a node that is up (%s at %s): choose another with --name", a.Name, old.ID, old.Addr)
 			}
 			old.ReplacedBy = a.Node
 			if err := n.rows.members.Put(tx, old, old.ID); err != nil {
@@ -293,15 +208,15 @@ func (n *Node) takeName(tx *table.Tx, a applicant) error {
 // request needs no other proof: the certificate is of no use without the key.
 func (n *Node) renewal(ctx context.Context, body []byte) (any, error) {
 	var req renewRequest
-	if err := decodeStrict(body, &req); err != nil {
+	if err := joining.Decode(body, &req); err != nil {
 		return nil, err
 	}
 	public, keyHash, err := parseKey(req.CSR)
 	if err != nil {
-		return nil, refuse(codeMalformed, "%v", err)
+		return nil, joining.Refuse(joining.CodeMalformed, "%v", err)
 	}
 	if !pki.ValidID(req.Node) {
-		return nil, refuse(codeMalformed, "the node id is malformed")
+		return nil, joining.Refuse(joining.CodeMalformed, "the node id is malformed")
 	}
 	var m Member
 	var known bool
@@ -317,11 +232,11 @@ func (n *Node) renewal(ctx context.Context, body []byte) (any, error) {
 	case err != nil:
 		return nil, err
 	case !known:
-		return nil, refuse(codeUnknown, "the node %s is not a member of the site as far as this node knows", req.Node)
+		return nil, joining.Refuse(joining.CodeUnknown, "the node %s is not a member of the site as far as this node knows", req.Node)
 	case m.Removed != 0:
-		return nil, refuse(codeRemoved, "the node %s was removed from the site", req.Node)
+		return nil, joining.Refuse(joining.CodeRemoved, "the node %s was removed from the site", req.Node)
 	case m.KeyHash != keyHash:
-		return nil, refuse(codeMalformed, "the request is not of the key that the node %s joined with", req.Node)
+		return nil, joining.Refuse(joining.CodeMalformed, "the request is not of the key that the node %s joined with", req.Node)
 	}
 	cert, err := signer.IssueNode(public, n.Identity().SiteID, m.ID, n.Now())
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -44,11 +45,16 @@ func TestParseJoin(t *testing.T) {
 	if a, err := parseJoin(good); err != nil || a.keyHash == "" {
 		t.Fatalf("a good request: %v", err)
 	}
+	// A newer node may say more than this version knows.
+	if a, err := parseJoin(append([]byte(`{"x":{"y":[1]},`), good[1:]...)); err != nil || a.Name != "node2" {
+		t.Errorf("a request with a field that is not known: %v", err)
+	}
 	for name, body := range map[string][]byte{
 		"empty":          nil,
 		"no JSON":        []byte("GET / HTTP/1.1"),
 		"two values":     append(good, good...),
-		"unknown field":  append([]byte(`{"x":1,`), good[1:]...),
+		"a field twice":  append([]byte(`{"node":"x",`), good[1:]...),
+		"in two cases":   append([]byte(`{"NODE":"x",`), good[1:]...),
 		"token":          encode(func(r *joinRequest) { r.Token = "ATOLL1-join" }),
 		"kind of token":  encode(func(r *joinRequest) { r.Token = strings.Replace(r.Token, "-join-", "-robot-", 1) }),
 		"node id":        encode(func(r *joinRequest) { r.Node = "../../etc" }),
@@ -61,8 +67,8 @@ func TestParseJoin(t *testing.T) {
 		"no feature":     encode(func(r *joinRequest) { r.Feature = 0 }),
 		"negative level": encode(func(r *joinRequest) { r.Feature = -1 }),
 	} {
-		var no *refusal
-		if _, err := parseJoin(body); !errors.As(err, &no) || no.Code != codeMalformed || !errors.Is(err, pki.ErrMalformed) {
+		var no *joining.Refusal
+		if _, err := parseJoin(body); !errors.As(err, &no) || no.Code != joining.CodeMalformed || !errors.Is(err, pki.ErrMalformed) {
 			t.Errorf("%s: %v, want a refusal as malformed", name, err)
 		}
 	}

@@ -1,23 +1,20 @@
 package member
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
-	"net/http"
 	"path/filepath"
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
@@ -43,9 +40,6 @@ const (
 	pathJoin     = "/v1/join"
 	pathRenew    = "/v1/renew"
 	pathStanding = "/v1/standing"
-	// maxJoinBody bounds what is read of a stranger's request, and of its answer.
-	maxJoinBody   = 16 << 10
-	maxJoinAnswer = 256 << 10
 )
 
 // joinRequest asks for membership.
@@ -81,39 +75,6 @@ type renewAnswer struct {
 	CA      []byte `json:"ca,omitempty"`
 	Links   []byte `json:"links,omitempty"`
 	Renewal int    `json:"renewal,omitempty"`
-}
-
-// refusal is the answer to a request that is not granted.
-type refusal struct {
-	Code    string `json:"code"`
-	Message string `json:"message"`
-}
-
-func (r *refusal) Error() string { return r.Message }
-
-// Is lets errors.Is find the sentinel that the code stands for, on both ends.
-func (r *refusal) Is(target error) bool {
-	want, ok := map[string]error{
-		codeExpired: ErrTokenExpired, codeUsed: ErrTokenUsed, codeUnknown: ErrTokenUnknown,
-		codeOtherSite: ErrOtherSite, codeName: ErrNameTaken, codeMalformed: pki.ErrMalformed, codeRemoved: ErrRemoved, codeVersion: version.ErrMismatch,
-	}[r.Code]
-	return ok && want == target
-}
-
-const (
-	codeExpired   = "token_expired"
-	codeUsed      = "token_used"
-	codeUnknown   = "token_unknown"
-	codeOtherSite = "other_site"
-	codeName      = "name_taken"
-	codeMalformed = "malformed"
-	codeRemoved   = "removed"
-	codeVersion   = "version"
-	codeLater     = "try_again"
-)
-
-func refuse(code, format string, args ...any) *refusal {
-	return &refusal{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
 // joiningJSON is the content of joining.json: an application under way. When
@@ -155,15 +116,12 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
-	body, err := json.Marshal(joinRequest{
+	ask := joinRequest{
 		Token: token.String(), Node: pending.Node, Name: cfg.Name, Addr: cfg.Advertise, API: cfg.APIURL,
 		CSR: csr, Feature: cmp.Or(cfg.Level, version.Level),
-	})
-	if err != nil {
-		return Identity{}, err
 	}
 	var answer joinAnswer
-	if err := cfg.apply(ctx, token.Pin, body, &answer); err != nil {
+	if err := cfg.apply(ctx, token.Pin, ask, &answer); err != nil {
 		return Identity{}, err
 	}
 	id := Identity{
@@ -235,7 +193,7 @@ func application(dir, tokenID string) (joiningJSON, crypto.Signer, error) {
 
 // apply asks one node after the other. A refusal is final, unless it says to
 // try again; silence is not.
-func (cfg JoinConfig) apply(ctx context.Context, pin, body []byte, answer *joinAnswer) error {
+func (cfg JoinConfig) apply(ctx context.Context, pin []byte, ask joinRequest, answer *joinAnswer) error {
 	retry := cfg.Retry
 	if retry == 0 {
 		retry = 30 * time.Second
@@ -245,12 +203,12 @@ func (cfg JoinConfig) apply(ctx context.Context, pin, body []byte, answer *joinA
 	for {
 		var silent []error
 		for _, addr := range cfg.Addrs {
-			err := postJoin(patient, dialer{cfg.Dial, addr, pin}, pathJoin, body, answer)
-			var no *refusal
+			err := joining.Post(patient, at(cfg.Dial, addr, pin), pathJoin, ask, answer)
+			var no *joining.Refusal
 			switch {
 			case err == nil:
 				return nil
-			case errors.As(err, &no) && no.Code != codeLater, errors.Is(err, ErrOtherSite):
+			case errors.As(err, &no) && no.Code != joining.CodeLater, errors.Is(err, ErrOtherSite):
 				return fmt.Errorf("joining at %s: %w", addr, err)
 			}
 			silent = append(silent, fmt.Errorf("%s: %w", addr, err))
@@ -267,49 +225,9 @@ func (cfg JoinConfig) apply(ctx context.Context, pin, body []byte, answer *joinA
 	}
 }
 
-type dialer struct {
-	dial func(ctx context.Context, addr string, caPin []byte) (net.Conn, error)
-	addr string
-	pin  []byte
-}
-
-// postJoin sends one request over a join connection of its own.
-func postJoin(ctx context.Context, d dialer, path string, body []byte, answer any) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	client := &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return d.dial(ctx, d.addr, d.pin)
-		},
-		DisableKeepAlives: true,
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+d.addr+path, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	resp, err := client.RoundTrip(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxJoinAnswer+1))
-	if err != nil {
-		return fmt.Errorf("reading the answer: %w", err)
-	}
-	if len(text) > maxJoinAnswer {
-		return errors.New("the answer is too long")
-	}
-	if resp.StatusCode == http.StatusOK {
-		if err := json.Unmarshal(text, answer); err != nil {
-			return fmt.Errorf("reading the answer: %w", err)
-		}
-		return nil
-	}
-	var no refusal
-	if err := json.Unmarshal(text, &no); err != nil || no.Code == "" {
-		return fmt.Errorf("the node answered %d: %.200q", resp.StatusCode, text)
-	}
-	return &no
+// at dials the join service of the node at addr.
+func at(dial func(ctx context.Context, addr string, caPin []byte) (net.Conn, error), addr string, pin []byte) func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) { return dial(ctx, addr, pin) }
 }
 
 // askRenewal asks the member at addr for a new certificate. It takes the join
@@ -323,11 +241,7 @@ func (n *Node) askRenewal(ctx context.Context, addr string, key crypto.Signer) (
 	if err != nil {
 		return answer, err
 	}
-	body, err := json.Marshal(renewRequest{Node: n.Self(), CSR: csr})
-	if err != nil {
-		return answer, err
-	}
-	err = postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathRenew, body, &answer)
+	err = joining.Post(ctx, at(n.cfg.Network.DialJoin, addr, pin), pathRenew, renewRequest{Node: n.Self(), CSR: csr}, &answer)
 	return answer, err
 }
 
@@ -338,10 +252,7 @@ func (n *Node) askStanding(ctx context.Context, addr string) (answer standingAns
 	if err != nil {
 		return answer, err
 	}
-	body, err := json.Marshal(standingRequest{Node: n.Self(), Issuer: fmt.Sprintf("%x", pin)})
-	if err != nil {
-		return answer, err
-	}
-	err = postJoin(ctx, dialer{n.cfg.Network.DialJoin, addr, pin}, pathStanding, body, &answer)
+	ask := standingRequest{Node: n.Self(), Issuer: fmt.Sprintf("%x", pin)}
+	err = joining.Post(ctx, at(n.cfg.Network.DialJoin, addr, pin), pathStanding, ask, &answer)
 	return answer, err
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
 )
@@ -128,18 +129,16 @@ var (
 	ErrEmpty = errors.New("the data directory belongs to no site yet")
 	// ErrFounded: the data directory already holds an identity.
 	ErrFounded = errors.New("the data directory already belongs to a site")
-	// ErrOtherSite: a token's pin names another site's authority.
-	ErrOtherSite = errors.New("the token is for another site")
-	// ErrTokenExpired, ErrTokenUsed, ErrTokenUnknown: the site refuses a token.
-	ErrTokenExpired = errors.New("the token has expired")
-	ErrTokenUsed    = errors.New("the token has been used up")
-	ErrTokenUnknown = errors.New("the token is not known to the site")
-	// ErrNameTaken: a live member has the name that a new node asked for.
-	ErrNameTaken = errors.New("the node name is taken")
+	// Reasons why a site does not take a node in.
+	ErrOtherSite    = joining.ErrOtherSite
+	ErrTokenExpired = joining.ErrTokenExpired
+	ErrTokenUsed    = joining.ErrTokenUsed
+	ErrTokenUnknown = joining.ErrTokenUnknown
+	ErrNameTaken    = joining.ErrNameTaken
+	// ErrRemoved: this node is no longer a member of its site.
+	ErrRemoved = joining.ErrRemoved
 	// ErrUnreachable: none of the addresses given for joining answered.
 	ErrUnreachable = errors.New("no node of the site answered")
-	// ErrRemoved: this node is no longer a member of its site.
-	ErrRemoved = errors.New("this node was removed from its site")
 	// ErrCloned: another process runs as this very node.
 	ErrCloned = errors.New("another machine runs as this very node")
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -311,7 +312,7 @@ type standingRequest struct {
 // reached it. That a node was removed is no secret from one that knows its id.
 func (n *Node) standing(_ context.Context, body []byte) (any, error) {
 	var req standingRequest
-	if err := decodeStrict(body, &req); err != nil {
+	if err := joining.Decode(body, &req); err != nil {
 		return nil, err
 	}
 	m, ok, err := n.member(req.Node)

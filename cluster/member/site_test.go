@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/clustertest"
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -28,6 +29,39 @@ func token(t *testing.T, n *clustertest.Node, ttl time.Duration, uses int) strin
 		t.Fatal(err)
 	}
 	return text
+}
+
+// Nodes of a newer version may say more than this one knows, in each request.
+func TestRequestsWithNewFields(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{})
+		first := c.Found()
+		key, err := pki.ParseKey(first.Identity().Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		csr, err := pki.NewCSR(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dial := func(ctx context.Context) (net.Conn, error) {
+			return c.Network.Visitor("10.0.0.9:5001").DialJoin(ctx, first.Addr, mustPin(t, first.CA()))
+		}
+		for path, ask := range map[string]map[string]any{
+			"/v1/renew":    {"node": first.Self(), "csr": csr},
+			"/v1/standing": {"node": first.Self()},
+		} {
+			ask["newer"] = []string{"than", "this"}
+			var answer map[string]any
+			if err := joining.Post(t.Context(), dial, path, ask, &answer); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
+			ask["NODE"] = "another"
+			if err := joining.Post(t.Context(), dial, path, ask, &answer); !errors.Is(err, pki.ErrMalformed) {
+				t.Errorf("%s with a field twice: %v", path, err)
+			}
+		}
+	})
 }
 
 func TestJoinIsRefused(t *testing.T) {

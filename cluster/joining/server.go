@@ -1,0 +1,103 @@
+package joining
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// What strangers may ask of one node: few requests at a time, few a second.
+const (
+	perSecond = 5
+	burst     = 20
+	atOnce    = 4
+)
+
+// MaxBody bounds what is read of a stranger's request, maxAnswer of its answer.
+const (
+	MaxBody   = 16 << 10
+	maxAnswer = 256 << 10
+)
+
+// Handler answers the body of a request with what becomes JSON, or with an error:
+// a *Refusal is told to the asker, any other stays in the log.
+type Handler func(ctx context.Context, body []byte) (any, error)
+
+// Server serves the handlers by their paths, all of them within one bound.
+func Server(handlers map[string]Handler, log *slog.Logger) *http.Server {
+	d := desk{log: log, limiter: rate.NewLimiter(perSecond, burst), places: make(chan struct{}, atOnce)}
+	mux := http.NewServeMux()
+	for path, answer := range handlers {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) { d.serve(w, r, answer) })
+	}
+	s := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      40 * time.Second, // longer than a write waits for a leader
+		MaxHeaderBytes:    4 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	s.SetKeepAlivesEnabled(false)
+	return s
+}
+
+// desk is where strangers queue.
+type desk struct {
+	log     *slog.Logger
+	limiter *rate.Limiter
+	places  chan struct{}
+}
+
+func (d desk) serve(w http.ResponseWriter, r *http.Request, answer Handler) {
+	select {
+	case d.places <- struct{}{}:
+		defer func() { <-d.places }()
+	default:
+		d.refuse(w, Refuse(CodeLater, "too many nodes are joining at this moment: try again in a few seconds"))
+		return
+	}
+	if !d.limiter.Allow() {
+		d.refuse(w, Refuse(CodeLater, "too many nodes are joining at this moment: try again in a few seconds"))
+		return
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBody))
+	if err != nil {
+		d.refuse(w, Refuse(CodeMalformed, "reading the request: %v", err))
+		return
+	}
+	v, err := answer(r.Context(), body)
+	if err != nil {
+		d.refuse(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		d.log.Debug("answering a node", "error", err)
+	}
+}
+
+// refuse answers with a refusal; other errors stay in the log.
+func (d desk) refuse(w http.ResponseWriter, err error) {
+	var no *Refusal
+	var passing interface{ Unavailable() bool }
+	switch {
+	case errors.As(err, &no):
+	case errors.As(err, &passing) && passing.Unavailable(), errors.Is(err, context.DeadlineExceeded):
+		no = Refuse(CodeLater, "the site cannot take a node in at the moment, because no leader answers: try again")
+	default:
+		no = Refuse(CodeLater, "the node could not answer; its log says why")
+	}
+	d.log.Info("refused the request of a node without a certificate", "code", no.Code, "error", err)
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusForbidden)
+	if err := json.NewEncoder(w).Encode(no); err != nil {
+		d.log.Debug("answering a node", "error", err)
+	}
+}
