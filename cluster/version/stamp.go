@@ -19,10 +19,23 @@ import (
 //
 //	1  directories without a StampFile
 //	2  state and log in the layouts that cluster/DESIGN.md describes; 1 is refused
+//
+// A version writes a new format only at sites of the level that it belongs to
+// (FormatLevel): before that, the version before may be put back on the directory.
 const (
 	Format       = 2
 	OldestFormat = 2
+	FormatLevel  = 1
 )
+
+// formatAt is the stamp's own format until the site has reached the level to which
+// the newest belongs.
+func (s Stamp) formatAt(can reads, belongs, level int) int {
+	if max(level, s.Level) >= belongs {
+		return can.newest
+	}
+	return s.Format
+}
 
 // StampFile is the file in a data directory that says what the directory is.
 const StampFile = "version.json"
@@ -73,7 +86,7 @@ func (s Stamp) check(dir, program string, can reads) error {
 func traces() []string { return []string{"identity.json", "raft", "meta.db"} }
 
 func read(dir string) (Stamp, error) {
-	s := Stamp{Format: Format, Level: First} // of a directory that is no node's yet
+	s := Stamp{Format: OldestFormat, Level: First} // of a directory that is no node's yet
 	path := filepath.Join(dir, StampFile)
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -103,7 +116,7 @@ func Mark(dir, program string, level int) error {
 	if err != nil {
 		return err
 	}
-	s := Stamp{Format: Format, Level: max(level, old.Level), Program: cmp.Or(program, old.Program)}
+	s := old.next(reads{OldestFormat, Format, Level}, FormatLevel, program, level)
 	if _, err := os.Stat(filepath.Join(dir, StampFile)); err == nil && s == old {
 		return nil
 	}
@@ -115,4 +128,9 @@ func Mark(dir, program string, level int) error {
 		return fmt.Errorf("writing the version of the data directory %s: %w", dir, err)
 	}
 	return nil
+}
+
+// next is the stamp that a program writes over this one.
+func (s Stamp) next(can reads, belongs int, program string, level int) Stamp {
+	return Stamp{Format: s.formatAt(can, belongs, level), Level: max(level, s.Level), Program: cmp.Or(program, s.Program)}
 }

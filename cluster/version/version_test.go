@@ -164,3 +164,42 @@ func TestStampRefusals(t *testing.T) {
 		}
 	}
 }
+
+// A program with a new format leaves a directory as the program before can read it
+// until the site has reached the level that the format belongs to.
+func TestFormatWaitsForItsLevel(t *testing.T) {
+	before, after := reads{oldest: 2, newest: 3, level: 5}, reads{oldest: 3, newest: 4, level: 6}
+	s := Stamp{Format: 3, Level: 5, Program: "v0.5"}
+	for _, step := range []struct {
+		level, format int // of the site; then of the directory
+		back          bool
+	}{
+		{0, 3, true}, {5, 3, true}, {6, 4, false},
+		{5, 4, false}, // an old state: levels never go down
+	} {
+		s = s.next(after, 6, "v0.6", step.level)
+		if s.Format != step.format {
+			t.Errorf("at level %d the newer program leaves %+v", step.level, s)
+		}
+		if err := s.check("/data", "v0.5", before); (err == nil) != step.back {
+			t.Errorf("back at level %d: %v", step.level, err)
+		}
+		if err := s.check("/data", "v0.6", after); err != nil {
+			t.Errorf("forth at level %d: %v", step.level, err)
+		}
+	}
+	// This program's own numbers keep the rule: going back one level needs a format
+	// that the one before reads, so a newer one belongs to this level at the earliest.
+	if FormatLevel > Level || OldestFormat > Format {
+		t.Errorf("format %d (from %d on) belongs to level %d, the program has level %d", Format, OldestFormat, FormatLevel, Level)
+	}
+	// Formats that were written by levels so far. A row is added with a level, never
+	// changed: when Format grows, Level has to, and the format belongs to it.
+	written := map[int]int{1: 2, 2: 2}
+	if last, ok := written[Level]; !ok || last != Format {
+		t.Errorf("level %d writes format %d; the table of this test has %v", Level, Format, written)
+	}
+	if last, ok := written[Level-1]; ok && last < Format && (FormatLevel != Level || OldestFormat > last) {
+		t.Errorf("format %d is new with level %d: FormatLevel has to be that, and OldestFormat at most %d", Format, Level, last)
+	}
+}
