@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,39 +25,59 @@ import (
 // that is played again makes the same faults, and nearly the same interleaving.
 type schedule struct {
 	*rig
-	dice     *rand.Rand
-	deck     []int // faults to come
-	machines map[*Node]*machine
-	made     map[string]int
-	refused  int
+	dice *rand.Rand
+	deck []int // faults to come
+	of   func(*Node) *machine
+	made map[string]int
+
+	*tally
 }
+
+// tally is what faults that are made at once add to.
+type tally struct{ refused atomic.Int64 }
 
 // fault is one way in which a machine or a site is disturbed. It returns when
 // what it broke is mended.
 type fault struct {
 	name string
 	make func(s *schedule, ctx context.Context, victim *Node)
+	with company
 }
+
+// company says which second fault may be made to another node meanwhile.
+type company uint8
+
+const (
+	alone  company = iota // none
+	living                // one that leaves its node running: the first asks it, too
+	any2                  // any of the simple ones
+)
 
 const (
 	behind    = "absence until the log is cut"
 	installed = "snapshots installed after it"
+	atOnce    = "two at once"
 )
 
 var faults = [...]fault{
-	{"kill", (*schedule).kill},
-	{"partition", (*schedule).partition},
-	{"one-way partition", (*schedule).oneWay},
-	{"stall", (*schedule).stall},
-	{"broken state", (*schedule).breakState},
-	{"full log", (*schedule).fillLog},
-	{"old clock", (*schedule).oldClock},
-	{behind, (*schedule).fallBehind},
-	{"transfer of the leadership", (*schedule).transfer},
-	{"drain", (*schedule).drain},
-	{"join", (*schedule).join},
-	{"remove", (*schedule).remove},
+	{"kill", (*schedule).kill, any2},
+	{"partition", (*schedule).partition, any2},
+	{"one-way partition", (*schedule).oneWay, any2},
+	{"stall", (*schedule).stall, any2},
+	{"broken state", (*schedule).breakState, any2},
+	{"full log", (*schedule).fillLog, any2},
+	{"old clock", (*schedule).oldClock, any2},
+	{behind, (*schedule).fallBehind, living},
+	{"transfer of the leadership", (*schedule).transfer, living},
+	{"drain", (*schedule).drain, living},
+	{"join", (*schedule).join, alone},
+	{"remove", (*schedule).remove, living},
+	{"no quorum", (*schedule).noQuorum, alone},
 }
+
+// besides are the faults that are made besides another one; the first of them
+// restarts its node.
+var besides = faults[:4]
 
 // TestRandomSchedule: registers are linearizable, no acknowledged increment is
 // lost or made twice and all replicas are equal in the end, whatever is done to
@@ -95,16 +116,17 @@ func TestRandomSchedule(t *testing.T) {
 }
 
 func playSchedule(t *testing.T, seed uint64, rounds int, total map[string]int) {
-	s := &schedule{dice: rand.New(rand.NewPCG(seed, 0)), machines: map[*Node]*machine{}, made: total}
 	var mu sync.Mutex
+	machines := map[*Node]*machine{}
 	of := func(n *Node) *machine {
 		mu.Lock()
 		defer mu.Unlock()
-		if s.machines[n] == nil {
-			s.machines[n] = &machine{}
+		if machines[n] == nil {
+			machines[n] = &machine{}
 		}
-		return s.machines[n]
+		return machines[n]
 	}
+	s := &schedule{dice: rand.New(rand.NewPCG(seed, 0)), of: of, made: total, tally: &tally{}}
 	s.rig = &rig{t: t, Cluster: New(t, Options{
 		Define: withNotes, Snapshots: member.Snapshots{MinBytes: 64 << 10, TrailingLogs: 16},
 		Engine: func(n *Node, e kv.Engine) kv.Engine { return &engine{e, of(n)} },
@@ -126,8 +148,9 @@ func playSchedule(t *testing.T, seed uint64, rounds int, total map[string]int) {
 	s.judge()
 }
 
-// attack makes one fault, to the leader in half of all cases, and lets the site
-// recover for a while.
+// attack makes one fault, to the leader in half of all cases, or two at once to
+// different nodes, and lets the site recover for a while. Two of four voters that
+// are cut off leave no quorum until one is back.
 func (s *schedule) attack(ctx context.Context) {
 	if len(s.deck) == 0 {
 		s.deck = s.dice.Perm(len(faults)) // each comes before one comes again
@@ -144,11 +167,39 @@ func (s *schedule) attack(ctx context.Context) {
 	}
 	s.t.Logf("%s: %s", f.name, victim.Name)
 	s.made[f.name]++
+	var second sync.WaitGroup
+	if other := s.pick(); f.with != alone && other != victim && s.dice.IntN(2) == 0 {
+		may := besides[:]
+		if f.with == living {
+			may = may[1:]
+		}
+		g := may[s.dice.IntN(len(may))]
+		s.t.Logf("and %s: %s", g.name, other.Name)
+		s.made[g.name]++
+		s.made[atOnce]++
+		own := *s // with dice of its own, so that the schedule follows from the seed
+		own.dice = rand.New(rand.NewPCG(s.dice.Uint64(), 0))
+		second.Go(func() {
+			own.wait(ctx, 3*time.Second)
+			g.make(&own, ctx, other)
+		})
+	}
 	f.make(s, ctx, victim)
+	second.Wait()
 	s.wait(ctx, 4*time.Second)
 }
 
-func (s *schedule) pick() *Node { return s.open[s.dice.IntN(len(s.open))] }
+func (s *schedule) pick() *Node {
+	nodes := s.nodes()
+	return nodes[s.dice.IntN(len(nodes))]
+}
+
+// nodes are those that are open now.
+func (s *schedule) nodes() []*Node {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.Clone(s.open)
+}
 
 // wait waits for a random while.
 func (s *schedule) wait(ctx context.Context, atMost time.Duration) {
@@ -180,7 +231,7 @@ func (s *schedule) partition(ctx context.Context, victim *Node) {
 }
 
 func (s *schedule) oneWay(ctx context.Context, victim *Node) {
-	for _, n := range s.open {
+	for _, n := range s.nodes() {
 		if n != victim && s.dice.IntN(2) == 0 {
 			s.Network.CutOneWay(victim.Addr, n.Addr)
 		} else if n != victim {
@@ -196,7 +247,7 @@ func (s *schedule) oneWay(ctx context.Context, victim *Node) {
 // whole processes.
 func (s *schedule) stall(ctx context.Context, victim *Node) {
 	s.Isolate(victim)
-	release := s.machines[victim].hang()
+	release := s.of(victim).hang()
 	s.wait(ctx, 9*time.Second)
 	release()
 	s.Rejoin(victim)
@@ -206,7 +257,7 @@ func (s *schedule) stall(ctx context.Context, victim *Node) {
 // The node has to end by itself, and to agree with the others when it is back.
 func (s *schedule) breakState(ctx context.Context, victim *Node) {
 	b := &broken{err: []error{errFull, errBroken}[s.dice.IntN(2)], after: s.dice.IntN(2) == 0}
-	s.machines[victim].breakNext(b)
+	s.of(victim).breakNext(b)
 	limit := time.NewTimer(20 * time.Second)
 	defer limit.Stop()
 	select {
@@ -219,7 +270,7 @@ func (s *schedule) breakState(ctx context.Context, victim *Node) {
 		s.wait(ctx, 3*time.Second)
 		s.start(victim)
 	case <-limit.C:
-		if !s.machines[victim].mend() {
+		if !s.of(victim).mend() {
 			s.t.Errorf("%s goes on although its state could not be written", victim.Name)
 		}
 	}
@@ -227,26 +278,26 @@ func (s *schedule) breakState(ctx context.Context, victim *Node) {
 
 // fillLog lets a node's log take no entry for a while.
 func (s *schedule) fillLog(ctx context.Context, victim *Node) {
-	s.machines[victim].full.Store(true)
+	s.of(victim).full.Store(true)
 	s.wait(ctx, 6*time.Second)
-	s.machines[victim].full.Store(false)
+	s.of(victim).full.Store(false)
 }
 
 // oldClock starts a node with a clock that stands up to two years back. It stays
 // wrong until the next old clock.
 func (s *schedule) oldClock(ctx context.Context, victim *Node) {
 	victim.Kill()
-	for _, m := range s.machines {
-		m.back.Store(0)
+	for _, n := range s.nodes() {
+		s.of(n).back.Store(0)
 	}
-	s.machines[victim].back.Store(s.dice.Int64N(int64(2 * 365 * 24 * time.Hour)))
+	s.of(victim).back.Store(s.dice.Int64N(int64(2 * 365 * 24 * time.Hour)))
 	s.wait(ctx, 5*time.Second)
 	s.start(victim)
 }
 
 // fallBehind keeps a node away until the others have forgotten what it needs.
 func (s *schedule) fallBehind(ctx context.Context, victim *Node) {
-	restored := s.machines[victim].restored.Load()
+	restored := s.of(victim).restored.Load()
 	victim.Kill()
 	text := make([]byte, 4<<10)
 	written := 0
@@ -271,7 +322,7 @@ func (s *schedule) fallBehind(ctx context.Context, victim *Node) {
 	}
 	limit := time.NewTimer(30 * time.Second)
 	defer limit.Stop()
-	for s.machines[victim].restored.Load() == restored {
+	for s.of(victim).restored.Load() == restored {
 		select {
 		case <-limit.C:
 			s.t.Logf("%s needed no snapshot", victim.Name)
@@ -334,13 +385,36 @@ func (s *schedule) remove(ctx context.Context, victim *Node) {
 	}
 }
 
+// noQuorum parts every node from every other. What the victim knows can be read,
+// and is said to be stale; nothing is acknowledged.
+func (s *schedule) noQuorum(ctx context.Context, victim *Node) {
+	all := s.nodes()
+	for _, n := range all {
+		s.Isolate(n)
+	}
+	defer func() {
+		for _, n := range all {
+			s.Rejoin(n)
+		}
+	}()
+	s.Await(victim.Name+", alone, knows no leader", func() bool { return victim.Leader() == "" })
+	op, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if _, fresh, err := victim.read(op, "count"); err != nil || !fresh.Stale {
+		s.t.Errorf("%s, alone, answers a read with %+v, %v: want what it knows, marked stale", victim.Name, fresh, err)
+	}
+	if err := victim.write(op, "alone", victim.Name); !errors.Is(err, errNoLeader) {
+		s.t.Errorf("%s, alone, answers a write with: %v", victim.Name, err)
+	}
+}
+
 // may notes an order that was refused, which it may be for want of a leader or
 // for the reasons given.
 func (s *schedule) may(err error, reasons ...error) {
 	if err == nil {
 		return
 	}
-	s.refused++
+	s.refused.Add(1)
 	for _, reason := range append(reasons, errNoLeader, context.DeadlineExceeded) {
 		if errors.Is(err, reason) {
 			return
@@ -372,7 +446,7 @@ func (s *schedule) judge() {
 		t.Errorf("only %d operations, %d confirmed reads and %d increments got through", s.history.Len(), s.reads.Load(), added)
 	}
 	t.Logf("%d operations, %d confirmed reads, %d increments and %d unknown, %d orders refused",
-		s.history.Len(), s.reads.Load(), added, maybe, s.refused)
+		s.history.Len(), s.reads.Load(), added, maybe, s.refused.Load())
 	s.replicasAreEqual()
 }
 
