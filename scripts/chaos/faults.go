@@ -7,10 +7,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/atoll-registry/atoll/scripts/lab"
 )
 
 // fault is one way in which a machine fails, and how it is mended. While do
@@ -20,52 +23,51 @@ type fault struct {
 	// weight is how often it is chosen beside the others.
 	weight int
 	do     func(a *attack, ctx context.Context, b *box) error
+	// alone: no other fault is made meanwhile.
+	alone bool
 }
 
-// attack makes faults one after the other.
+// attack makes faults, one or two at a time.
 type attack struct {
 	*site
-	plan Plan
-	dice *rand.Rand
-	made map[string]int
+	plan  Plan
+	dice  *rand.Rand
+	judge *client // that tries what must be refused
+	made  map[string]int
+	pairs int // two faults at once
 	// exits are nodes that ended by themselves.
 	exits int
 }
 
 var faults = [...]fault{
-	{"kill -9", 6, (*attack).kill},
-	{"pause", 4, (*attack).pause},
-	{"partition", 4, (*attack).partition},
-	{"deaf to the others", 2, (*attack).deaf},
-	{"unheard by the others", 2, (*attack).unheard},
-	{"full disk", 2, (*attack).fill},
-	{"orderly restart", 1, (*attack).restart},
-	{"disk lost", 1, (*attack).loseDisk},
+	{"kill -9", 6, (*attack).kill, false},
+	{"pause", 4, (*attack).pause, false},
+	{"partition", 4, (*attack).partition, false},
+	{"deaf to the others", 2, (*attack).deaf, false},
+	{"unheard by the others", 2, (*attack).unheard, false},
+	{"full disk", 2, (*attack).fill, false},
+	{"orderly restart", 1, (*attack).restart, false},
+	{"disk lost", 1, (*attack).loseDisk, true},
+	{noQuorum, 1, (*attack).killMost, true},
 }
 
+const noQuorum = "most nodes killed"
+
 // run makes faults until the time is up; between two of them the site has some
-// moments to itself, sometimes too few.
+// moments to itself, sometimes too few. In half of the cases another node gets
+// a fault as well while the first one has its: of three nodes that leaves no
+// quorum for as long as both last.
 func (a *attack) run(ctx context.Context) error {
 	end := time.NewTimer(a.plan.Length)
 	defer end.Stop()
-	total := 0
-	for _, f := range faults {
-		total += f.weight
-	}
 	for {
-		f, b := a.choose(total), a.victim(ctx)
-		a.plan.Say("%s: %s", b.Host.Name, f.name)
-		b.hurt()
-		err := f.do(a, ctx, b)
-		b.heal()
-		if err != nil {
-			return fmt.Errorf("%s on %s: %w", f.name, b.Host.Name, err)
+		if err := a.round(ctx); err != nil {
+			return err
 		}
-		a.made[f.name]++
 		if err := a.revive(ctx); err != nil {
 			return err
 		}
-		a.rest(ctx, 3*time.Second)
+		a.rest(ctx, 2*time.Second)
 		select {
 		case <-end.C:
 			return nil
@@ -76,7 +78,50 @@ func (a *attack) run(ctx context.Context) error {
 	}
 }
 
-func (a *attack) choose(total int) fault {
+// round makes one fault, or two that overlap.
+func (a *attack) round(ctx context.Context) error {
+	f, b := a.choose(), a.victim(ctx)
+	a.made[f.name]++
+	if f.alone || a.dice.IntN(2) == 0 {
+		return a.strike(ctx, f, b)
+	}
+	g, other := a.choose(), a.nodes[a.dice.IntN(len(a.nodes))]
+	for g.alone {
+		g = a.choose()
+	}
+	for other == b {
+		other = a.nodes[a.dice.IntN(len(a.nodes))]
+	}
+	a.made[g.name]++
+	a.pairs++
+	own := *a // with dice of its own, so that the schedule follows from the seed
+	own.dice = rand.New(rand.NewPCG(a.dice.Uint64(), 0))
+	second := make(chan error, 1)
+	go func() {
+		own.rest(ctx, 3*time.Second)
+		second <- own.strike(ctx, g, other)
+	}()
+	return errors.Join(a.strike(ctx, f, b), <-second)
+}
+
+// strike makes a fault and mends it.
+func (a *attack) strike(ctx context.Context, f fault, b *box) error {
+	a.plan.Say("%s: %s", b.Host.Name, f.name)
+	if f.name != noQuorum {
+		b.hurt()
+		defer b.heal()
+	}
+	if err := f.do(a, ctx, b); err != nil {
+		return fmt.Errorf("%s on %s: %w", f.name, b.Host.Name, err)
+	}
+	return nil
+}
+
+func (a *attack) choose() fault {
+	total := 0
+	for _, f := range faults {
+		total += f.weight
+	}
 	at := a.dice.IntN(total)
 	for _, f := range faults {
 		if at -= f.weight; at < 0 {
@@ -140,12 +185,40 @@ func last(text string, lines int) string {
 
 func (a *attack) kill(ctx context.Context, b *box) error {
 	b.Kill()
-	a.rest(ctx, 9*time.Second)
+	a.rest(ctx, 7*time.Second)
 	return b.Start(ctx)
 }
 
+// killMost kills so many nodes that the others are no majority, and looks at b,
+// which is spared: it acknowledges nothing, and everything can be pulled from it.
+func (a *attack) killMost(ctx context.Context, b *box) error {
+	var dead []*box
+	for i, other := range a.nodes {
+		if other != b && len(dead) <= len(a.nodes)/2 {
+			other.hurt()
+			defer other.heal()
+			a.nodes[i].Kill()
+			dead = append(dead, other)
+		}
+	}
+	at := slices.Index(a.nodes, b)
+	op, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if a.judge.push(op, at, "t0") {
+		a.judge.fail("%s acknowledged a push while %d of %d nodes were dead", b.Host.Name, len(dead), len(a.nodes))
+	}
+	a.judge.pullAnchor(op, at)
+	var errs []error
+	for _, other := range dead {
+		errs = append(errs, other.Start(ctx))
+	}
+	return errors.Join(errs...)
+}
+
 func (a *attack) restart(ctx context.Context, b *box) error {
-	if err := b.Stop(ctx); err != nil {
+	stopping, cancel := context.WithTimeout(ctx, settling)
+	defer cancel()
+	if err := b.Stop(stopping); err != nil {
 		return err
 	}
 	return b.Start(ctx)
@@ -155,7 +228,7 @@ func (a *attack) pause(ctx context.Context, b *box) error {
 	if err := b.Process().Freeze(); err != nil {
 		return err
 	}
-	a.rest(ctx, 12*time.Second)
+	a.rest(ctx, 10*time.Second)
 	return b.Process().Thaw()
 }
 
@@ -168,28 +241,25 @@ func (a *attack) deaf(ctx context.Context, b *box) error { return a.cut(ctx, b, 
 
 func (a *attack) unheard(ctx context.Context, b *box) error { return a.cut(ctx, b, false, true) }
 
+// cut makes a node deaf to the others, or them to it, and takes back no more than
+// that: another node may be cut off at the same time.
 func (a *attack) cut(ctx context.Context, b *box, in, out bool) error {
-	for _, other := range a.nodes {
-		if other == b {
-			continue
-		}
-		if in {
-			if err := b.Host.Deafen(ctx, other.Host); err != nil {
-				return err
+	change := func(do func(to, from *lab.Host) error) (err error) {
+		for _, other := range a.nodes {
+			if other != b && in {
+				err = errors.Join(err, do(b.Host, other.Host))
+			}
+			if other != b && out {
+				err = errors.Join(err, do(other.Host, b.Host))
 			}
 		}
-		if out {
-			if err := other.Host.Deafen(ctx, b.Host); err != nil {
-				return err
-			}
-		}
+		return err
 	}
-	a.rest(ctx, 12*time.Second)
-	var errs []error
-	for _, n := range a.nodes {
-		errs = append(errs, n.Host.Hear(ctx))
+	if err := change(func(to, from *lab.Host) error { return to.Deafen(ctx, from) }); err != nil {
+		return err
 	}
-	return errors.Join(errs...)
+	a.rest(ctx, 10*time.Second)
+	return change(func(to, from *lab.Host) error { return to.Hear(ctx, from) })
 }
 
 // fill takes all that is left of a node's disk for a while.
@@ -211,7 +281,7 @@ func (a *attack) fill(ctx context.Context, b *box) error {
 			return err
 		}
 	}
-	a.rest(ctx, 8*time.Second)
+	a.rest(ctx, 7*time.Second)
 	return os.Remove(name)
 }
 

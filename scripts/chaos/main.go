@@ -1,5 +1,5 @@
-// Command chaos runs a site of real nodes in network namespaces and breaks it, one
-// fault after the other, while clients push and pull over HTTP. At the end it
+// Command chaos runs a site of real nodes in network namespaces and breaks it, with
+// one fault or two at a time, while clients push and pull over HTTP. At the end it
 // mends everything and asks what was promised: tags are linearizable registers,
 // everything acknowledged is on every node with the right bytes, all nodes say
 // the same, and no pull failed on a node that nothing was done to.

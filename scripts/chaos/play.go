@@ -95,7 +95,7 @@ func play(ctx context.Context, p Plan) (r *Report, err error) {
 		}
 		clients.Go(func() { c.work(working) })
 	}
-	a := &attack{site: s, plan: p, dice: rand.New(rand.NewPCG(p.Seed, 0)), made: map[string]int{}}
+	a := &attack{site: s, plan: p, dice: rand.New(rand.NewPCG(p.Seed, 0)), judge: judge, made: map[string]int{}}
 	err = a.run(ctx)
 	stop()
 	clients.Wait()
@@ -122,6 +122,7 @@ func (c *client) judge(ctx context.Context, a *attack, took time.Duration) (*Rep
 		total += a.made[f.name]
 	}
 	r.add("faults", float64(total), "", "-", true)
+	r.add("pairs of faults at once", float64(a.pairs), "", "-", true)
 	r.add("nodes that ended by themselves", float64(a.exits), "", "-", true)
 	for i := range tags {
 		for node := range c.site.nodes {

@@ -24,7 +24,7 @@ type Plan struct {
 }
 
 // diskBytes is the size of each node's disk, a tmpfs; a run pushes much less.
-const diskBytes = 512 << 20
+const diskBytes = 768 << 20
 
 // site is the nodes and what is known of each.
 type site struct {

@@ -120,14 +120,14 @@ func (h *Host) Shape(ctx context.Context, bytesPerSecond int64) error {
 }
 
 // Deafen loses every packet that other sends to this host; what this host sends
-// still arrives. Hear ends it.
+// still arrives. One Hear ends one Deafen.
 func (h *Host) Deafen(ctx context.Context, other *Host) error {
 	return runAll(ctx, "ip netns exec "+h.space+" iptables -w -A INPUT -s "+other.IP+" -j DROP")
 }
 
-// Hear ends every Deafen of the host.
-func (h *Host) Hear(ctx context.Context) error {
-	return runAll(ctx, "ip netns exec "+h.space+" iptables -w -F INPUT")
+// Hear ends one Deafen of the host to other.
+func (h *Host) Hear(ctx context.Context, other *Host) error {
+	return runAll(ctx, "ip netns exec "+h.space+" iptables -w -D INPUT -s "+other.IP+" -j DROP")
 }
 
 // Dial connects as a program on the host would. The address must be numeric.
