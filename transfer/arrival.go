@@ -113,6 +113,22 @@ func (a *Arrival) Write(off int64, data []byte) error {
 	return nil
 }
 
+// Holds says whether a piece is held now.
+func (a *Arrival) Holds(piece int) bool {
+	a.f.mu.Lock()
+	defer a.f.mu.Unlock()
+	return a.f.held.Has(piece)
+}
+
+// ReadAt reads verified bytes; ErrNotHeld when not all of them are here, and
+// fs.ErrClosed once the blob's readers and the fetch have left it.
+func (a *Arrival) ReadAt(p []byte, off int64) (int, error) {
+	if !a.f.Held(off, int64(len(p))) {
+		return 0, fmt.Errorf("this part of blob %s: %w", a.f.blob.Digest, ErrNotHeld)
+	}
+	return a.f.content.ReadAt(p, off)
+}
+
 // Held is the set of pieces held now, a copy.
 func (a *Arrival) Held() Bitmap {
 	a.f.mu.Lock()

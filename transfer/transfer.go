@@ -118,7 +118,7 @@ type Mover interface {
 	// Fetch starts to fetch a blob, joins the fetch of it that is under way, or, if
 	// the node holds the blob already, gives a Fetch that has ended. The fetch
 	// belongs to the mover: ctx bounds only this call, and nobody's leaving ends it.
-	Fetch(ctx context.Context, blob Blob) (*Fetch, error)
+	Fetch(ctx context.Context, blob Blob, options ...Option) (*Fetch, error)
 }
 
 var (

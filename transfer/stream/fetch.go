@@ -12,13 +12,13 @@ import (
 
 // Fetch implements transfer.Mover. It needs Run to be running: it waits for that
 // until ctx is done.
-func (e *Engine) Fetch(ctx context.Context, blob transfer.Blob) (*transfer.Fetch, error) {
+func (e *Engine) Fetch(ctx context.Context, blob transfer.Blob, options ...transfer.Option) (*transfer.Fetch, error) {
 	if err := blob.Check(); err != nil {
 		return nil, err
 	}
 	blob.Root = bytes.Clone(blob.Root)
 	for {
-		fl, fresh := e.board(blob)
+		fl, fresh := e.board(blob, transfer.Chosen(options).Way)
 		f := fl.arrival.Fetch()
 		if fresh {
 			return f, e.launch(ctx, fl)
@@ -38,7 +38,7 @@ func (e *Engine) Fetch(ctx context.Context, blob transfer.Blob) (*transfer.Fetch
 }
 
 // board finds the fetch of the blob that is under way or lists a fresh one.
-func (e *Engine) board(blob transfer.Blob) (fl *flight, fresh bool) {
+func (e *Engine) board(blob transfer.Blob, way transfer.Way) (fl *flight, fresh bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if fl := e.fetches[blob.Digest]; fl != nil {
@@ -47,7 +47,7 @@ func (e *Engine) board(blob transfer.Blob) (fl *flight, fresh bool) {
 	reopen := func(ctx context.Context) (transfer.Content, error) {
 		return e.cfg.Source.Open(ctx, blob.Digest)
 	}
-	fl = &flight{arrival: transfer.NewArrival(blob, reopen), gone: make(chan struct{})}
+	fl = &flight{arrival: transfer.NewArrival(blob, reopen), way: way, gone: make(chan struct{})}
 	e.fetches[blob.Digest] = fl
 	return fl, true
 }
@@ -102,7 +102,7 @@ func (e *Engine) fly(ctx context.Context, fl *flight) {
 	blob := a.Fetch().Blob()
 	defer e.leave(fl)
 	began := time.Now()
-	err := e.move(ctx, a)
+	err := e.move(ctx, fl)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("blob %s: %w", blob.Digest, transfer.ErrStopped)
@@ -119,7 +119,8 @@ func (e *Engine) fly(ctx context.Context, fl *flight) {
 }
 
 // move brings a blob here, from wherever it is.
-func (e *Engine) move(ctx context.Context, a *transfer.Arrival) error {
+func (e *Engine) move(ctx context.Context, fl *flight) error {
+	a := fl.arrival
 	blob := a.Fetch().Blob()
 	select {
 	case e.slots <- struct{}{}:
@@ -144,8 +145,26 @@ func (e *Engine) move(ctx context.Context, a *transfer.Arrival) error {
 		return fmt.Errorf("making room for blob %s: %w", blob.Digest, err)
 	}
 	a.Begin(partial)
+	if carrier := e.carrier(blob, fl.way); carrier != nil {
+		err := carrier.Carry(ctx, a)
+		if err == nil {
+			return a.Commit(ctx)
+		}
+		if !errors.Is(err, transfer.ErrNotCarried) {
+			return err
+		}
+		e.log.Debug("blob goes by ranged requests after all", "blob", blob.Digest, "err", err)
+	}
 	if err := newHunt(e, a).run(ctx); err != nil {
 		return err
 	}
 	return a.Commit(ctx)
+}
+
+// carrier is the other way to move a blob, if one was chosen.
+func (e *Engine) carrier(blob transfer.Blob, way transfer.Way) transfer.Carrier {
+	if e.cfg.Carrier == nil {
+		return nil
+	}
+	return e.cfg.Carrier(blob, way)
 }

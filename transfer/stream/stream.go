@@ -23,36 +23,21 @@ import (
 	"github.com/atoll-registry/atoll/transfer"
 )
 
-// Reason why a peer was dropped for the rest of a fetch.
-type Reason string
-
-const (
-	BadPiece  Reason = "bad-piece"  // sent a piece with the wrong hash
-	BadTable  Reason = "bad-table"  // sent a piece table of another root
-	BadSize   Reason = "bad-size"   // claimed or sent another length
-	BadDigest Reason = "bad-digest" // alone sent a whole blob with the wrong digest
-	Stalled   Reason = "stalled"    // made no progress, repeatedly
-	Broken    Reason = "broken"     // unreachable, or answers broke off, repeatedly
-	Gone      Reason = "gone"       // does not hold the blob after all
+// Reason and Hooks are every engine's.
+type (
+	Reason = transfer.Reason
+	Hooks  = transfer.Hooks
 )
 
-// Lie says whether the reason is one that no honest peer gives.
-func (r Reason) Lie() bool {
-	return r == BadPiece || r == BadTable || r == BadSize || r == BadDigest
-}
-
-// Hooks are called for metrics, from many goroutines, and must not block. Each may
-// be nil.
-type Hooks struct {
-	// Moved: verified bytes came from the peer.
-	Moved func(peerID string, bytes int64)
-	// Served: bytes went to the peer.
-	Served func(peerID string, bytes int64)
-	// Dropped: the peer takes no further part in the fetch of the blob.
-	Dropped func(peerID string, d digest.Digest, why Reason)
-	// Ended: a fetch ended, well when err is nil.
-	Ended func(d digest.Digest, bytes int64, took time.Duration, err error)
-}
+const (
+	BadPiece  = transfer.BadPiece
+	BadTable  = transfer.BadTable
+	BadSize   = transfer.BadSize
+	BadDigest = transfer.BadDigest
+	Stalled   = transfer.Stalled
+	Broken    = transfer.Broken
+	Gone      = transfer.Gone
+)
 
 // Config of an Engine. Zero values mean the defaults named beside them.
 type Config struct {
@@ -61,9 +46,12 @@ type Config struct {
 	Peers  transfer.Peers
 	// Dial opens a connection for the blob service of the node at addr. When it has
 	// a PeerID method, that must be the id of the peer that was meant.
-	Dial  func(ctx context.Context, addr string) (net.Conn, error)
-	Log   *slog.Logger // discards
-	Hooks Hooks
+	Dial func(ctx context.Context, addr string) (net.Conn, error)
+	// Carrier chooses another way to move a blob than ranged requests; nil, and a nil
+	// Carrier, mean none.
+	Carrier func(transfer.Blob, transfer.Way) transfer.Carrier
+	Log     *slog.Logger // discards
+	Hooks   Hooks
 
 	// AskTimeout for a candidate to say whether it holds a blob. 2 s.
 	AskTimeout time.Duration
@@ -107,6 +95,7 @@ type Engine struct {
 // flight is a fetch in the engine's list.
 type flight struct {
 	arrival *transfer.Arrival
+	way     transfer.Way
 	gone    chan struct{} // closed when it is off the list and its Partial is free
 }
 
@@ -172,6 +161,15 @@ func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// one; whoever sends more than a little moves it along. Not every writer has one.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(maxWait + writeTimeout))
 	e.mux.ServeHTTP(w, r)
+}
+
+// Arriving finds the fetch of a digest that is under way, for a carrier to serve
+// from.
+func (e *Engine) Arriving(d digest.Digest) (*transfer.Arrival, bool) {
+	if fl := e.flying(d); fl != nil {
+		return fl.arrival, true
+	}
+	return nil, false
 }
 
 // flying finds the fetch of a digest that is under way.
