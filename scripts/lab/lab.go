@@ -15,13 +15,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Lab is a set of hosts and switches that is removed as a whole.
@@ -132,31 +129,22 @@ func (h *Host) Hear(ctx context.Context, other *Host) error {
 
 // Dial connects as a program on the host would. The address must be numeric.
 func (h *Host) Dial(ctx context.Context, network, address string) (net.Conn, error) {
-	type result struct {
-		conn net.Conn
-		err  error
-	}
-	done := make(chan result, 1)
-	go func() {
-		// The thread is not unlocked, so it ends with the goroutine and nobody else
-		// runs in the host's network.
-		runtime.LockOSThread()
-		space, err := os.Open("/run/netns/" + h.space)
-		if err != nil {
-			done <- result{nil, err}
-			return
-		}
-		defer space.Close()
-		if err := unix.Setns(int(space.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- result{nil, fmt.Errorf("enter the network of %s: %w", h.Name, err)}
-			return
-		}
+	var conn net.Conn
+	err := inside(h.space, func() (err error) {
 		var d net.Dialer
-		conn, err := d.DialContext(ctx, network, address)
-		done <- result{conn, err}
-	}()
-	r := <-done
-	return r.conn, r.err
+		conn, err = d.DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
+}
+
+// ListenPacket opens a UDP socket as a program on the host would.
+func (h *Host) ListenPacket(address string) (conn net.PacketConn, err error) {
+	err = inside(h.space, func() error {
+		conn, err = net.ListenPacket("udp", address)
+		return err
+	})
+	return conn, err
 }
 
 // Command prepares a command that runs on the host.
