@@ -102,19 +102,19 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r.projects = project.New(g.db, r.journal)
 	r.sites = sites.New(g.db, r.journal)
 	if r.identity, err = identity.New(identity.Config{
-		DB: g.db, Sealer: g.member, Projects: r.projects, Log: g.log, Registerer: g.metrics, ExternalURL: g.config.ExternalURL,
+		DB: g.db, Keys: g.member, Projects: r.projects, Log: g.log, Registerer: g.metrics, ExternalURL: g.config.ExternalURL,
 	}); err != nil {
 		return nil, err
 	}
 	policy := peers.DefineSettings(r.settings)
 	policy.Projects = r.projects
 	if r.peers, err = peers.New(peers.Config{
-		DB: g.db, Roster: g.member, Cluster: g.member, Revoke: r.identity.RevokeTokenKeys, Network: g.network, Store: r.store, Records: r.records,
+		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
 		Policy: policy, Cache: cacheOf(g.config), Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}
-	g.member.Resealers(r.journal.Reseal, r.identity.Reseal)
+	g.member.Resealers(r.journal.Reseal)
 	r.endpoints = peers.NewEndpoints(g.db, g.member, g.url, !loopback(g.config.Listen), g.log)
 	if r.catalog, err = catalog.New(catalog.Config{
 		DB: g.db, Records: r.records, Journal: r.journal, Projects: r.projects, Big: bigManifests{r, g.db},

@@ -53,6 +53,9 @@ type Identity struct {
 	// Renewal is the count of the site's renewals up to which Cert is new.
 	Renewal int
 	Key     []byte // PEM, PKCS #8
+	// TokenKey is the seed of the Ed25519 key that the node signs its registry tokens
+	// with: see Node.TokenKey.
+	TokenKey []byte
 	// ClusterKey are the keys that seal the site's secrets, of pki.ClusterKeySize
 	// bytes each, one after the other: more than one while the site changes its key.
 	ClusterKey []byte
@@ -69,6 +72,7 @@ type identityJSON struct {
 	Renewal int    `json:"renewal,omitempty"`
 	Cert    string `json:"cert"`
 	Key     string `json:"key"`
+	Token   []byte `json:"token_key,omitempty"`
 }
 
 // foundingJSON is the content of founding.json: what becomes the site's first
@@ -101,7 +105,7 @@ func LoadIdentity(dir string) (Identity, error) {
 	}
 	id := Identity{
 		SiteID: stored.Site, NodeID: stored.Node, Name: stored.Name,
-		CA: []byte(stored.CA), Links: []byte(stored.Links), Renewal: stored.Renewal, Cert: []byte(stored.Cert), Key: []byte(stored.Key), ClusterKey: key,
+		CA: []byte(stored.CA), Links: []byte(stored.Links), Renewal: stored.Renewal, Cert: []byte(stored.Cert), Key: []byte(stored.Key), TokenKey: stored.Token, ClusterKey: key,
 	}
 	if _, err := id.Certificate(); err != nil {
 		return Identity{}, fmt.Errorf("%s: %w", filepath.Join(dir, identityFile), err)
@@ -144,7 +148,7 @@ func (id Identity) save(dir string) error {
 	}
 	return atomicfile.WriteJSON(filepath.Join(dir, identityFile), identityJSON{
 		Format: identityFormat, Site: id.SiteID, Node: id.NodeID, Name: id.Name,
-		CA: string(id.CA), Links: string(id.Links), Renewal: id.Renewal, Cert: string(id.Cert), Key: string(id.Key),
+		CA: string(id.CA), Links: string(id.Links), Renewal: id.Renewal, Cert: string(id.Cert), Key: string(id.Key), Token: id.TokenKey,
 	})
 }
 

@@ -6,6 +6,7 @@ package member
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -156,6 +157,8 @@ type Node struct {
 	gate   *version.Gate
 	client *http.Client
 
+	token ed25519.PrivateKey // of Identity.TokenKey
+
 	mu       sync.Mutex
 	identity Identity
 	cert     tls.Certificate
@@ -203,8 +206,12 @@ func New(cfg Config, identity Identity) (*Node, error) {
 		cfg: cfg, log: cfg.Log, db: cfg.DB, rows: defineRows(cfg.DB), gate: version.NewGate(cfg.DB, cfg.Level, cfg.Version),
 		changed: newSignal(), peers: newSightings(), ready: make(chan struct{}), begun: time.Now(), run: table.NewID(),
 	}
-	err := n.become(identity)
+	err := identity.ensureTokenKey(cfg.Dir)
 	if err != nil {
+		return nil, err
+	}
+	n.token = ed25519.NewKeyFromSeed(identity.TokenKey)
+	if err := n.become(identity); err != nil {
 		return nil, err
 	}
 	n.client = n.newClient()

@@ -112,7 +112,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 		self := Member{
 			ID: id.NodeID, Name: n.cfg.Name, Addr: n.cfg.Advertise, API: n.cfg.APIURL,
 			Joined: time.Now().Unix(), Feature: n.cfg.Level, KeyHash: keyHash,
-			Labels: n.cfg.Labels, Cache: n.cfg.Cache,
+			Labels: n.cfg.Labels, Cache: n.cfg.Cache, TokenKey: n.tokenPublic(),
 		}
 		if err := n.rows.members.Put(tx, self, self.ID); err != nil {
 			return err

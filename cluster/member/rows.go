@@ -24,6 +24,9 @@ type Member struct {
 	Joined  int64  `cbor:"joined"`
 	Feature int    `cbor:"feature"`  // the level of the program that it runs, or last ran
 	KeyHash string `cbor:"key_hash"` // of the key that its certificate is for
+	// TokenKey is the public half of the Ed25519 key that it signs registry tokens
+	// with; nil until it has said so.
+	TokenKey []byte `cbor:"token_key,omitempty"`
 	// Removed is when the node was removed, 0 while it is a member. The row
 	// stays: a certificate that was once issued is refused by it.
 	Removed int64 `cbor:"removed"`

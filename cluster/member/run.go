@@ -216,7 +216,7 @@ func (n *Node) alone(ctx context.Context, self Member) error {
 // published is what this node's row should be at a site of the level.
 func (n *Node) published(m Member, level int) Member {
 	m.Name, m.Addr, m.API, m.Feature = n.cfg.Name, n.cfg.Advertise, n.cfg.APIURL, n.cfg.Level
-	m.Labels, m.Cache = n.cfg.Labels, n.cfg.Cache
+	m.Labels, m.Cache, m.TokenKey = n.cfg.Labels, n.cfg.Cache, n.tokenPublic()
 	if level >= levelVersions {
 		m.Version = n.cfg.Version
 	}

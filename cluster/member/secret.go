@@ -3,10 +3,15 @@ package member
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/pki"
@@ -275,4 +280,49 @@ func (n *Node) resealAuthority(ctx context.Context) error {
 		return nil
 	})
 	return err
+}
+
+// TokenKey is this node's key to sign registry tokens with, and the id by which any
+// node finds its public half. Each node has a key of its own: it needs nobody to issue
+// tokens, and what it issued ends when it is removed.
+func (n *Node) TokenKey() (kid string, key ed25519.PrivateKey) {
+	return tokenKeyID(n.Self(), n.tokenPublic()), n.token
+}
+
+// TokenPublic finds the public half of a member's key by its id, in the newest local
+// state; nil when no member has it, or that one was removed. Its own key a node knows
+// before its row does.
+func (n *Node) TokenPublic(kid string) (ed25519.PublicKey, error) {
+	node, _, _ := strings.Cut(kid, "-")
+	m, ok, err := n.member(node)
+	if err != nil {
+		return nil, fmt.Errorf("looking for token key %.100q: %w", kid, err)
+	}
+	public := ed25519.PublicKey(m.TokenKey)
+	if node == n.Self() {
+		public = n.tokenPublic()
+	}
+	if !ok && node != n.Self() || m.Removed != 0 || len(public) != ed25519.PublicKeySize || tokenKeyID(node, public) != kid {
+		return nil, nil
+	}
+	return public, nil
+}
+
+func (n *Node) tokenPublic() ed25519.PublicKey {
+	return n.token.Public().(ed25519.PublicKey)
+}
+
+func tokenKeyID(node string, public ed25519.PublicKey) string {
+	sum := sha256.Sum256(public)
+	return node + "-" + hex.EncodeToString(sum[:8])
+}
+
+// ensureTokenKey makes the node's token key where there is none yet.
+func (id *Identity) ensureTokenKey(dir string) error {
+	if len(id.TokenKey) == ed25519.SeedSize {
+		return nil
+	}
+	id.TokenKey = make([]byte, ed25519.SeedSize)
+	rand.Read(id.TokenKey) // never fails: crypto/rand's promise
+	return id.save(dir)
 }

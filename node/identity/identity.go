@@ -10,7 +10,8 @@
 //   - A token carries what was asked and allowed when it was issued, and a
 //     principal that came with one always has Grants, even if empty: it is never
 //     wider than its token.
-//   - Private token keys are in the rows sealed only; see Sealer.
+//   - Tokens are signed with the key of the node that issues them, and end when that
+//     node is removed; see Keys.
 package identity
 
 import (
@@ -26,18 +27,12 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
 )
-
-// Sealer encrypts what must not be in the rows in the clear. The name is bound
-// to the content. Unseal fails on a node that does not hold the cluster's key.
-type Sealer interface {
-	Seal(name string, plain []byte) ([]byte, error)
-	Unseal(name string, sealed []byte) ([]byte, error)
-}
 
 // Projects finds a project by its name: false when there is none.
 type Projects interface {
@@ -47,7 +42,7 @@ type Projects interface {
 // Config of an Identity. ExternalURL may be empty.
 type Config struct {
 	DB         *table.DB
-	Sealer     Sealer
+	Keys       Keys
 	Projects   Projects
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -59,17 +54,15 @@ type Config struct {
 
 // Identity is safe for use by many goroutines.
 type Identity struct {
-	config  Config
-	users   *table.Table[userRow]
-	keys    *table.Table[keyRow]
-	current *table.Table[currentRow]
+	config Config
+	users  *table.Table[userRow]
 
 	hashing  chan struct{} // bounds the memory that hashing passwords takes
 	decoy    string        // a hash that no password has
 	logins   *cache[access.Principal]
-	verified *cache[access.Principal]
+	verified *cache[verified]
 	attempts *attempts
-	signers  *signers
+	asks     *rate.Limiter
 	outcomes *prometheus.CounterVec
 
 	now func() time.Time
@@ -78,22 +71,20 @@ type Identity struct {
 // New makes an Identity on a database that is not built yet, since it defines
 // tables.
 func New(c Config) (*Identity, error) {
-	if c.DB == nil || c.Sealer == nil || c.Projects == nil || c.Log == nil || c.Registerer == nil {
-		return nil, errors.New("identity: database, sealer, projects, log and registerer are all needed")
+	if c.DB == nil || c.Keys == nil || c.Projects == nil || c.Log == nil || c.Registerer == nil {
+		return nil, errors.New("identity: database, keys, projects, log and registerer are all needed")
 	}
 	var secret [32]byte
 	rand.Read(secret[:]) // never fails: crypto/rand's promise
 	id := &Identity{
 		config:   c,
 		users:    table.Define[userRow](c.DB, "user"),
-		keys:     table.Define[keyRow](c.DB, "token_key"),
-		current:  table.Define[currentRow](c.DB, "token_key_current"),
 		hashing:  make(chan struct{}, hashingAtOnce),
 		decoy:    decoyHash(),
 		logins:   newCache[access.Principal](secret, maxCachedLogins),
-		verified: newCache[access.Principal](secret, maxCachedTokens),
+		verified: newCache[verified](secret, maxCachedTokens),
 		attempts: newAttempts(),
-		signers:  newSigners(),
+		asks:     newAsks(),
 		outcomes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "atoll_identity_logins_total", Help: "Checks of credentials by kind (password, token) and outcome.",
 		}, []string{"kind", "outcome"}),

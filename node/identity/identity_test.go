@@ -3,6 +3,7 @@ package identity
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -32,29 +33,35 @@ func (p projects) Lookup(_ context.Context, name string) (access.Project, bool, 
 	return found, ok, nil
 }
 
-// sealer binds the name and lets a test take the key away.
-type sealer struct{ gone bool }
-
-func (s *sealer) Seal(name string, plain []byte) ([]byte, error) {
-	if s.gone {
-		return nil, errors.New("no key")
-	}
-	return append([]byte(name+"|"), plain...), nil
+// keys are those of a site's nodes; self signs.
+type keys struct {
+	self    string
+	private ed25519.PrivateKey
+	known   map[string]ed25519.PublicKey
+	late    map[string]ed25519.PublicKey // become known when they are asked for twice
 }
 
-func (s *sealer) Unseal(name string, sealed []byte) ([]byte, error) {
-	plain, ok := bytes.CutPrefix(sealed, []byte(name+"|"))
-	if !ok || s.gone {
-		return nil, errors.New("no key")
+func (k *keys) join(kid string) {
+	public, private, _ := ed25519.GenerateKey(nil)
+	k.self, k.private = kid, private
+	k.known[kid] = public
+}
+
+func (k *keys) TokenKey() (string, ed25519.PrivateKey) { return k.self, k.private }
+
+func (k *keys) TokenPublic(kid string) (ed25519.PublicKey, error) {
+	found := k.known[kid]
+	if late, ok := k.late[kid]; ok && found == nil {
+		k.known[kid] = late
 	}
-	return plain, nil
+	return found, nil
 }
 
 type site struct {
 	*Identity
-	clock  time.Time
-	sealer *sealer
-	log    bytes.Buffer
+	clock time.Time
+	keys  *keys
+	log   bytes.Buffer
 }
 
 func (s *site) time() time.Time { return s.clock }
@@ -62,7 +69,8 @@ func (s *site) time() time.Time { return s.clock }
 // begin opens a site with an admin and three projects.
 func begin(t testing.TB) *site {
 	t.Helper()
-	s := &site{clock: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), sealer: &sealer{}}
+	s := &site{clock: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), keys: &keys{known: map[string]ed25519.PublicKey{}}}
+	s.keys.join("0123456789abcdef0")
 	db := tabletest.Open(t)
 	s.Identity = s.open(t, db)
 	tabletest.Start(t, db)
@@ -75,7 +83,7 @@ func begin(t testing.TB) *site {
 func (s *site) open(t testing.TB, db *table.DB) *Identity {
 	t.Helper()
 	id, err := New(Config{
-		DB: db, Sealer: s.sealer, Log: slog.New(slog.NewTextHandler(&s.log, nil)), Registerer: prometheus.NewRegistry(),
+		DB: db, Keys: s.keys, Log: slog.New(slog.NewTextHandler(&s.log, nil)), Registerer: prometheus.NewRegistry(),
 		Projects: projects{"library": {Name: "library", Public: true}, "secret": {Name: "secret"}},
 	})
 	if err != nil {

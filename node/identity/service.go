@@ -78,7 +78,7 @@ func (id *Identity) answer(r *http.Request, params []string) (tokenAnswer, error
 		}
 		granted = append(granted, s)
 	}
-	t, err := id.issue(ctx, p, granted)
+	t, err := id.issue(p, granted)
 	if err != nil {
 		return tokenAnswer{}, err
 	}

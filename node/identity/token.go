@@ -64,11 +64,7 @@ type issued struct {
 
 // issue signs a token that allows the principal what granted lists, which the
 // caller has narrowed to what it may do.
-func (id *Identity) issue(ctx context.Context, p access.Principal, granted []scope) (issued, error) {
-	key, err := id.signer(ctx)
-	if err != nil {
-		return issued{}, err
-	}
+func (id *Identity) issue(p access.Principal, granted []scope) (issued, error) {
 	now := id.now().Truncate(time.Second)
 	var serial [8]byte
 	rand.Read(serial[:]) // never fails: crypto/rand's promise
@@ -87,8 +83,9 @@ func (id *Identity) issue(ctx context.Context, p access.Principal, granted []sco
 		return issued{}, fmt.Errorf("issue a token to a principal of kind %d", p.Kind)
 	}
 	t := jwt.NewWithClaims(jwt.SigningMethodEdDSA, c)
-	t.Header["kid"] = key.id
-	signed, err := t.SignedString(key.key)
+	kid, key := id.config.Keys.TokenKey()
+	t.Header["kid"] = kid
+	signed, err := t.SignedString(key)
 	if err != nil {
 		return issued{}, fmt.Errorf("sign a token: %w", err)
 	}
@@ -104,10 +101,14 @@ func (id *Identity) Verify(ctx context.Context, token string) (access.Principal,
 	}
 	now := id.now()
 	known := id.verified.key(token)
-	if p, ok := id.verified.get(known, now); ok {
-		return p, nil
+	if v, ok := id.verified.get(known, now); ok {
+		// The node that issued it may have been removed since: that is looked up.
+		key, err := id.config.Keys.TokenPublic(v.kid)
+		if err == nil && key != nil {
+			return v.Principal, nil
+		}
 	}
-	c, err := id.parse(ctx, token)
+	c, kid, err := id.parse(ctx, token)
 	if err != nil {
 		id.outcomes.WithLabelValues("token", "wrong").Inc()
 		return access.Principal{}, err
@@ -121,17 +122,23 @@ func (id *Identity) Verify(ctx context.Context, token string) (access.Principal,
 	if end := c.Expires.Add(tokenSkew); end.Before(until) {
 		until = end
 	}
-	id.verified.put(known, p, until)
+	id.verified.put(known, verified{p, kid}, until)
 	return p, nil
 }
 
+// verified is the principal of a token that held, and who had signed it.
+type verified struct {
+	access.Principal
+	kid string
+}
+
 // parse checks signature, times and audience.
-func (id *Identity) parse(ctx context.Context, token string) (*claims, error) {
-	c := &claims{}
+func (id *Identity) parse(ctx context.Context, token string) (c *claims, kid string, err error) {
+	c = &claims{}
 	var lookup error // not the token's fault
-	_, err := jwt.ParseWithClaims(token, c, func(t *jwt.Token) (any, error) {
-		kid, _ := t.Header["kid"].(string)
-		if len(kid) != 16 || !isHex(kid) {
+	_, err = jwt.ParseWithClaims(token, c, func(t *jwt.Token) (any, error) {
+		kid, _ = t.Header["kid"].(string)
+		if kid == "" || len(kid) > maxKid {
 			return nil, errors.New("no key id of ours")
 		}
 		key, err := id.publicKey(ctx, kid)
@@ -148,18 +155,13 @@ func (id *Identity) parse(ctx context.Context, token string) (*claims, error) {
 		jwt.WithExpirationRequired(), jwt.WithLeeway(tokenSkew), jwt.WithTimeFunc(id.now), jwt.WithStrictDecoding())
 	switch {
 	case lookup != nil:
-		return nil, lookup
+		return nil, "", lookup
 	case errors.Is(err, jwt.ErrTokenExpired):
-		return nil, fault.Wrap(err, fault.Unauthenticated, "the token has expired: ask for a new one")
+		return nil, "", fault.Wrap(err, fault.Unauthenticated, "the token has expired: ask for a new one")
 	case err != nil:
-		return nil, fault.Wrap(err, fault.Unauthenticated, "the token is not valid here: ask for a new one")
+		return nil, "", fault.Wrap(err, fault.Unauthenticated, "the token is not valid here: ask for a new one")
 	}
-	return c, nil
-}
-
-func isHex(s string) bool {
-	_, err := hex.DecodeString(s)
-	return err == nil
+	return c, kid, nil
 }
 
 // bearer makes the principal of a token that holds. A user's rights are read

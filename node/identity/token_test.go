@@ -14,7 +14,6 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
 )
@@ -127,17 +126,51 @@ func TestTokenServiceRefuses(t *testing.T) {
 	}
 }
 
-// A node without the cluster's key says so, and still verifies.
-func TestWithoutTheClusterKey(t *testing.T) {
+// A node's tokens end with it, also those that were verified a moment ago, and no
+// others do.
+func TestTokensEndWithTheirNode(t *testing.T) {
 	s := begin(t)
-	_, body, _ := s.token(t, tokenRequest("service=harbor-registry", "admin", goodPassword))
-	s.sealer.gone = true
-	s.signers.opened = signer{}
-	if status, body, header := s.token(t, tokenRequest("service=harbor-registry", "admin", goodPassword)); status != 503 || header.Get("Retry-After") == "" {
-		t.Errorf("issue: %d %v", status, body)
+	ask := func() string {
+		t.Helper()
+		issued, err := s.issue(access.Principal{}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Verify(t.Context(), issued.token); err != nil {
+			t.Fatal(err)
+		}
+		return issued.token
 	}
-	if _, err := s.Verify(t.Context(), body["token"].(string)); err != nil {
-		t.Errorf("verify: %v", err)
+	first, gone := ask(), s.keys.self
+	s.keys.join("second")
+	second := ask()
+	delete(s.keys.known, gone)
+	for range 2 {
+		if _, err := s.Verify(t.Context(), first); !fault.Is(err, fault.Unauthenticated) {
+			t.Errorf("a token of a node that was removed: %v", err)
+		}
+	}
+	if _, err := s.Verify(t.Context(), second); err != nil {
+		t.Errorf("a token of a node that was not: %v", err)
+	}
+}
+
+// A token of a node that joined a moment ago is good as soon as this one knows it.
+func TestTokenOfANewNode(t *testing.T) {
+	s := begin(t)
+	s.keys.join("second")
+	issued, err := s.issue(access.Principal{}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := s.keys.known["second"]
+	delete(s.keys.known, "second")
+	if _, err := s.Verify(t.Context(), issued.token); !fault.Is(err, fault.Unauthenticated) {
+		t.Errorf("before: %v", err)
+	}
+	s.keys.late = map[string]ed25519.PublicKey{"second": key}
+	if _, err := s.Verify(t.Context(), issued.token); err != nil {
+		t.Errorf("known behind a read index: %v", err)
 	}
 }
 
@@ -159,10 +192,11 @@ func TestTokensOverTheSocket(t *testing.T) {
 
 func TestVerifyRefuses(t *testing.T) {
 	s := begin(t)
-	key, err := s.signer(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	kid, private := s.keys.TokenKey()
+	key := struct {
+		id  string
+		key ed25519.PrivateKey
+	}{kid, private}
 	good := func() *claims {
 		return &claims{
 			Issuer: tokenIssuer, Subject: "admin", Audience: Service, Kind: kindUser,
@@ -211,7 +245,7 @@ func TestVerifyRefuses(t *testing.T) {
 
 func TestVerifyHeedsTheClock(t *testing.T) {
 	s := begin(t)
-	issued, err := s.issue(t.Context(), access.Principal{}, nil)
+	issued, err := s.issue(access.Principal{}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -230,56 +264,6 @@ func TestVerifyHeedsTheClock(t *testing.T) {
 		if _, err := s.Verify(t.Context(), issued.token); (err == nil) != test.good {
 			t.Errorf("after %s: %v", test.after, err)
 		}
-	}
-}
-
-func TestKeysRotate(t *testing.T) {
-	s := begin(t)
-	ask := func() string {
-		t.Helper()
-		issued, err := s.issue(t.Context(), access.Principal{}, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return issued.token
-	}
-	first := ask()
-	oldest, _ := s.signer(t.Context())
-	if err := s.RotateTokenKey(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	second := ask()
-	if now, _ := s.signer(t.Context()); now.id == oldest.id {
-		t.Error("the key is the same after rotation")
-	}
-	for _, token := range []string{first, second} {
-		if _, err := s.Verify(t.Context(), token); err != nil {
-			t.Error(err)
-		}
-	}
-	s.clock = s.clock.Add(tokenLife + tokenSkew + time.Minute)
-	for range 2 {
-		if err := s.RotateTokenKey(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if key, err := s.lookupPublic(oldest.id); key != nil || err != nil {
-		t.Errorf("the oldest key is still there: %v", err)
-	}
-}
-
-// Two nodes that find no key at the same time agree on one.
-func TestFirstKeyIsMadeOnce(t *testing.T) {
-	s := begin(t)
-	for range 2 {
-		if err := s.newKey(t.Context(), false); err != nil {
-			t.Fatal(err)
-		}
-	}
-	n := 0
-	err := s.config.DB.View(func(v *table.View) (err error) { n, err = s.keys.Count(v); return err })
-	if n != 1 || err != nil {
-		t.Errorf("%d keys, %v", n, err)
 	}
 }
 
@@ -320,7 +304,7 @@ func TestChallenge(t *testing.T) {
 
 func FuzzVerify(f *testing.F) {
 	s := begin(f)
-	issued, err := s.issue(f.Context(), access.Principal{}, []scope{{"repository", "library/app", []string{"pull"}}})
+	issued, err := s.issue(access.Principal{}, []scope{{"repository", "library/app", []string{"pull"}}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -354,7 +338,7 @@ func FuzzParseScopes(f *testing.F) {
 
 func BenchmarkVerify(b *testing.B) {
 	s := begin(b)
-	issued, err := s.issue(b.Context(), access.Principal{Kind: access.User, Name: "admin"}, []scope{{"repository", "library/app", []string{"pull"}}})
+	issued, err := s.issue(access.Principal{Kind: access.User, Name: "admin"}, []scope{{"repository", "library/app", []string{"pull"}}})
 	if err != nil {
 		b.Fatal(err)
 	}

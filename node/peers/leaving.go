@@ -193,9 +193,6 @@ func (p *Peers) betray(ctx context.Context, m member.Member) error {
 	if err := p.Cluster.Betray(ctx, m.ID); err != nil {
 		return refused(err, m.Name)
 	}
-	if err := p.Revoke(ctx); err != nil {
-		return err
-	}
 	p.Log.Warn("a stolen node was removed; what it held is being replaced", "node", m.ID, "name", m.Name)
 	return nil
 }

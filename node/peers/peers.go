@@ -74,8 +74,6 @@ type Cluster interface {
 
 // Config of Peers. All fields are needed.
 type Config struct {
-	// Revoke ends what else a stolen node could use: the tokens that it could sign.
-	Revoke     func(ctx context.Context) error
 	DB         *table.DB
 	Roster     Roster
 	Cluster    Cluster

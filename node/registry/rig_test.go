@@ -3,6 +3,7 @@ package registry_test
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
 	"io"
@@ -60,6 +61,23 @@ type node struct {
 	copies *copies
 	server *httptest.Server
 	down   bool
+}
+
+// tokenKey is that of a site's only node.
+type tokenKey ed25519.PrivateKey
+
+func newTokenKey() tokenKey {
+	_, private, _ := ed25519.GenerateKey(nil)
+	return tokenKey(private)
+}
+
+func (k tokenKey) TokenKey() (string, ed25519.PrivateKey) { return "here", ed25519.PrivateKey(k) }
+
+func (k tokenKey) TokenPublic(kid string) (ed25519.PublicKey, error) {
+	if kid != "here" {
+		return nil, nil
+	}
+	return ed25519.PrivateKey(k).Public().(ed25519.PublicKey), nil
 }
 
 // plainSealer keeps secrets as they are: nobody steals a test.
@@ -168,7 +186,7 @@ func newSite(t testing.TB) *site {
 	must(t, err)
 	s.projects.Attach(s.catalog)
 	s.identity, err = identity.New(identity.Config{
-		DB: db, Sealer: plainSealer{}, Projects: s.projects, Log: log, Registerer: prometheus.NewRegistry(),
+		DB: db, Keys: newTokenKey(), Projects: s.projects, Log: log, Registerer: prometheus.NewRegistry(),
 	})
 	must(t, err)
 	s.backend = tabletest.Start(t, db)
