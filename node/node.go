@@ -192,6 +192,9 @@ func ownAddress() (string, error) {
 func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 	c := n.config
 	who, err := member.LoadIdentity(c.Data)
+	if err == nil {
+		err = notWhole(member.CheckLog(c.Data)) // before anything is made in the directory
+	}
 	if !errors.Is(err, member.ErrEmpty) {
 		return who, err
 	}
@@ -206,6 +209,13 @@ func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 		return n.join(ctx)
 	}
 	return who, fault.New(fault.Invalid, "%s holds no node. If its disk is not mounted, mount it. Else choose: --init founds a new site, --join ADDR --token TOKEN joins one, or make a site of a backup in it with: atoll restore FILE", c.Data)
+}
+
+func notWhole(err error) error {
+	if errors.Is(err, member.ErrLogLost) {
+		return fault.Wrap(err, fault.Conflict, "this node does not start")
+	}
+	return err
 }
 
 func (n *Node) join(ctx context.Context) (member.Identity, error) {

@@ -28,7 +28,7 @@ const (
 	identityFile   = "identity.json"
 	clusterKeyFile = "cluster.key"
 	foundingFile   = "founding.json" // until the site's first rows are committed
-	joiningFile    = "joining.json"  // until the site has answered
+	joiningFile    = "joining.json"  // until the node that joined has begun its log
 )
 
 // Files are the names of the files that make a directory that of a node, the
@@ -210,6 +210,22 @@ func prepareDir(dir string) error {
 		}
 	}
 	return nil
+}
+
+// CheckLog refuses, with ErrLogLost, a directory that has an identity and has lost
+// its consensus log: the node would have forgotten for whom it voted and what it
+// acknowledged, and could do both a second time in another way. A node that has
+// just founded or joined has no log yet, and a file that says so.
+func CheckLog(dir string) error {
+	for _, name := range []string{filepath.Join("raft", logFile), foundingFile, joiningFile} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
+			return nil
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("looking for the log of the node: %w", err)
+		}
+	}
+	return fmt.Errorf("%w: %s has %s and no raft/%s. Put the whole directory back as it was; or clear it with atoll node wipe --data %s and let it join again under its name, with --join, --name and a new token; or, if it was the only node of its site, move meta.db away and make a site of its blobs with atoll rebuild --data %s",
+		ErrLogLost, dir, identityFile, logFile, dir, dir)
 }
 
 func pinsOf(bundle []byte) (pins []string, err error) {

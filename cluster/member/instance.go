@@ -18,6 +18,9 @@ import (
 	"github.com/atoll-registry/atoll/cluster/raftnet"
 )
 
+// logFile is the name of raft's log, its term and its vote, in the directory raft.
+const logFile = "log.db"
+
 // instance is raft with its stores and transport.
 type instance struct {
 	*raft.Raft
@@ -41,11 +44,14 @@ func (n *Node) open() (_ *instance, err error) {
 	if n.db.Machine() == nil {
 		return nil, errors.New("member: the database is not built yet: call DB.Build before Run")
 	}
+	if err := CheckLog(n.cfg.Dir); err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(n.raftDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("making the directory of the log: %w", err)
 	}
 	log := raftnet.NewLog(n.log)
-	store, err := kv.OpenLog(filepath.Join(n.raftDir(), "log.db"))
+	store, err := kv.OpenLog(filepath.Join(n.raftDir(), logFile))
 	if err != nil {
 		return nil, err
 	}
@@ -62,6 +68,10 @@ func (n *Node) open() (_ *instance, err error) {
 	// without them a power cut takes all that is synced in them.
 	if err := errors.Join(atomicfile.SyncDir(n.raftDir()), atomicfile.SyncDir(n.cfg.Dir)); err != nil {
 		return nil, fmt.Errorf("keeping the name of the log: %w", err)
+	}
+	// Nothing has been voted or acknowledged yet: from here on the log is missed.
+	if err := atomicfile.Remove(filepath.Join(n.cfg.Dir, joiningFile)); err != nil {
+		return nil, err
 	}
 	cached, err := raft.NewLogCache(128, n.cfg.Disk.Logs(store))
 	if err != nil {

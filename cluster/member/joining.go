@@ -78,7 +78,8 @@ type renewAnswer struct {
 }
 
 // joiningJSON is the content of joining.json: an application under way. When
-// its answer was lost, the same key asks again and gets it.
+// its answer was lost, the same key asks again and gets it. It stays until the
+// node has begun its log: see CheckLog.
 type joiningJSON struct {
 	TokenID string `json:"token_id"`
 	Node    string `json:"node"`
@@ -106,6 +107,10 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 		return Identity{}, errors.New("joining takes the address of at least one node of the site")
 	}
 	if err := prepareDir(cfg.Dir); err != nil {
+		return Identity{}, err
+	}
+	// What is left of a founding that was cut short would found when the node starts.
+	if err := atomicfile.Remove(filepath.Join(cfg.Dir, foundingFile)); err != nil {
 		return Identity{}, err
 	}
 	pending, key, err := application(cfg.Dir, token.ID)
@@ -139,10 +144,7 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	if err := epoch.Save(cfg.Dir, recovered); err != nil {
 		return Identity{}, err
 	}
-	if err := id.save(cfg.Dir); err != nil {
-		return Identity{}, err
-	}
-	return id, atomicfile.Remove(filepath.Join(cfg.Dir, joiningFile))
+	return id, id.save(cfg.Dir)
 }
 
 // check makes sure of what a site answered before it is stored.

@@ -140,6 +140,8 @@ var (
 	ErrRemoved = joining.ErrRemoved
 	// ErrUnreachable: none of the addresses given for joining answered.
 	ErrUnreachable = errors.New("no node of the site answered")
+	// ErrLogLost: the data directory has an identity and no consensus log.
+	ErrLogLost = errors.New("this node has forgotten how it voted")
 	// ErrCloned: another process runs as this very node.
 	ErrCloned = errors.New("another machine runs as this very node")
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/hashicorp/raft"
 	"go.etcd.io/bbolt"
@@ -308,5 +309,87 @@ func TestAnUnknownEntryHaltsEveryStart(t *testing.T) {
 			}
 			n.Kill()
 		}
+	})
+}
+
+// A voter whose log is gone could vote a second time: it does not start, and leaves
+// the directory as it found it.
+func TestANodeWithoutItsLogDoesNotStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{})
+		c.Grow(3)
+		victim := c.Others(c.Leader())[0]
+		victim.Kill()
+		whole := filepath.Join(t.TempDir(), "raft")
+		if err := os.Rename(filepath.Join(victim.Dir, "raft"), whole); err != nil {
+			t.Fatal(err)
+		}
+		for _, lost := range []string{"raft", "meta.db"} {
+			if err := os.RemoveAll(filepath.Join(victim.Dir, lost)); err != nil {
+				t.Fatal(err)
+			}
+			err := victim.TryStart()
+			if !errors.Is(err, member.ErrLogLost) || !strings.Contains(err.Error(), "atoll node wipe --data "+victim.Dir) {
+				t.Fatalf("without %s: %v", lost, err)
+			}
+			if err := member.CheckLog(victim.Dir); !errors.Is(err, member.ErrLogLost) {
+				t.Fatalf("after a refused start: %v", err)
+			}
+		}
+		// The log brings back what was only the state.
+		if err := errors.Join(os.RemoveAll(filepath.Join(victim.Dir, "raft")), os.Rename(whole, filepath.Join(victim.Dir, "raft"))); err != nil {
+			t.Fatal(err)
+		}
+		victim.Start()
+		c.AwaitVoters(3)
+	})
+}
+
+// A node that has joined and never ran has no log either, and may be cut off until
+// it has one.
+func TestANodeThatHasJustJoinedStarts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{})
+		first := c.Found()
+		n := c.NewNode()
+		if err := n.JoinWith(token(t, first, time.Hour, 1), first.Addr); err != nil {
+			t.Fatal(err)
+		}
+		// Cut off while it made the log's directory.
+		if err := os.Mkdir(filepath.Join(n.Dir, "raft"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		n.Start()
+		n.Kill()
+		if err := os.RemoveAll(filepath.Join(n.Dir, "raft")); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.TryStart(); !errors.Is(err, member.ErrLogLost) {
+			t.Fatalf("once it ran: %v", err)
+		}
+	})
+}
+
+// What a founding left behind that was cut short does not found beside the site
+// that the machine joins then.
+func TestAFoundingThatWasCutOffIsForgottenByAJoin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{})
+		first := c.Found()
+		n := c.NewNode()
+		if _, err := member.Found(n.Dir, n.Name, n.Addr); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(filepath.Join(n.Dir, "identity.json")); err != nil { // the last to be written
+			t.Fatal(err)
+		}
+		if err := n.JoinWith(token(t, first, time.Hour, 1), first.Addr); err != nil {
+			t.Fatal(err)
+		}
+		n.Start()
+		c.Await("one site of two", func() bool {
+			s, err := n.Status(t.Context())
+			return err == nil && s.Leader == first.Self() && len(s.Members) == 2
+		})
 	})
 }
