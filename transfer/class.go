@@ -1,0 +1,60 @@
+package transfer
+
+import (
+	"fmt"
+	"time"
+)
+
+// Class of a transfer, the most urgent first. Classes share a holder's uplink by
+// weight when they compete, and each gets all of it when it is alone; none starves.
+type Class uint8
+
+const (
+	Pull        Class = iota // somebody waits for it
+	Replication              // copies that a push or another site asked for
+	Repair                   // copies that were lost
+	Prefetch                 // before anybody asked
+
+	// Classes is how many there are.
+	Classes = 4
+)
+
+// Weight is a class's share where classes compete.
+func (c Class) Weight() int { return [Classes]int{8, 4, 2, 1}[min(c, Prefetch)] }
+
+func (c Class) String() string {
+	if c >= Classes {
+		return fmt.Sprintf("class %d", uint8(c))
+	}
+	return [Classes]string{"pull", "replication", "repair", "prefetch"}[c]
+}
+
+// Use is what a fetch is for.
+type Use struct {
+	Class Class
+}
+
+// Flow is what moves between this node and a peer: what a Limiter decides on and a
+// Meter counts.
+type Flow struct {
+	Blob  Blob
+	Peer  string // node id
+	Class Class
+}
+
+// Limiter decides when bytes may leave this node. It is asked once for each piece,
+// before the piece goes out. Safe for concurrent use; it must not block.
+type Limiter interface {
+	// Take asks to send n bytes. 0: they are counted and may go. Else nothing is
+	// counted, and the same is asked again after about so long; other flows go on
+	// meanwhile.
+	Take(f Flow, n int) (wait time.Duration)
+}
+
+// Meter hears what moved, after each piece, from many goroutines; it must not block.
+type Meter interface {
+	// Sent: n bytes of a blob went to the peer.
+	Sent(f Flow, n int)
+	// Received: n verified bytes of a blob came from the peer.
+	Received(f Flow, n int)
+}

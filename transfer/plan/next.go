@@ -1,0 +1,167 @@
+package plan
+
+import (
+	"slices"
+	"time"
+)
+
+// Cursors says what readers wait for: the next missing pieces of each, the nearest
+// first. A reader that has just come, or jumped, stops all that is not for readers
+// until its first piece is here.
+func (w *Want) Cursors(urgent []int) {
+	for _, i := range urgent {
+		if w.rush < 0 && !slices.Contains(w.urgent, i) && !slices.Contains(w.urgent, i-1) {
+			w.rush = i
+		}
+	}
+	if !slices.Contains(urgent, w.rush) {
+		w.rush = -1
+	}
+	w.urgent = slices.Clone(urgent)
+}
+
+// Next says what to ask of a holder now; call it until ok is false, and again when
+// anything has happened and now and then.
+func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
+	if h.gone || h.far && (!w.elected || w.near > 0) {
+		return Ask{}, false
+	}
+	if i := w.nextUrgent(now, h); i >= 0 {
+		return Ask{Piece: i, Urgent: true}, true
+	}
+	if w.rush >= 0 {
+		return Ask{}, false
+	}
+	if h.choosing {
+		if h.credit >= maxCredit || w.left == 0 {
+			return Ask{}, false
+		}
+		h.credit++
+		return Ask{Piece: Any}, true
+	}
+	depth := w.rules.Depth
+	if !h.complete {
+		depth = w.rules.SwarmDepth
+	} else if n := len(w.holders); n > 1 {
+		// Towards the end no holder should sit on what another could send sooner.
+		depth = max(1, min(depth, w.left/n))
+	}
+	if len(h.asked) >= depth {
+		return Ask{}, false
+	}
+	if i := w.rarest(h); i >= 0 {
+		w.ask(now, h, i, false)
+		return Ask{Piece: i}, true
+	}
+	if i := w.slowest(now, h); i >= 0 {
+		r := w.asks[i]
+		r.of[1] = h
+		r.since = now
+		h.took(now, i)
+		return Ask{Piece: i}, true
+	}
+	return Ask{}, false
+}
+
+// nextUrgent is a piece that a reader waits for and that this holder should hear
+// about; -1: none.
+func (w *Want) nextUrgent(now time.Duration, h *Holder) int {
+	for _, i := range w.urgent {
+		if !h.has(i) || w.held.Has(i) || h.far && w.spread[i] > 0 {
+			continue
+		}
+		r := w.asks[i]
+		switch {
+		case r == nil && w.missing.Has(i):
+			if w.faster(h, i) {
+				continue
+			}
+			w.ask(now, h, i, true)
+			return i
+		case r == nil: // set aside, to be verified again
+		case r.of[0] == h || r.of[1] == h:
+			if r.urgent {
+				continue
+			}
+			r.urgent = true
+			return i
+		case r.of[1] == nil && w.late(now, h, r):
+			r.of[1], r.since, r.urgent = h, now, true
+			h.took(now, i)
+			return i
+		}
+	}
+	return -1
+}
+
+// faster says whether another holder would send the piece in half the time.
+func (w *Want) faster(h *Holder, i int) bool {
+	if h.pace == 0 {
+		return false
+	}
+	for _, o := range w.holders {
+		if o != h && o.pace > 0 && 2*o.pace < h.pace && o.has(i) && (!o.far || w.elected && w.near == 0) {
+			return true
+		}
+	}
+	return false
+}
+
+// late says whether an urgent piece is so late that this holder may be asked for it
+// too: a reader waits, so it is less patient than the rest.
+func (w *Want) late(now time.Duration, h *Holder, r *request) bool {
+	patience := w.rules.Steal
+	if h.pace > 0 && !r.coming {
+		patience = min(patience, max(4*h.pace, patience/4))
+	}
+	return now-max(r.since, r.of[0].moved) >= patience
+}
+
+// rarest is the missing piece of the holder's that the fewest have; -1: none.
+func (w *Want) rarest(h *Holder) int {
+	if w.left == 0 {
+		return -1
+	}
+	of := func(int) byte { return 0xff }
+	if !h.complete {
+		of = func(k int) byte { return h.have[k] }
+	}
+	best, seen := -1, 0
+	each(w.missing, w.rand.IntN(len(w.missing)), of, func(i int) bool {
+		seen++
+		if h.far && w.spread[i] > 0 {
+			return seen < sample // somebody near has it
+		}
+		if best < 0 || w.spread[i] < w.spread[best] {
+			best = i
+		}
+		return seen < sample && w.spread[best] > 1
+	})
+	return best
+}
+
+// slowest is the piece to ask of a second holder when nothing is missing: the one
+// without progress for longest, or one whose holder is far slower than h; -1: none.
+func (w *Want) slowest(now time.Duration, h *Holder) int {
+	if w.left > 0 || len(h.asked) > 0 {
+		return -1
+	}
+	worst, longest := -1, time.Duration(0)
+	for i, r := range w.asks {
+		o := r.of[0]
+		if o == h || r.of[1] != nil || !h.has(i) {
+			continue
+		}
+		age := now - max(r.since, o.moved)
+		due := age >= w.rules.Steal
+		if !due && h.pace > 0 && o.pace > 0 && !h.far {
+			// Its turn comes after those asked before it.
+			ahead := time.Duration(slices.Index(o.asked, i) + 1)
+			due = ahead*o.pace > 4*h.pace && o.pace > 2*h.pace && now-r.since > 2*h.pace
+		}
+		if due && (age > longest || age == longest && i < worst) {
+			worst, longest = i, age
+		}
+	}
+	return worst
+}

@@ -1,0 +1,415 @@
+package plan
+
+import (
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/atoll-registry/atoll/transfer"
+)
+
+// Slots are how a Queue bounds what is in service; zero values mean the defaults.
+type Slots struct {
+	// Pieces in service at once. A piece that takes far longer than others waits for
+	// its receiver, not for this node's uplink, and counts no more. 4.
+	Pieces int
+	// Most in service in any case. 32.
+	Most int
+}
+
+// Queue is everything that others ask of this node. Not safe for concurrent use.
+type Queue struct {
+	slots  Slots
+	rand   *rand.Rand
+	offers []*Offer
+	served [transfer.Classes]float64 // pieces over the weight
+	floor  float64                   // what the class served last had
+	peers  map[string]*peer
+	turns  []*Turn
+	usual  time.Duration // that a piece is in service
+	clock  int
+}
+
+// peer is one node that asks, for however many blobs.
+type peer struct {
+	askers int
+	served float64
+}
+
+// Offer is one blob that others ask for.
+type Offer struct {
+	queue  *Queue
+	pieces int
+	all    transfer.Bitmap // the set of all pieces
+	have   transfer.Bitmap // of them, those held; nil: everything
+	askers []*Asker
+	sent   []uint16 // times each piece went out; nil while there is one asker
+	first  []*Asker // who got a piece first, until somebody else has it
+}
+
+// Asker is one node that wants one blob.
+type Asker struct {
+	// Owner is the engine's; plan never looks at it.
+	Owner any
+
+	offer   *Offer
+	peer    *peer
+	name    string
+	class   transfer.Class
+	skip    transfer.Bitmap // what not to choose for it
+	credit  int
+	queue   []int
+	urgent  int // so many of the queue's first are urgent
+	burden  int // pieces that only it got and has not passed on
+	clock   int // when it had its last turn
+	serving bool
+	until   time.Duration // the limiter said no until then
+}
+
+// Turn is a piece in service.
+type Turn struct {
+	Asker *Asker
+	Piece int
+	since time.Duration
+}
+
+// NewQueue is empty.
+func NewQueue(slots Slots, r *rand.Rand) *Queue {
+	if slots.Pieces <= 0 {
+		slots.Pieces = 4
+	}
+	if slots.Most <= 0 {
+		slots.Most = 32
+	}
+	return &Queue{slots: slots, rand: r, peers: make(map[string]*peer)}
+}
+
+// Offer makes a blob of so many pieces known; have is nil for one that is held whole.
+// It is forgotten with its last asker, see Leave.
+func (q *Queue) Offer(pieces int, have transfer.Bitmap) *Offer {
+	all := transfer.PiecesBitmap(pieces)
+	for i := range pieces {
+		all.Add(i)
+	}
+	return &Offer{queue: q, pieces: pieces, all: all, have: have}
+}
+
+// Hold notes that a piece of a blob that is still arriving may be chosen.
+func (o *Offer) Hold(piece int) {
+	if o.have != nil {
+		o.have.Add(piece)
+	}
+}
+
+// Complete notes that the blob is held whole by now.
+func (o *Offer) Complete() { o.have = nil }
+
+// Askers is how many want the blob.
+func (o *Offer) Askers() int { return len(o.askers) }
+
+// Join adds one who wants the blob.
+func (o *Offer) Join(name string, class transfer.Class) *Asker {
+	q := o.queue
+	if len(o.askers) == 0 {
+		q.offers = append(q.offers, o)
+	}
+	p := q.peers[name]
+	if p == nil {
+		p = &peer{}
+		q.peers[name] = p
+	}
+	if p.askers == 0 {
+		p.served = q.least()
+	}
+	p.askers++
+	a := &Asker{offer: o, peer: p, name: name, class: min(class, transfer.Prefetch), skip: transfer.PiecesBitmap(o.pieces)}
+	o.askers = append(o.askers, a)
+	if len(o.askers) == 2 && o.sent == nil {
+		o.sent, o.first = make([]uint16, o.pieces), make([]*Asker, o.pieces)
+	}
+	return a
+}
+
+// least is the smallest account of a peer that asks, so that a new one neither has
+// its turns first for hours nor waits for them.
+func (q *Queue) least() float64 {
+	least, some := 0.0, false
+	for _, p := range q.peers {
+		if p.askers > 0 && (!some || p.served < least) {
+			least, some = p.served, true
+		}
+	}
+	return least
+}
+
+// Leave takes an asker out. What only it has got counts as never sent.
+func (q *Queue) Leave(a *Asker) {
+	o := a.offer
+	k := slices.Index(o.askers, a)
+	if k < 0 {
+		return
+	}
+	o.askers = slices.Delete(o.askers, k, k+1)
+	for i, f := range o.first {
+		if f == a {
+			o.first[i], o.sent[i] = nil, 0
+		}
+	}
+	if a.peer.askers--; a.peer.askers == 0 {
+		delete(q.peers, a.name)
+	}
+	if len(o.askers) == 0 {
+		q.offers = slices.DeleteFunc(q.offers, func(x *Offer) bool { return x == o })
+	}
+	q.turns = slices.DeleteFunc(q.turns, func(t *Turn) bool { return t.Asker == a })
+}
+
+// Class changes what the asker wants the blob for.
+func (a *Asker) Class(c transfer.Class) { a.class = min(c, transfer.Prefetch) }
+
+// Waiting is how many pieces the asker waits for.
+func (a *Asker) Waiting() int { return len(a.queue) + a.credit }
+
+// Ask takes what an asker asks for.
+func (a *Asker) Ask(ask Ask) {
+	if ask.Piece == Any {
+		a.credit = min(a.credit+1, maxCredit)
+		return
+	}
+	if k := slices.Index(a.queue, ask.Piece); k >= 0 {
+		if !ask.Urgent || k < a.urgent {
+			return
+		}
+		a.queue = slices.Delete(a.queue, k, k+1)
+	}
+	if !ask.Urgent {
+		a.queue = append(a.queue, ask.Piece)
+		return
+	}
+	a.queue = slices.Insert(a.queue, a.urgent, ask.Piece)
+	a.urgent++
+}
+
+// Cancel takes back an ask for a piece that is not in service yet.
+func (a *Asker) Cancel(piece int) {
+	k := slices.Index(a.queue, piece)
+	if k < 0 {
+		return
+	}
+	a.queue = slices.Delete(a.queue, k, k+1)
+	if k < a.urgent {
+		a.urgent--
+	}
+}
+
+// Hear takes what an asker says about itself.
+func (a *Asker) Hear(n Note) {
+	if n.Kind == Need {
+		a.skip[n.Piece/8] &^= 0x80 >> (n.Piece % 8)
+		return
+	}
+	a.skip.Add(n.Piece)
+	if o := a.offer; o.first != nil && o.first[n.Piece] != nil && o.first[n.Piece] != a {
+		o.first[n.Piece].burden--
+		o.first[n.Piece] = nil
+	}
+}
+
+// Next chooses the piece that goes out next. allow is asked last, and may say for how
+// long this asker has to wait; others are tried then. When there is no turn, again
+// says after how long there may be one by time alone; 0: only by what happens.
+func (q *Queue) Next(now time.Duration, allow func(a *Asker, piece int) (wait time.Duration)) (t *Turn, again time.Duration) {
+	busy, again := q.busy(now)
+	if busy >= q.slots.Pieces || len(q.turns) >= q.slots.Most {
+		return nil, again
+	}
+	for {
+		a, wait := q.choose(now)
+		again = sooner(again, wait)
+		if a == nil {
+			return nil, again
+		}
+		piece := a.piece()
+		if piece < 0 {
+			a.credit = 0 // nothing to choose for it: it asks again when it needs to
+			continue
+		}
+		if allow != nil {
+			if wait := allow(a, piece); wait > 0 {
+				a.until = now + wait
+				continue
+			}
+		}
+		return q.serve(now, a, piece), 0
+	}
+}
+
+func sooner(a, b time.Duration) time.Duration {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
+}
+
+// busy counts the pieces that use the uplink, and says when it may be one less.
+func (q *Queue) busy(now time.Duration) (n int, again time.Duration) {
+	patience := max(3*q.usual, 50*time.Millisecond)
+	for _, t := range q.turns {
+		if left := t.since + patience - now; left > 0 {
+			n++
+			again = sooner(again, left)
+		}
+	}
+	return n, again
+}
+
+// choose finds whose turn it is: the class by weight, then whom a reader waits at,
+// then the peer that has had least, then by the blob's own order.
+func (q *Queue) choose(now time.Duration) (best *Asker, again time.Duration) {
+	for _, o := range q.offers {
+		var first *Asker
+		for _, a := range o.askers {
+			if a.serving || len(a.queue) == 0 && a.credit == 0 {
+				continue
+			}
+			if a.until > now {
+				again = sooner(again, a.until-now)
+				continue
+			}
+			if first == nil || o.before(a, first) {
+				first = a
+			}
+		}
+		if first != nil && (best == nil || q.before(first, best)) {
+			best = first
+		}
+	}
+	return best, again
+}
+
+// before orders the first askers of two blobs.
+func (q *Queue) before(a, b *Asker) bool {
+	if a.class != b.class {
+		x, y := q.due(a.class), q.due(b.class)
+		return x < y || x == y && a.class < b.class
+	}
+	if (a.urgent > 0) != (b.urgent > 0) {
+		return a.urgent > 0
+	}
+	return a.peer.served < b.peer.served
+}
+
+// due is when it is a class's turn: stride scheduling. A class that had nothing to
+// send saves nothing up.
+func (q *Queue) due(c transfer.Class) float64 { return max(q.served[c], q.floor) }
+
+// before orders two askers of one blob.
+func (o *Offer) before(a, b *Asker) bool {
+	if a.class != b.class {
+		return o.queue.before(a, b)
+	}
+	if (a.urgent > 0) != (b.urgent > 0) {
+		return a.urgent > 0
+	}
+	if x, y := a.fresh(), b.fresh(); x != y {
+		return x < y
+	}
+	if a.burden != b.burden {
+		return a.burden < b.burden
+	}
+	return a.clock < b.clock
+}
+
+// fresh is how often the least sent piece that it asks for has gone out.
+func (a *Asker) fresh() uint16 {
+	if len(a.queue) == 0 || a.offer.sent == nil {
+		return 0
+	}
+	least := a.offer.sent[a.queue[0]]
+	for _, i := range a.queue[1:] {
+		least = min(least, a.offer.sent[i])
+	}
+	return least
+}
+
+// piece takes the one to send it; -1: none.
+func (a *Asker) piece() int {
+	o := a.offer
+	if len(a.queue) == 0 {
+		return o.least(a)
+	}
+	k := 0
+	if a.urgent == 0 && o.sent != nil {
+		for j, i := range a.queue {
+			if o.sent[i] < o.sent[a.queue[k]] {
+				k = j
+			}
+		}
+	}
+	return a.queue[k]
+}
+
+// least is the piece to choose for an asker: the one that went out least; -1: none.
+func (o *Offer) least(a *Asker) int {
+	best, seen := -1, 0
+	wanted := func(k int) byte {
+		if o.have == nil {
+			return ^a.skip[k]
+		}
+		return ^a.skip[k] & o.have[k]
+	}
+	each(o.all, o.queue.rand.IntN(len(o.all)), wanted, func(i int) bool {
+		if o.sent == nil {
+			best = i
+			return false
+		}
+		if best < 0 || o.sent[i] < o.sent[best] {
+			best = i
+		}
+		seen++
+		return seen < sample && o.sent[best] > 0
+	})
+	return best
+}
+
+// serve puts a piece into service.
+func (q *Queue) serve(now time.Duration, a *Asker, piece int) *Turn {
+	o := a.offer
+	if len(a.queue) > 0 {
+		a.Cancel(piece)
+	} else {
+		a.credit--
+	}
+	a.skip.Add(piece)
+	if o.sent != nil {
+		if o.sent[piece] == 0 {
+			o.first[piece] = a
+			a.burden++
+		}
+		o.sent[piece]++
+	}
+	q.clock++
+	a.clock, a.serving = q.clock, true
+	a.peer.served++
+	q.floor = q.due(a.class)
+	q.served[a.class] = q.floor + 1/float64(a.class.Weight())
+	t := &Turn{Asker: a, Piece: piece, since: now}
+	q.turns = append(q.turns, t)
+	return t
+}
+
+// Done ends a turn, also that of an asker that has left.
+func (q *Queue) Done(now time.Duration, t *Turn) {
+	t.Asker.serving = false
+	k := slices.Index(q.turns, t)
+	if k < 0 {
+		return
+	}
+	q.turns = slices.Delete(q.turns, k, k+1)
+	took := now - t.since
+	if q.usual == 0 {
+		q.usual = took
+	}
+	// One that waits for a slow receiver does not make slowness usual.
+	q.usual += (min(took, 2*q.usual) - q.usual) / 8
+}
