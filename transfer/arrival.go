@@ -35,6 +35,10 @@ func (a *Arrival) Present(content Content) {
 	_ = a.f.content.leave()
 }
 
+// OnHold has f called for each piece after it is held, and with -1 after the end of
+// the fetch. Call it before Begin; f must not block.
+func (a *Arrival) OnHold(f func(piece int)) { a.f.onHold = f }
+
 // Fetch is what those who want the blob get.
 func (a *Arrival) Fetch() *Fetch { return a.f }
 
@@ -223,20 +227,30 @@ func (a *Arrival) end(err error) {
 	a.f.mu.Lock()
 	a.f.announce()
 	a.f.mu.Unlock()
+	if a.f.onHold != nil {
+		a.f.onHold(-1)
+	}
 }
 
 func (a *Arrival) hold(piece int) {
-	f := a.f
+	if a.f.hold(piece) && a.f.onHold != nil {
+		a.f.onHold(piece)
+	}
+}
+
+// hold adds a piece; false when it is held already.
+func (f *Fetch) hold(piece int) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.held.Has(piece) {
-		return
+		return false
 	}
 	f.held.Add(piece)
 	f.count++
 	_, n := PieceRange(f.blob.Size, piece)
 	f.bytes += n
 	f.announce()
+	return true
 }
 
 func (a *Arrival) holdAll() {

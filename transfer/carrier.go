@@ -29,9 +29,11 @@ const (
 // Option of a Fetch.
 type Option func(*Options)
 
-// Options that a fetch was given. Whoever joins a fetch has no say in it any more.
+// Options that a fetch was given. Whoever joins a fetch has no say in it any more,
+// but for its class.
 type Options struct {
-	Way Way
+	Way   Way
+	Class Class
 }
 
 // Via asks for a way to move the blob.

@@ -29,10 +29,9 @@ func (c Class) String() string {
 	return [Classes]string{"pull", "replication", "repair", "prefetch"}[c]
 }
 
-// Use is what a fetch is for.
-type Use struct {
-	Class Class
-}
+// For says what a fetch is for; Pull when it is not said. A fetch that is joined for
+// something more urgent becomes as urgent.
+func For(class Class) Option { return func(o *Options) { o.Class = class } }
 
 // Flow is what moves between this node and a peer: what a Limiter decides on and a
 // Meter counts.

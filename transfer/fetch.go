@@ -29,6 +29,7 @@ type Fetch struct {
 	partial Partial
 	content *shared
 	reopen  func(ctx context.Context) (Content, error)
+	onHold  func(piece int) // may be nil
 }
 
 // Progress of a fetch.

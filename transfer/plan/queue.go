@@ -63,6 +63,7 @@ type Asker struct {
 	burden  int // pieces that only it got and has not passed on
 	clock   int // when it had its last turn
 	serving bool
+	idle    bool          // there is nothing to choose for it now
 	until   time.Duration // the limiter said no until then
 }
 
@@ -96,13 +97,22 @@ func (q *Queue) Offer(pieces int, have transfer.Bitmap) *Offer {
 
 // Hold notes that a piece of a blob that is still arriving may be chosen.
 func (o *Offer) Hold(piece int) {
-	if o.have != nil {
-		o.have.Add(piece)
+	if o.have == nil {
+		return
+	}
+	o.have.Add(piece)
+	for _, a := range o.askers {
+		a.idle = false
 	}
 }
 
 // Complete notes that the blob is held whole by now.
-func (o *Offer) Complete() { o.have = nil }
+func (o *Offer) Complete() {
+	o.have = nil
+	for _, a := range o.askers {
+		a.idle = false
+	}
+}
 
 // Askers is how many want the blob.
 func (o *Offer) Askers() int { return len(o.askers) }
@@ -202,10 +212,12 @@ func (a *Asker) Cancel(piece int) {
 	}
 }
 
-// Hear takes what an asker says about itself.
+// Hear takes what an asker says about itself. An engine that cannot be told (nobody
+// leaves the choice to it) need not call it.
 func (a *Asker) Hear(n Note) {
 	if n.Kind == Need {
 		a.skip[n.Piece/8] &^= 0x80 >> (n.Piece % 8)
+		a.idle = false
 		return
 	}
 	a.skip.Add(n.Piece)
@@ -231,7 +243,7 @@ func (q *Queue) Next(now time.Duration, allow func(a *Asker, piece int) (wait ti
 		}
 		piece := a.piece()
 		if piece < 0 {
-			a.credit = 0 // nothing to choose for it: it asks again when it needs to
+			a.idle = true // until it needs something again
 			continue
 		}
 		if allow != nil {
@@ -269,7 +281,7 @@ func (q *Queue) choose(now time.Duration) (best *Asker, again time.Duration) {
 	for _, o := range q.offers {
 		var first *Asker
 		for _, a := range o.askers {
-			if a.serving || len(a.queue) == 0 && a.credit == 0 {
+			if a.serving || len(a.queue) == 0 && (a.credit == 0 || a.idle) {
 				continue
 			}
 			if a.until > now {
