@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strconv"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -15,12 +14,19 @@ import (
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
-// rig is a cluster under attack. mu is held for writing while a node is
-// replaced by its next run, and while the open nodes change.
+// turn is a lock on which the bubble's time goes on: a node that starts may wait
+// for others to answer while it is held.
+type turn chan struct{}
+
+func (t turn) Lock()   { t <- struct{}{} }
+func (t turn) Unlock() { <-t }
+
+// rig is a cluster under attack. mu is held while a node is replaced by its next
+// run, and while the open nodes are read or change.
 type rig struct {
 	*Cluster
 	t       *testing.T
-	mu      sync.RWMutex
+	mu      turn
 	open    []*Node // that clients use and that are attacked
 	history History
 	value   atomic.Int64 // writes are numbered
@@ -36,8 +42,8 @@ type door struct {
 }
 
 func (r *rig) door(i int) door {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	n := r.open[i%len(r.open)]
 	return door{n.DB, n.notes()}
 }

@@ -127,7 +127,7 @@ func playSchedule(t *testing.T, seed uint64, rounds int, total map[string]int) {
 		return machines[n]
 	}
 	s := &schedule{dice: rand.New(rand.NewPCG(seed, 0)), of: of, made: total, tally: &tally{}}
-	s.rig = &rig{t: t, Cluster: New(t, Options{
+	s.rig = &rig{t: t, mu: make(turn, 1), Cluster: New(t, Options{
 		Define: withNotes, Snapshots: member.Snapshots{MinBytes: 64 << 10, TrailingLogs: 16},
 		Engine: func(n *Node, e kv.Engine) kv.Engine { return &engine{e, of(n)} },
 		Disk:   func(n *Node) member.Disk { return logDisk{of(n)} },
@@ -196,8 +196,8 @@ func (s *schedule) pick() *Node {
 
 // nodes are those that are open now.
 func (s *schedule) nodes() []*Node {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return slices.Clone(s.open)
 }
 
