@@ -95,6 +95,9 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		lacking += " (still counting)"
 	}
 	fmt.Fprintf(w, "blobs: %d, lacking copies: %s, lost: %d\n", s.Blobs, lacking, s.Lost)
+	if s.Surplus > 0 {
+		fmt.Fprintf(w, "surplus: %d blobs, %s being released\n", s.Surplus, size(s.SurplusBytes))
+	}
 	if s.Epoch != "0" {
 		fmt.Fprintf(w, "recovery epoch: %s\n", s.Epoch)
 	}

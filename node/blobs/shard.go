@@ -248,6 +248,16 @@ func (l *locks) read(d key) (unlock func()) {
 	return func() { k.RUnlock(); l.leave(d, k, 0) }
 }
 
+// tryRead is read unless somebody has the lock alone, or waits for that.
+func (l *locks) tryRead(d key) (unlock func(), ok bool) {
+	k := l.use(d)
+	if !k.TryRLock() {
+		l.leave(d, k, 0)
+		return nil, false
+	}
+	return func() { k.RUnlock(); l.leave(d, k, 0) }, true
+}
+
 func (l *locks) write(d key) (unlock func(), pinned bool) {
 	k := l.use(d)
 	k.Lock()

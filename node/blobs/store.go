@@ -240,6 +240,33 @@ func (s *Store) Stat(d digest.Digest) (Info, error) {
 	return info, nil
 }
 
+// Keeps reports whether the store holds a blob durably and nobody is about to
+// remove it (RemoveIf). Where Stat waits for the removal, it says no at once, so
+// that nodes which ask each other before they remove neither wait for each other
+// nor both take the other's copy for one that stays.
+func (s *Store) Keeps(d digest.Digest) (bool, error) {
+	k, err := keyOf(d)
+	if err != nil {
+		return false, err
+	}
+	unlock, ok := s.locks.tryRead(k)
+	if !ok {
+		return false, nil
+	}
+	defer unlock()
+	err = s.find(func(from shelf) error {
+		_, err := from.Stat(d)
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, s.failed(err, d, "looking at")
+	}
+	return true, nil
+}
+
 // OpenBlob opens a blob for reading; fault.NotFound with code BLOB_UNKNOWN when
 // the store does not hold it. A blob that is removed stays readable for those
 // who have it open.

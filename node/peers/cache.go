@@ -16,10 +16,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/atoll-registry/atoll/bundle/entry"
-	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -103,6 +101,8 @@ func (c *cached) oldest() []digest.Digest {
 func (p *Peers) Read(d digest.Digest) {
 	if p.Cache.On {
 		p.cached.read(d)
+	} else {
+		p.surplus.read(d)
 	}
 }
 
@@ -161,7 +161,7 @@ func (p *Peers) evict(ctx context.Context) error {
 		if err != nil {
 			continue // somebody else took it away
 		}
-		err = p.Store.RemoveIf(ctx, d, func(ctx context.Context) error { return p.keptByHomes(ctx, d) })
+		err = p.Store.RemoveIf(ctx, d, func(ctx context.Context) error { return p.keptByHomes(ctx, d, false) })
 		switch {
 		case err == nil:
 			evicted++
@@ -196,44 +196,6 @@ func (p *Peers) excess(ctx context.Context) (int64, error) {
 		return used - int64(cacheKeep*float64(size)), nil
 	}
 	return 0, nil
-}
-
-// keptByHomes is nil when as many homes as a push waits for say, now, that they
-// hold a blob and are homes. They are no caches, and what a home holds it keeps, so
-// any number of caches may let go of the blob at once.
-func (p *Peers) keptByHomes(ctx context.Context, d digest.Digest) error {
-	var homes []string
-	var l layout
-	err := p.DB.View(func(v *table.View) (err error) {
-		if l, err = p.layout(v); err != nil {
-			return err
-		}
-		n, err := p.replicas(v, d)
-		homes = l.homesOf(d, n)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	var group errgroup.Group
-	var holders atomic.Int64
-	for _, id := range homes {
-		if id == l.self || !l.isLive(id) {
-			continue
-		}
-		group.Go(func() error {
-			answer, err := p.askHeld(ctx, id, []digest.Digest{d})
-			if err == nil && answer.Home && answer.Held[0] {
-				holders.Add(1)
-			}
-			return err
-		})
-	}
-	err = group.Wait()
-	if want := max(1, l.wanted(l.floor)); int(holders.Load()) < want {
-		return fault.Wrap(err, fault.Precondition, "blob %s stays: %d of its homes hold it, %d must", d, holders.Load(), want)
-	}
-	return nil
 }
 
 // remember writes down in what order blobs were read, the oldest first.

@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -72,10 +74,7 @@ func (p *Peers) peerHandler() http.Handler {
 	mux.HandleFunc("POST /peer/v1/held", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, func(ctx context.Context, q heldRequest) (any, error) { return nil, p.hold(ctx, q) })
 	})
-	mux.HandleFunc("POST /peer/v1/lacks", func(w http.ResponseWriter, r *http.Request) {
-		serveMessage(p, w, r, p.answerLacks)
-	})
-	mux.HandleFunc("POST /peer/v1/holds", func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, p.answerHeld) })
+	mux.HandleFunc("POST /peer/v1/have", func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, p.answerHave) })
 	mux.HandleFunc("POST /peer/v1/drain", func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, p.answerDrain) })
 	mux.HandleFunc("POST /peer/v1/figures", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, func(context.Context, figuresQuestion) (any, error) { return p.figures() })
@@ -225,4 +224,38 @@ func (p *Peers) call(ctx context.Context, node, name string, question, answer an
 		return nil
 	}
 	return json.Unmarshal(body, answer)
+}
+
+// tellWait is how long Tell waits at most for a node that hangs and is still live.
+const tellWait = 10 * time.Second
+
+// reachedRequest asks a node to answer once its state has a revision.
+type reachedRequest struct {
+	Revision uint64 `json:"revision"`
+}
+
+func (p *Peers) reached(ctx context.Context, q reachedRequest) (any, error) {
+	ctx, cancel := context.WithTimeout(ctx, tellWait)
+	defer cancel()
+	return nil, p.DB.WaitApplied(ctx, q.Revision)
+}
+
+// Tell returns when each node that is live knows of a revision, so that what it
+// took away is not to be seen on any of them. A node that stops being live is not
+// waited for.
+func (p *Peers) Tell(ctx context.Context, revision uint64) {
+	ctx, cancel := context.WithTimeout(ctx, tellWait)
+	defer cancel()
+	var wait sync.WaitGroup
+	for _, m := range p.others() {
+		wait.Go(func() {
+			err := p.whileLive(ctx, m.ID, func(ctx context.Context) error {
+				return p.call(ctx, m.ID, "reached", reachedRequest{revision}, nil)
+			})
+			if err != nil {
+				p.Log.Debug("a node does not say that it knows of a deletion", "node", m.ID, "revision", revision, "err", err)
+			}
+		})
+	}
+	wait.Wait()
 }

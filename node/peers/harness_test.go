@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
@@ -29,7 +30,7 @@ type site struct {
 	db      *table.DB
 	records *blobs.Records
 
-	durability, replicas number
+	durability, replicas, minutes number
 
 	mu    sync.Mutex
 	nodes []*node
@@ -45,9 +46,10 @@ type node struct {
 	*Peers
 	site      *site
 	id        string
-	logs      bytes.Buffer  // under site.mu
-	down      bool          // under site.mu
-	row       member.Member // under site.mu
+	logs      bytes.Buffer         // under site.mu
+	down      bool                 // under site.mu
+	row       member.Member        // under site.mu
+	sees      func(*member.Member) // changes what this node sees of a row; nil: nothing
 	listeners map[byte]*pipes
 	cancel    context.CancelFunc
 	done      chan error
@@ -76,7 +78,7 @@ func (s *site) add(id string) *node {
 	}
 	n.Peers, err = New(Config{
 		DB: s.db, Roster: n, Network: n, Store: store, Records: s.records,
-		Policy: Policy{Durability: s.durability.value, Replicas: s.replicas.value},
+		Policy: Policy{Durability: s.durability.value, Replicas: s.replicas.value, Release: s.release},
 		Log:    slog.New(slog.NewTextHandler(n, nil)), Registerer: prometheus.NewRegistry(),
 	})
 	if err != nil {
@@ -141,6 +143,9 @@ func (n *node) logged(text string) int {
 	return strings.Count(n.logs.String(), text)
 }
 
+// release is after how long nodes let go of surplus copies.
+func (s *site) release() time.Duration { return time.Duration(s.minutes.Load()) * time.Minute }
+
 // Self implements Roster.
 func (n *node) Self() string { return n.id }
 
@@ -150,7 +155,7 @@ func (n *node) Live() (live []member.Member) {
 	defer n.site.mu.Unlock()
 	for _, o := range n.site.nodes {
 		if o == n || !o.down && !n.down {
-			live = append(live, o.row)
+			live = append(live, n.seen(o.row))
 		}
 	}
 	return live
@@ -161,9 +166,16 @@ func (n *node) Members(table.Reader) (members []member.Member, err error) {
 	n.site.mu.Lock()
 	defer n.site.mu.Unlock()
 	for _, o := range n.site.nodes {
-		members = append(members, o.row)
+		members = append(members, n.seen(o.row))
 	}
 	return members, nil
+}
+
+func (n *node) seen(m member.Member) member.Member {
+	if n.sees != nil {
+		n.sees(&m)
+	}
+	return m
 }
 
 // pipes is a listener.

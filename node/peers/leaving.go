@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
-	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
@@ -32,53 +35,6 @@ type Left struct {
 	Before bool `json:"before"`
 }
 
-// lacksRequest asks a node which of some blobs it does not hold.
-type lacksRequest struct {
-	Blobs []digest.Digest `json:"blobs"`
-}
-
-type lacksAnswer struct {
-	Blobs []digest.Digest `json:"blobs"`
-}
-
-func (q lacksRequest) check() error {
-	for _, d := range q.Blobs {
-		if _, err := entry.ParseDigest(d.String()); err != nil {
-			return fmt.Errorf("blob %q: %w", d, err)
-		}
-	}
-	return nil
-}
-
-func (p *Peers) answerLacks(_ context.Context, q lacksRequest) (any, error) {
-	lacks, err := p.lacks(q.Blobs)
-	return lacksAnswer{lacks}, err
-}
-
-// lacks are those blobs that this node does not hold.
-func (p *Peers) lacks(ds []digest.Digest) (lacking []digest.Digest, err error) {
-	for _, d := range ds {
-		if _, err := p.Store.Stat(d); fault.Is(err, fault.NotFound) {
-			lacking = append(lacking, d)
-		} else if err != nil {
-			return nil, err
-		}
-	}
-	return lacking, nil
-}
-
-// theirs are those blobs that a node says it does not hold.
-func (p *Peers) theirs(ctx context.Context, id string, ds []digest.Digest) ([]digest.Digest, error) {
-	if id == p.Roster.Self() {
-		return p.lacks(ds)
-	}
-	var answer lacksAnswer
-	err := p.whileLive(ctx, id, func(ctx context.Context) error {
-		return p.call(ctx, id, "lacks", lacksRequest{ds}, &answer)
-	})
-	return answer.Blobs, err
-}
-
 // stranded are the blobs that would be lost with a node: no other node that is up
 // holds them.
 type stranded struct {
@@ -88,63 +44,88 @@ type stranded struct {
 	known bool
 }
 
-// strands asks the other nodes that are up for every blob of the site.
+// strandsAtOnce bounds the pages of blobs that are asked about at once.
+const strandsAtOnce = 4
+
+// strands asks the other nodes that are up for the blobs of the site: first this
+// one, and the next ones only for what those before it do not hold.
 func (p *Peers) strands(ctx context.Context, id string) (stranded, error) {
 	_, up := p.find(id)
+	var mu sync.Mutex
 	s := stranded{known: up}
-	for after := digest.Digest(""); ; {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(strandsAtOnce)
+	for after := digest.Digest(""); ctx.Err() == nil; {
 		rows, err := p.page(after)
 		if err != nil {
-			return s, err
+			return s, errors.Join(err, group.Wait())
 		}
-		var rest []digest.Digest
-		for _, b := range rows {
-			if b.State == blobs.Live && b.Lost == 0 && !p.Store.Shelved(b.digest) {
-				rest = append(rest, b.digest)
-			}
-		}
-		for _, m := range p.Roster.Live() {
-			if m.ID == id || len(rest) == 0 {
-				continue
-			}
-			lacking, err := p.theirs(ctx, m.ID, rest)
-			if ctx.Err() != nil {
-				return s, ctx.Err()
-			}
-			if err != nil {
-				p.Log.Info("a node did not say which blobs it holds", "node", m.ID, "err", err)
-				continue // as if it were down
-			}
-			rest = lacking
-		}
-		if up && len(rest) > 0 {
-			lacking, err := p.theirs(ctx, id, rest)
-			if err != nil {
-				return s, err
-			}
-			rest = without(rest, lacking)
-		}
-		if s.blobs += len(rest); s.example == "" && len(rest) > 0 {
-			s.example = rest[0]
-		}
-		if len(rows) < repairPage {
-			return s, nil
+		if len(rows) == 0 {
+			break
 		}
 		after = rows[len(rows)-1].digest
+		group.Go(func() error {
+			alone, err := p.alone(ctx, id, up, rows)
+			mu.Lock()
+			defer mu.Unlock()
+			if s.blobs += len(alone); len(alone) > 0 && (s.example == "" || alone[0] < s.example) {
+				s.example = alone[0]
+			}
+			return err
+		})
 	}
+	err := group.Wait()
+	return s, err
 }
 
-func without(ds, lacking []digest.Digest) (held []digest.Digest) {
-	no := make(map[digest.Digest]bool, len(lacking))
-	for _, d := range lacking {
-		no[d] = true
-	}
-	for _, d := range ds {
-		if !no[d] {
-			held = append(held, d)
+// alone are those of a page of blobs that no other node which is up holds, and,
+// while the node itself is up, that it says it holds. While it is up, another
+// node's copy counts only if that node is to keep it: others may be about to let
+// go of theirs for the very one that leaves.
+func (p *Peers) alone(ctx context.Context, id string, up bool, rows []row) ([]digest.Digest, error) {
+	var rest []digest.Digest
+	for _, b := range rows {
+		if b.State == blobs.Live && b.Lost == 0 && !p.Store.Shelved(b.digest) {
+			rest = append(rest, b.digest)
 		}
 	}
-	return held
+	others := p.others()
+	if self := p.Roster.Self(); self != id {
+		others = append([]member.Member{{ID: self}}, others...)
+	}
+	for _, m := range others {
+		if m.ID == id || len(rest) == 0 {
+			continue
+		}
+		answer, err := p.askHave(ctx, m.ID, rest, haveQuestion{Any: true, Keep: up})
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if err != nil {
+			p.Log.Info("a node did not say which blobs it holds", "node", m.ID, "err", err)
+			continue // as if it were down
+		}
+		safe := answer.Held
+		if up {
+			safe = answer.Kept
+		}
+		rest = those(rest, func(i int) bool { return !safe.has(i) })
+	}
+	if !up || len(rest) == 0 {
+		return rest, nil
+	}
+	answer, err := p.askHave(ctx, id, rest, haveQuestion{Any: true})
+	return those(rest, answer.Held.has), err
+}
+
+// those are those of some digests for whose place in the list is says yes.
+func those(ds []digest.Digest, is func(i int) bool) (some []digest.Digest) {
+	for i, d := range ds {
+		if is(i) {
+			some = append(some, d)
+		}
+	}
+	return some
 }
 
 // who finds the member that a request names by id or name.
@@ -285,4 +266,126 @@ func drained(n NodeStatus) string {
 		return fmt.Sprintf("node %s is being drained and keeps its vote until another node can take it", n.Name)
 	}
 	return fmt.Sprintf("node %s is drained: stop it for maintenance, remove it (atoll cluster remove %s), or take it back (atoll cluster drain %s --undo)", n.Name, n.Name, n.Name)
+}
+
+// drainEvery is how often a node that is drained counts again what it holds and
+// others do not keep yet; a count asks them for every blob.
+const drainEvery = 15 * time.Second
+
+// drainWhenDue counts what this node holds and the homes do not keep yet, and has
+// them fetch it, when this node is being drained; next is when it wants to be
+// called again, zero when it is not drained.
+func (p *Peers) drainWhenDue(ctx context.Context, l layout, last *time.Time) (next time.Time) {
+	if !p.draining() {
+		p.ledger.leave(0, false)
+		p.metrics.leaving.Set(0)
+		return time.Time{}
+	}
+	if due := last.Add(drainEvery); time.Now().Before(due) {
+		return due
+	}
+	if last.IsZero() {
+		p.ledger.leave(0, false)
+	}
+	left, err := p.drain(ctx, l, true)
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		p.Log.Warn("what this node holds could not be handed over; trying again", "err", err)
+	default:
+		if was := p.ledger.left(); was != 0 && left == 0 {
+			p.Log.Info("this node is drained: other nodes keep all that it holds")
+		}
+		p.ledger.leave(left, true)
+		p.metrics.leaving.Set(float64(left))
+	}
+	*last = time.Now()
+	return last.Add(drainEvery)
+}
+
+// draining says that this node is to be taken away.
+func (p *Peers) draining() bool {
+	self, ok := p.find(p.Roster.Self())
+	return ok && self.Draining != 0
+}
+
+// drain walks over what this node holds and gives the number of blobs that are not
+// on all the homes that they should have. mend has those homes fetch them first.
+// Blobs in a storage that all nodes read need no handing over.
+func (p *Peers) drain(ctx context.Context, l layout, mend bool) (left int, err error) {
+	// While this node counts as a home for want of another, nothing can be handed over.
+	l.homes = slices.DeleteFunc(slices.Clone(l.homes), func(id string) bool { return id == l.self })
+	l.present = slices.DeleteFunc(slices.Clone(l.present), func(id string) bool { return id == l.self })
+	for after := digest.Digest(""); ctx.Err() == nil; {
+		held, err := p.Store.List(after, repairPage)
+		if err != nil {
+			return 0, err
+		}
+		if len(held) == 0 {
+			return left, nil
+		}
+		after = held[len(held)-1]
+		rows, err := p.rowsOf(held, notGone)
+		if err != nil {
+			return 0, err
+		}
+		found, err := p.survey(ctx, l, rows, true)
+		if err != nil {
+			return 0, err
+		}
+		if mend {
+			p.mendElsewhere(ctx, found)
+		}
+		for _, s := range found {
+			if s.here && !s.shelved && s.holders < max(1, l.wanted(s.replicas)) {
+				left++
+			}
+		}
+		if mend && left > 0 {
+			p.metrics.leaving.Set(float64(left))
+		}
+	}
+	return 0, ctx.Err()
+}
+
+// drainQuestion asks a node that is drained to count, now, what it holds and the
+// homes do not keep.
+type drainQuestion struct{}
+
+type drainAnswer struct {
+	Left int `json:"left"`
+}
+
+func (p *Peers) answerDrain(ctx context.Context, _ drainQuestion) (any, error) {
+	l, err := p.currentLayout()
+	if err != nil {
+		return nil, err
+	}
+	left, err := p.drain(ctx, l, false)
+	return drainAnswer{left}, err
+}
+
+// DrainLeft has a node count, now, the blobs that it holds and that are not on all
+// the nodes that should keep them, without it. 0 means that nothing is lost with
+// the node, provided that it is drained: a node that is not takes new content.
+// fault.Unavailable when the node cannot be asked.
+func (p *Peers) DrainLeft(ctx context.Context, node string) (int, error) {
+	if node == p.Roster.Self() {
+		answer, err := p.answerDrain(ctx, drainQuestion{})
+		if err != nil {
+			return 0, err
+		}
+		return answer.(drainAnswer).Left, nil
+	}
+	if _, ok := p.find(node); !ok {
+		return 0, fault.New(fault.Unavailable, "node %s is not up, so what it holds cannot be compared with the others", node)
+	}
+	var answer drainAnswer
+	err := p.whileLive(ctx, node, func(ctx context.Context) error {
+		return p.call(ctx, node, "drain", drainQuestion{}, &answer)
+	})
+	if err != nil {
+		return 0, fault.Wrap(err, fault.Unavailable, "node %s could not say what it alone holds", node)
+	}
+	return answer.Left, nil
 }

@@ -40,6 +40,10 @@ type Status struct {
 	// Counting: UnderReplicated is not complete, because a node has just come or gone.
 	Counting bool `json:"counting"`
 	Lost     int  `json:"lost"` // blobs that no node which is up holds
+	// Surplus is how many copies nodes hold that others are to keep, SurplusBytes
+	// their size: they are let go of when those others hold them all.
+	Surplus      int   `json:"surplus"`
+	SurplusBytes int64 `json:"surplus_bytes"`
 	// Tolerance is how many more of the voters that are up may fail before no
 	// write succeeds any more; -1 when none does now.
 	Tolerance int `json:"tolerance"`

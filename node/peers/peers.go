@@ -9,6 +9,8 @@
 //   - Which nodes should hold a blob follows from the member rows alone, so every
 //     node comes to the same answer (placement.go); reachability decides only
 //     whom to ask first.
+//   - A node lets go of a surplus copy only while as many homes as the policy wants
+//     hold the blob and say that they keep it (surplus.go).
 //   - A piece root is committed only by a node that has verified the blob's
 //     digest itself (pieces.go).
 //   - Requests from a peer arrive on connections that prove the peer's node id;
@@ -105,6 +107,7 @@ type Peers struct {
 	projects projectWants
 	ledger   ledger
 	cached   cached
+	surplus  surplus
 
 	unrepaired int // blobs that repair could not bring here; its goroutine's alone
 }
@@ -120,6 +123,9 @@ type metrics struct {
 	received        prometheus.Counter
 	served          prometheus.Counter
 	dropped         *prometheus.CounterVec
+	surplusBlobs    prometheus.Gauge
+	surplusBytes    prometheus.Gauge
+	released        prometheus.Counter
 }
 
 // New makes the room.
@@ -135,10 +141,14 @@ func New(c Config) (*Peers, error) {
 		copyFailures:    prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_copy_failures_total", Help: "Copies to this node that did not succeed."}),
 		received:        prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_received_bytes_total", Help: "Verified bytes of blobs from peers."}),
 		served:          prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_served_bytes_total", Help: "Bytes of blobs sent to peers."}),
+		surplusBlobs:    prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_surplus_blobs", Help: "Blobs that this node holds and other nodes are to keep; it lets go of them when those hold them all."}),
+		surplusBytes:    prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_surplus_bytes", Help: "Bytes of these blobs."}),
+		released:        prometheus.NewCounter(prometheus.CounterOpts{Name: "atoll_peers_released_blobs_total", Help: "Surplus copies of blobs that this node let go of."}),
 		dropped:         prometheus.NewCounterVec(prometheus.CounterOpts{Name: "atoll_peers_dropped_senders_total", Help: "Peers dropped from the fetch of a blob, by reason."}, []string{"reason"}),
 	}
 	for _, m := range []prometheus.Collector{p.metrics.underReplicated, p.metrics.leaving, p.metrics.repairRows, p.metrics.cacheBytes, p.metrics.evicted,
-		p.metrics.copiesMade, p.metrics.copyFailures, p.metrics.received, p.metrics.served, p.metrics.dropped} {
+		p.metrics.copiesMade, p.metrics.copyFailures, p.metrics.received, p.metrics.served, p.metrics.dropped,
+		p.metrics.surplusBlobs, p.metrics.surplusBytes, p.metrics.released} {
 		if err := c.Registerer.Register(m); err != nil {
 			return nil, fmt.Errorf("peers: %w", err)
 		}
@@ -235,6 +245,7 @@ func (p *Peers) Run(ctx context.Context) error {
 	group.Go(func() error { return p.watchProjects(ctx) })
 	group.Go(func() error { return p.repair(ctx) })
 	group.Go(func() error { return p.keepCache(ctx) })
+	group.Go(func() error { return p.shed(ctx) })
 	return group.Wait()
 }
 

@@ -146,10 +146,16 @@ func newLayout(self string, members, live []member.Member, away func(id string) 
 	return l
 }
 
-func (l layout) equal(o layout) bool {
-	return l.self == o.self && l.floor == o.floor && l.replicas == o.replicas && maps.Equal(l.projects, o.projects) && slices.Equal(l.homes, o.homes) && slices.Equal(l.present, o.present) &&
-		slices.Equal(l.live, o.live) && maps.Equal(l.places, o.places)
+func (l layout) equal(o layout) bool { return l.sameHomes(o) && slices.Equal(l.live, o.live) }
+
+// sameHomes says that every blob has the same homes in both.
+func (l layout) sameHomes(o layout) bool {
+	return l.self == o.self && l.floor == o.floor && l.replicas == o.replicas && maps.Equal(l.projects, o.projects) &&
+		slices.Equal(l.homes, o.homes) && slices.Equal(l.present, o.present) && maps.Equal(l.places, o.places)
 }
+
+// lonely says that there is no other node to copy to or from.
+func (l layout) lonely() bool { return len(l.homes) == 1 && l.homes[0] == l.self && len(l.live) == 1 }
 
 // wanted is how many homes a blob of so many replicas has: never fewer than a
 // push waits for, never more than there are.
@@ -207,6 +213,9 @@ type Policy struct {
 	// Replicas is how many nodes hold a blob in the long run, as far as there are
 	// so many; never fewer than Durability.
 	Replicas func() int
+	// Release is after how long a node lets go of what others are to keep; 0: never,
+	// as when it is nil.
+	Release func() time.Duration
 	// Projects says what projects want instead; nil: nothing.
 	Projects Projects
 }
@@ -230,7 +239,11 @@ func DefineSettings(s *settings.Settings) Policy {
 		Name: "peers.replicas", Default: "3", Kind: settings.Kind[int]{Parse: project.ParseReplicas},
 		Summary: "how many nodes keep each blob in the long run: a number, or all; a project may say otherwise, and peers.durability is the least",
 	})
-	return Policy{Durability: durability.Value, Replicas: replicas.Value}
+	release := settings.Define(s, settings.Spec[int]{
+		Name: "peers.release-minutes", Default: "60", Kind: settings.Count(0, 365*24*60),
+		Summary: "minutes after which a node lets go of a blob that other nodes are to keep, once all of those hold it; 0: it keeps it",
+	})
+	return Policy{Durability: durability.Value, Replicas: replicas.Value, Release: func() time.Duration { return time.Duration(release.Value()) * time.Minute }}
 }
 
 // placesAsked bounds the places of a blob that are looked at for the replicas that

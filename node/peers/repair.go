@@ -18,14 +18,16 @@ import (
 
 // What changed is looked at repairSettle after the change, so that a push is not in
 // its own way. All blobs are looked at when a node has come or gone or stands
-// differently, which changes no row of a blob, and after repairInterval in any
-// case. What could not be mended is tried again after repairSettle, then twice as
-// long, up to retryMost.
+// differently, which changes no row of a blob; and every repairInterval in any case,
+// but then in strides, a page every strideEvery, so that neither pushes nor what is
+// due wait for a million rows. What could not be mended is tried again after
+// repairSettle, then twice as long, up to retryMost.
 const (
 	repairSettle   = 2 * time.Second
 	retryMost      = time.Minute
 	repairInterval = time.Hour
-	repairPage     = blobsPerRequest
+	strideEvery    = time.Second
+	repairPage     = blobsAsked
 	liveInterval   = time.Second // between two looks at who is live
 	changesKept    = 8192        // keys of changed rows between two looks
 	retryKept      = 4096        // blobs to try again; with more, all are looked at
@@ -33,7 +35,9 @@ const (
 
 // schedule says when repair looks at what.
 type schedule struct {
-	full    time.Time                  // when all blobs are due
+	full    time.Time                  // when all blobs are due at once
+	stride  time.Time                  // when the next page of all blobs is due
+	after   digest.Digest              // the last of the page before
 	again   time.Time                  // when retry is due
 	backoff time.Duration              // until it is after that
 	retry   map[digest.Digest]struct{} // what could not be mended
@@ -41,8 +45,14 @@ type schedule struct {
 
 // plan takes the result of a pass into account.
 func (s *schedule) plan(pass result, now time.Time) {
-	if pass.full {
-		s.full, s.retry = now.Add(repairInterval), nil
+	switch {
+	case pass.full:
+		s.full, s.retry = time.Time{}, nil
+		s.stride, s.after = now.Add(repairInterval), ""
+	case pass.strode && pass.after == "":
+		s.stride, s.after = now.Add(repairInterval), ""
+	case pass.strode:
+		s.stride, s.after = now.Add(strideEvery), pass.after
 	}
 	for _, d := range pass.looked {
 		delete(s.retry, d)
@@ -68,8 +78,9 @@ func (s *schedule) plan(pass result, now time.Time) {
 	}
 }
 
+// earlier of two times, of which zero is never.
 func earlier(a, b time.Time) time.Time {
-	if a.Before(b) {
+	if b.IsZero() || !a.IsZero() && a.Before(b) {
 		return a
 	}
 	return b
@@ -77,10 +88,11 @@ func earlier(a, b time.Time) time.Time {
 
 // next is when something is due without a change.
 func (s *schedule) next() time.Time {
-	if len(s.retry) == 0 || s.again.IsZero() {
-		return s.full
+	due := earlier(s.full, s.stride)
+	if len(s.retry) == 0 {
+		return due
 	}
-	return earlier(s.full, s.again)
+	return earlier(due, s.again)
 }
 
 // repair brings this node, and the homes of the blobs that it leads, to what the
@@ -99,13 +111,20 @@ func (p *Peers) repair(ctx context.Context) error {
 		}
 		keys, lost := changes.Take()
 		var pass result
-		if now := time.Now(); lost || !l.equal(looked) || !now.Before(s.full) {
+		now := time.Now()
+		switch {
+		case lost || !l.equal(looked) || !s.full.IsZero() && !now.Before(s.full):
 			if !l.equal(looked) {
 				s.backoff, drained = repairSettle, time.Time{}
 			}
 			looked = l
 			pass = p.repairAll(ctx, l)
-		} else {
+			if pass.moved {
+				looked = layout{} // though the site may be by now what it was before
+			}
+		case len(keys) == 0 && !now.Before(s.stride):
+			pass = p.stride(ctx, l, s.after)
+		default:
 			ds := digestsOf(keys)
 			again := !s.again.IsZero() && !now.Before(s.again)
 			if again {
@@ -176,6 +195,9 @@ func (p *Peers) awaitRepair(ctx context.Context, changes *table.Changes, looked 
 // result of a pass.
 type result struct {
 	full    bool            // over all blobs
+	moved   bool            // the site changed meanwhile, so that it ended early
+	strode  bool            // over one page of them
+	after   digest.Digest   // its last; "" when there is no more
 	again   bool            // over what had failed before, too
 	looked  []digest.Digest // by a pass that was not full
 	failed  []digest.Digest // for which something could not be done
@@ -219,7 +241,7 @@ func (p *Peers) repairSome(ctx context.Context, l layout, ds map[digest.Digest]s
 func (p *Peers) repairAll(ctx context.Context, l layout) result {
 	r := result{full: true}
 	p.ledger.begin()
-	if len(l.homes) == 1 && l.homes[0] == l.self && len(l.live) == 1 {
+	if l.lonely() {
 		p.ledger.end(l) // nobody to copy to or from
 		p.metrics.underReplicated.Set(0)
 		return r
@@ -255,8 +277,27 @@ func (p *Peers) repairAll(ctx context.Context, l layout) result {
 		return p.mend(ctx, l, rows, &r)
 	})
 	if errors.Is(r.cause, errMoved) {
-		r.cause = nil // the next pass begins at once
+		r.cause, r.moved = nil, true // the next pass begins at once
 	}
+	return r
+}
+
+// stride looks at the page of blobs after a digest, and mends what they lack.
+func (p *Peers) stride(ctx context.Context, l layout, after digest.Digest) result {
+	r := result{strode: true}
+	if l.lonely() {
+		return r
+	}
+	var rows []row
+	if rows, r.cause = p.page(after); r.cause != nil || len(rows) == 0 {
+		return r
+	}
+	r.after = rows[len(rows)-1].digest
+	for _, row := range rows {
+		r.looked = append(r.looked, row.digest)
+	}
+	r.cause = p.mend(ctx, l, slices.DeleteFunc(rows, func(r row) bool { return !isLiveState(r.State) }), &r)
+	p.metrics.underReplicated.Set(float64(p.ledger.count()))
 	return r
 }
 

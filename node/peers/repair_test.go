@@ -165,7 +165,7 @@ func TestScheduleBacksOff(t *testing.T) {
 		t.Errorf("other blobs moved the try by %v; to try: %v", s.next().Sub(again), s.retry)
 	}
 	s.plan(result{again: true, looked: []digest.Digest{d, e}}, again)
-	if s.next() != s.full || len(s.retry) != 0 || s.backoff != repairSettle {
+	if s.next() != s.stride || len(s.retry) != 0 || s.backoff != repairSettle {
 		t.Errorf("after success: to try %v in %v, then %v", s.retry, s.next().Sub(again), s.backoff)
 	}
 	// Too much to remember, and a pass that ended early, make all due.

@@ -12,7 +12,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -34,7 +33,7 @@ type standing struct {
 	shelved bool     // in a storage that no node's loss takes with it
 	holders int      // homes that have said that they hold it, and keep it
 	missing []string // homes that have said that they do not
-	unsure  error    // a home that is live did not say
+	unsure  error    // a home that is live did not say whether it does
 }
 
 // lacks says that fewer homes are known to hold the blob than should.
@@ -50,66 +49,7 @@ func (s *standing) rootless(l layout, size int64) bool {
 	return s.leads && s.here && !s.shelved && s.Root == nil && s.Size > size && len(l.live) > 1
 }
 
-// heldQuestion asks a node which of some blobs it holds durably.
-type heldQuestion struct {
-	Blobs []digest.Digest `json:"blobs"`
-}
-
-func (q heldQuestion) check() error {
-	if len(q.Blobs) > blobsPerRequest {
-		return fmt.Errorf("%d blobs at once, at most %d", len(q.Blobs), blobsPerRequest)
-	}
-	for _, d := range q.Blobs {
-		if _, err := entry.ParseDigest(d.String()); err != nil {
-			return fmt.Errorf("blob %q: %w", d, err)
-		}
-	}
-	return nil
-}
-
-// heldAnswer says it of each, in the order of the question. A node that is no
-// home, whatever the asker's rows say of it, keeps nothing for the site.
-type heldAnswer struct {
-	Home bool   `json:"home"`
-	Held []bool `json:"held"`
-}
-
-// answerHeld implements heldQuestion. A node that is no home does not look: it may
-// be about to let go of the very blob.
-func (p *Peers) answerHeld(_ context.Context, q heldQuestion) (any, error) {
-	answer := heldAnswer{Held: make([]bool, len(q.Blobs))}
-	self, ok := p.find(p.Roster.Self())
-	if answer.Home = ok && mayBeHome(self) && !p.Cache.On; !answer.Home {
-		return answer, nil
-	}
-	for i, d := range q.Blobs {
-		_, err := p.Store.Stat(d)
-		if err != nil && !fault.Is(err, fault.NotFound) {
-			return nil, err
-		}
-		answer.Held[i] = err == nil
-	}
-	return answer, nil
-}
-
-// heldWait bounds the wait for an answer that costs a node a look at its
-// directories.
-const heldWait = 30 * time.Second
-
-// askHeld asks one node for up to blobsPerRequest blobs.
-func (p *Peers) askHeld(ctx context.Context, id string, ds []digest.Digest) (answer heldAnswer, err error) {
-	ctx, cancel := context.WithTimeout(ctx, heldWait)
-	defer cancel()
-	err = p.whileLive(ctx, id, func(ctx context.Context) error {
-		return p.call(ctx, id, "holds", heldQuestion{ds}, &answer)
-	})
-	if err == nil && len(answer.Held) != len(ds) {
-		err = fmt.Errorf("node %s answered for %d blobs of %d", id, len(answer.Held), len(ds))
-	}
-	return answer, err
-}
-
-// survey finds out where the copies of up to blobsPerRequest blobs are, as far as
+// survey finds out where the copies of up to blobsAsked blobs are, as far as
 // that is this node's business; the others it leaves out. all makes every blob
 // that it holds its business.
 func (p *Peers) survey(ctx context.Context, l layout, rows []row, all bool) ([]*standing, error) {
@@ -148,7 +88,11 @@ func (p *Peers) survey(ctx context.Context, l layout, rows []row, all bool) ([]*
 			for i, s := range about {
 				ds[i] = s.digest
 			}
-			answer, err := p.askHeld(ctx, id, ds)
+			answer, err := p.askHave(ctx, id, ds, haveQuestion{})
+			if err == nil && !answer.Home {
+				// It has not read its own row yet, or is about to have another one.
+				err = fmt.Errorf("node %s does not take itself for a home", id)
+			}
 			mu.Lock()
 			defer mu.Unlock()
 			for i, s := range about {
@@ -156,8 +100,7 @@ func (p *Peers) survey(ctx context.Context, l layout, rows []row, all bool) ([]*
 				case errors.Is(err, errNotUnderstood): // it sees to its own copies
 				case err != nil:
 					s.unsure = err
-				case !answer.Home:
-				case answer.Held[i]:
+				case answer.Held.has(i):
 					s.holders++
 				default:
 					s.missing = append(s.missing, id)
@@ -294,4 +237,91 @@ func (l *ledger) left() int {
 		return -1
 	}
 	return l.leaving
+}
+
+// Figures is what one node knows of the copies that it sees to. Every blob is seen
+// to by one node that is up, so the nodes' figures add up.
+type Figures struct {
+	Lacking  int  `json:"lacking"`  // blobs on fewer homes than they should be
+	Counting bool `json:"counting"` // Lacking is not complete yet
+	Leaving  int  `json:"leaving"`  // blobs that a node which is drained must hand over; -1: not known yet
+	// Cache is how many bytes a cache holds.
+	Cache int64 `json:"cache"`
+	// Surplus and SurplusBytes are blobs that the node holds and others are to keep.
+	Surplus      int   `json:"surplus"`
+	SurplusBytes int64 `json:"surplus_bytes"`
+}
+
+// figures of this node.
+func (p *Peers) figures() (Figures, error) {
+	l, err := p.currentLayout()
+	f := Figures{Lacking: p.ledger.count(), Counting: !p.ledger.isComplete(l), Cache: p.cached.bytes()}
+	f.Surplus, f.SurplusBytes = p.surplus.sum()
+	if p.draining() {
+		f.Leaving = p.ledger.left()
+	}
+	return f, err
+}
+
+type figuresQuestion struct{}
+
+// figuresWait is how long a node is waited for.
+const figuresWait = 2 * time.Second
+
+// Figures gives those of every node that is up, by its id; a node that does not
+// answer is not among them.
+func (p *Peers) Figures(ctx context.Context) (map[string]Figures, error) {
+	own, err := p.figures()
+	if err != nil {
+		return nil, fmt.Errorf("reading this node's figures: %w", err)
+	}
+	all := map[string]Figures{p.Roster.Self(): own}
+	ctx, cancel := context.WithTimeout(ctx, figuresWait)
+	defer cancel()
+	type answer struct {
+		id      string
+		figures Figures
+		err     error
+	}
+	others := p.others()
+	answers := make(chan answer, len(others))
+	for _, m := range others {
+		go func() {
+			a := answer{id: m.ID}
+			a.err = p.call(ctx, m.ID, "figures", figuresQuestion{}, &a.figures)
+			answers <- a
+		}()
+	}
+	for range others {
+		if a := <-answers; a.err != nil {
+			p.Log.Debug("a node did not say what its blobs lack", "node", a.id, "err", a.err)
+		} else {
+			all[a.id] = a.figures
+		}
+	}
+	return all, nil
+}
+
+// addFigures adds what the nodes know of the copies of blobs.
+func (p *Peers) addFigures(ctx context.Context, out *Status) error {
+	figures, err := p.Figures(ctx)
+	if err != nil {
+		return err
+	}
+	for i := range out.Nodes {
+		n := &out.Nodes[i]
+		f, known := figures[n.ID]
+		if !known {
+			f = Figures{Leaving: -1, Counting: n.Up}
+		}
+		out.UnderReplicated += f.Lacking
+		out.Surplus += f.Surplus
+		out.SurplusBytes += f.SurplusBytes
+		out.Counting = out.Counting || f.Counting
+		n.CacheBytes = f.Cache
+		if n.Draining != nil {
+			n.Leaving = f.Leaving
+		}
+	}
+	return nil
 }

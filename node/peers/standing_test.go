@@ -51,7 +51,7 @@ func TestUnderReplicatedIsAFigure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t, 3)
 		s.run()
-		const count = 2*repairPage + 7
+		const count = repairPage + 7
 		ds := s.fill("blob", count, s.nodes[0])
 		pass(t, 10*repairSettle)
 		if sum, counting := s.lacking(); sum != 0 || counting {
@@ -427,17 +427,30 @@ func TestCacheRemembers(t *testing.T) {
 }
 
 func TestHeldQuestionIsChecked(t *testing.T) {
-	many := make([]digest.Digest, blobsPerRequest+1)
+	many := make([]digest.Digest, blobsAsked+1)
 	for i := range many {
 		many[i] = digest.FromString(fmt.Sprint(i))
 	}
-	if err := (heldQuestion{many}).check(); err == nil {
+	many[1] = digest.SHA512.FromString("another algorithm")
+	packed, err := pack(many)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (haveQuestion{Blobs: packed}).check(); err == nil {
 		t.Error("more blobs than one request may name are taken")
 	}
-	if err := (heldQuestion{many[:3]}).check(); err != nil {
-		t.Error(err)
+	if packed, err = pack(many[:3]); err != nil {
+		t.Fatal(err)
 	}
-	if err := (heldQuestion{[]digest.Digest{"sha256:../../etc"}}).check(); err == nil {
-		t.Error("a malformed digest is taken")
+	if got, err := unpack(packed); err != nil || !slices.Equal(got, many[:3]) {
+		t.Errorf("what was packed is %v, %v", got, err)
+	}
+	if _, err := pack([]digest.Digest{"sha256:../../etc"}); err == nil {
+		t.Error("a malformed digest is packed")
+	}
+	for _, bad := range [][]byte{{33}, packed[:len(packed)-1], append([]byte{0}, packed...)} {
+		if err := (haveQuestion{Blobs: bad}).check(); err == nil {
+			t.Errorf("%d bytes that are no digests are taken", len(bad))
+		}
 	}
 }
