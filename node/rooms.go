@@ -140,9 +140,13 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r.ledger = ledger.New(ledger.Config{
 		Data: g.config.Data, DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Log: g.log,
 	})
-	r.backup = backup.New(backup.Config{
+	if r.backup, err = backup.New(backup.Config{
 		DB: g.db, Engine: g.engine, Member: g.member, Store: r.store, Records: r.records, Fetcher: r.peers, Version: g.config.Version, Log: g.log,
-	})
+		Registerer: g.metrics,
+	}); err != nil {
+		return nil, err
+	}
+	r.peers.Archive(r.lastBackup)
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
 		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Teller: r.peers, Guardian: r.scrub, Log: g.log, Registerer: g.metrics,

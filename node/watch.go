@@ -6,7 +6,9 @@ import (
 	"encoding/pem"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/peers"
 	"github.com/atoll-registry/atoll/node/rest"
 	"github.com/atoll-registry/atoll/node/watch"
 )
@@ -29,8 +31,41 @@ func newWatch(g ground, r *rooms, lowWater func() int64) (*watch.Watch, error) {
 	}
 	return watch.New(watch.Config{
 		Cluster: g.member, Disk: disk, Ballast: g.reserve, LowWater: lowWater, Certificates: certificates(g),
+		Backup:   func() (last, founded time.Time) { return r.backedUp(g) },
 		Settings: r.settings, Log: g.log, Registerer: g.metrics, Clock: g.config.clock,
 	})
+}
+
+// backedUp is when the site was last backed up and when it was founded; zero where
+// that is not known.
+func (r *rooms) backedUp(g ground) (last, founded time.Time) {
+	err := g.db.View(func(v *table.View) error {
+		record, ok, err := r.backup.Last(v)
+		if err == nil && ok {
+			last = time.Unix(record.At, 0)
+		}
+		site, unfounded := r.journal.Site(v)
+		if unfounded == nil { // else the site is being founded
+			founded = site.Founded
+		}
+		return err
+	})
+	if err != nil {
+		g.log.Debug("reading the last backup", "err", err)
+	}
+	return last, founded
+}
+
+// lastBackup is the same for the cluster's status.
+func (r *rooms) lastBackup(v *table.View) (*peers.LastBackup, error) {
+	record, ok, err := r.backup.Last(v)
+	if err != nil || !ok {
+		return nil, err
+	}
+	return &peers.LastBackup{
+		At: time.Unix(record.At, 0).UTC(), Node: record.Node, Revision: record.Revision,
+		Recipients: append([]string{}, record.Recipients...), Blobs: record.Blobs, Missing: record.Missing,
+	}, nil
 }
 
 // certificates lists those whose end would be noticed.

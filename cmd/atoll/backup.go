@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -36,7 +37,8 @@ give its public key (age1...) here. Without --recipient the backup is readable t
 whoever has the file and holds no keys: restoring it takes the file cluster.key
 of a node as well.
 
-The file appears under its name only when it is whole; it was verified then.`,
+The file appears under its name only when it is whole; it was verified then, and
+the site remembers it as its last backup (atoll cluster status).`,
 		Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output == "" {
@@ -60,6 +62,10 @@ The file appears under its name only when it is whole; it was verified then.`,
 			bar.Finish()
 			if err != nil {
 				return err
+			}
+			// The site remembers it as its last backup, now that it is safe.
+			if err := c.call(cmd.Context(), "PUT", "/api/atoll/v1/backup/"+url.PathEscape(checked.ID), nil, nil); err != nil {
+				fmt.Fprintf(cmd.ErrOrStderr(), "the backup is whole, but the site does not remember it as its last: %v\n", err)
 			}
 			shown := cmd
 			if output == "-" {

@@ -98,12 +98,30 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 	if s.Surplus > 0 {
 		fmt.Fprintf(w, "surplus: %d blobs, %s being released\n", s.Surplus, size(s.SurplusBytes))
 	}
+	if b := s.Backup; b != nil {
+		fmt.Fprintf(w, "last backup: %s UTC by %s, revision %d, %s\n", b.At.UTC().Format("2006-01-02 15:04"), b.Node, b.Revision, backupHolds(b))
+	}
 	if s.Epoch != "0" {
 		fmt.Fprintf(w, "recovery epoch: %s\n", s.Epoch)
 	}
 	for _, line := range s.Advice {
 		fmt.Fprintln(w, line)
 	}
+}
+
+// backupHolds says in words what is in a backup and who can open it.
+func backupHolds(b *peers.LastBackup) string {
+	holds, opens := "metadata only", "not encrypted"
+	if b.Blobs {
+		holds = "with blobs"
+	}
+	if b.Missing > 0 {
+		holds += fmt.Sprintf(" (%d missing)", b.Missing)
+	}
+	if len(b.Recipients) > 0 {
+		opens = "encrypted to " + strings.Join(b.Recipients, ", ")
+	}
+	return holds + ", " + opens
 }
 
 // nodePath is the API's path of a node.

@@ -9,6 +9,8 @@
 //     its content is encrypted to a recipient.
 //   - A blob in a backup has been compared with its digest; one that no node
 //     holds whole is named as missing.
+//   - The site remembers a backup as its last when whoever asked for it has said
+//     that it is whole (record.go).
 //   - A restored site is another life of the site (see life.go): it never uses a
 //     number of a journal again that the old one may have given away.
 package backup
@@ -27,6 +29,7 @@ import (
 
 	"filippo.io/age"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
@@ -61,13 +64,25 @@ type Config struct {
 	Fetcher Fetcher
 	Version string
 	Log     *slog.Logger
+
+	Registerer prometheus.Registerer
 }
 
 // Backup is the room.
-type Backup struct{ Config }
+type Backup struct {
+	Config
+	rows *table.Table[Record]
+	sent sent
+}
 
-// New makes the room.
-func New(c Config) *Backup { return &Backup{c} }
+// New makes the room and defines its table.
+func New(c Config) (*Backup, error) {
+	b := &Backup{Config: c, rows: table.Define[Record](c.DB, "backup")}
+	if err := c.Registerer.Register(newAge(b)); err != nil {
+		return nil, fmt.Errorf("backup: %w", err)
+	}
+	return b, nil
+}
 
 // Request asks for a backup.
 type Request struct {
@@ -92,6 +107,7 @@ func (b *Backup) Operations(k *rest.Kernel) {
 			return b.Write(ctx, w, asked)
 		},
 	})
+	b.confirmOperation(k)
 }
 
 // maxExamples bounds the missing blobs that a summary names.
@@ -140,7 +156,11 @@ func (b *Backup) Write(ctx context.Context, w io.Writer, asked Request) error {
 			return err
 		}
 	}
-	if err := out.close(sum); err != nil {
+	sending := b.sent.ending(Record{
+		ID: header.ID, At: header.Created.Unix(), Node: header.Node, Revision: header.Revision,
+		Recipients: asked.Recipients, Blobs: asked.Blobs, Missing: sum.Missing,
+	})
+	if err := sending.end(out.close(sum)); err != nil {
 		return err
 	}
 	b.Log.Info("backup written", "id", header.ID, "revision", header.Revision, "encrypted", len(recipients) > 0,

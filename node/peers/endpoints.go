@@ -129,6 +129,10 @@ type Conditions interface {
 // Heed makes the status show what else is wrong.
 func (p *Peers) Heed(c Conditions) { p.conditions = c }
 
+// Archive makes the status show the site's last backup; last gives nil before the
+// first.
+func (p *Peers) Archive(last func(v *table.View) (*LastBackup, error)) { p.archive = last }
+
 // further is what the status advises besides what it sees itself.
 func (p *Peers) further() []string {
 	if p.conditions == nil {

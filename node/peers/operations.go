@@ -53,8 +53,20 @@ type Status struct {
 	Fenced string `json:"fenced,omitempty"`
 	// Advice says in words what is wrong and what to do; empty when all is well.
 	Advice []string `json:"advice"`
+	// Backup is the last backup of the site that arrived; nil: there was none.
+	Backup *LastBackup `json:"backup,omitempty"`
 	// Level is the site's feature level; the nodes' are in Nodes.
 	Level int `json:"level"`
+}
+
+// LastBackup is what the site remembers of its last backup.
+type LastBackup struct {
+	At         time.Time `json:"at"`   // the moment whose state it holds
+	Node       string    `json:"node"` // name of the node that wrote it
+	Revision   uint64    `json:"revision"`
+	Recipients []string  `json:"recipients"` // none: it is not encrypted
+	Blobs      bool      `json:"blobs"`      // it holds content, too
+	Missing    int       `json:"missing"`    // blobs that are not in it
 }
 
 // NodeStatus is one node of the site.
@@ -193,7 +205,10 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		if out.Blobs, err = p.Records.Count(v); err != nil {
 			return err
 		}
-		out.Lost, err = p.Records.CountLost(v)
+		if out.Lost, err = p.Records.CountLost(v); err != nil || p.archive == nil {
+			return err
+		}
+		out.Backup, err = p.archive(v)
 		return err
 	})
 	if err == nil {

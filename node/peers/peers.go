@@ -99,6 +99,7 @@ type Peers struct {
 
 	unreadable func(d digest.Digest, file blobs.File, cause error) // may be nil
 	conditions Conditions                                          // may be nil
+	archive    func(v *table.View) (*LastBackup, error)            // may be nil
 
 	mu      sync.Mutex
 	failing map[string]bool // nodes that could not take their last copy

@@ -64,7 +64,7 @@ type Certificate struct {
 	Within time.Duration
 }
 
-// Config of a Watch. All fields are needed but Backup and Clock.
+// Config of a Watch. All fields are needed but Clock.
 type Config struct {
 	Cluster Cluster
 	Disk    Disk
@@ -72,9 +72,9 @@ type Config struct {
 	// LowWater is the free space below which pushes are refused, in bytes.
 	LowWater     func() int64
 	Certificates func() []Certificate
-	// Backup is when the site was last backed up; not ok: not known. Nil where
-	// there is no record of it.
-	Backup     func() (at time.Time, ok bool)
+	// Backup is when the site was last backed up, zero when it never was, and when
+	// it was founded, zero when that is not known.
+	Backup     func() (last, founded time.Time)
 	Settings   *settings.Settings
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -84,6 +84,10 @@ type Config struct {
 
 // look is how often the node looks.
 const look = time.Second
+
+// firstBackup is how old a site may be before it is missed that it was never
+// backed up.
+const firstBackup = 24 * time.Hour
 
 // lastProbe is how long a node that stops waits for the disk.
 const lastProbe = 2 * time.Second
@@ -120,7 +124,7 @@ func New(c Config) (*Watch, error) {
 		}),
 		backups: settings.Define(c.Settings, settings.Spec[int]{
 			Name: "watch.backup-days", Default: "7", Kind: settings.Count(0, 3650),
-			Summary: "days after which the last backup is called old; 0 never",
+			Summary: "days after which the last backup is called old, and a day after its founding a site without any; 0: never",
 		}),
 	}
 	w.disk.wake = make(chan struct{}, 1)
@@ -244,16 +248,21 @@ func (w *Watch) Advice() []string {
 
 func (w *Watch) lookAtBackup(now time.Time) []Condition {
 	days := w.backups.Value()
-	if w.Backup == nil || days == 0 {
+	if days == 0 {
 		return nil
 	}
-	at, ok := w.Backup()
-	if age := now.Sub(at); !ok || age < time.Duration(days)*24*time.Hour {
+	last, founded := w.Backup()
+	text := "the last backup is of " + last.UTC().Format(time.DateOnly)
+	switch {
+	case last.IsZero() && (founded.IsZero() || now.Sub(founded) < firstBackup):
+		return nil
+	case last.IsZero():
+		text = "this site was never backed up"
+	case now.Sub(last) < time.Duration(days)*24*time.Hour:
 		return nil
 	}
 	return []Condition{{
-		Code: "backup-old", Severity: Warning,
-		Text:   "the last backup is of " + at.UTC().Format(time.DateOnly),
-		Remedy: "make one with atoll backup, or change the setting watch.backup-days",
+		Code: "backup-old", Severity: Warning, Text: text,
+		Remedy: "make one with atoll backup -o FILE --blobs --recipient AGE-KEY, or change the setting watch.backup-days",
 	}}
 }

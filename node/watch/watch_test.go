@@ -43,6 +43,7 @@ type machine struct {
 	judged   time.Duration // of what the site takes for the time
 	certs    []Certificate
 	backup   time.Time
+	founded  time.Time
 }
 
 func (m *machine) set(fn func()) {
@@ -133,10 +134,10 @@ func watching(t *testing.T, m *machine) *Watch {
 			defer m.mu.Unlock()
 			return m.certs
 		},
-		Backup: func() (time.Time, bool) {
+		Backup: func() (last, founded time.Time) {
 			m.mu.Lock()
 			defer m.mu.Unlock()
-			return m.backup, !m.backup.IsZero()
+			return m.backup, m.founded
 		},
 		Settings: settings.New(db, slog.New(slog.DiscardHandler)), Log: slog.New(slog.DiscardHandler),
 		Registerer: prometheus.NewRegistry(), Clock: m.clock,
@@ -457,6 +458,42 @@ func TestExpiringAndShown(t *testing.T) {
 		}
 		if codes := m.report().Codes; len(codes) != 1 {
 			t.Errorf("the others are told %q", codes)
+		}
+	})
+}
+
+// A site without a backup is spoken of when it is a day old, one with an old backup
+// when that is a week old, and none where nobody wants to hear of it.
+func TestBackupOld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const day = 24 * time.Hour
+		m := &machine{free: 5 << 30, status: three()}
+		w := watching(t, m)
+		for _, row := range []struct {
+			what          string
+			last, founded time.Duration // before now; 0: not known
+			want, text    string
+		}{
+			{"nothing is known", 0, 0, "", ""},
+			{"founded just now", 0, time.Hour, "", ""},
+			{"founded long ago, never backed up", 0, 2 * day, "backup-old", "this site was never backed up"},
+			{"backed up this week", 6 * day, 30 * day, "", ""},
+			{"backed up last week", 8 * day, 30 * day, "backup-old", "the last backup is of"},
+			{"backed up again", time.Minute, 30 * day, "", ""},
+		} {
+			m.set(func() {
+				m.backup, m.founded = time.Time{}, time.Time{}
+				if row.last != 0 {
+					m.backup = time.Now().Add(-row.last)
+				}
+				if row.founded != 0 {
+					m.founded = time.Now().Add(-row.founded)
+				}
+			})
+			pass(5 * time.Second)
+			if got, advice := codes(w), strings.Join(w.Advice(), "\n"); got != row.want || !strings.Contains(advice, row.text) {
+				t.Errorf("%s: %q, %q", row.what, got, advice)
+			}
 		}
 	})
 }

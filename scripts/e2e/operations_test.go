@@ -313,7 +313,13 @@ func (m *manual) backups(ctx context.Context, s *site, img lab.Image, fresh *lab
 		return public
 	}, func(ctx context.Context, words []string) string {
 		return m.on(one, append(files, "age1...", public)...)(ctx, words)
-	}, m.off(one, files...))
+	}, m.off(one, files...), func(ctx context.Context, words []string) string {
+		out := m.on(one)(ctx, words)
+		if !strings.Contains(out, "last backup: ") || !strings.Contains(out, "encrypted to "+public) {
+			m.t.Errorf("the status does not show the backup:\n%s", out)
+		}
+		return out
+	})
 	m.run(ctx, "Restore a site from a backup", m.off(fresh, append([]string{"site.backup", filepath.Join(stick, "site.backup")}, files[2:]...)...), m.start(fresh))
 	restored := &site{t: m.t, nodes: []*lab.Node{fresh}}
 	var err error
