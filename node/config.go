@@ -69,6 +69,10 @@ type Config struct {
 	// them through.
 	Redirect bool
 
+	// Snapshots is when the consensus takes them; the zero value is what suits a
+	// site.
+	Snapshots member.Snapshots
+
 	Version string
 	Log     *slog.Logger
 	// Started is called once, when the node serves.

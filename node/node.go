@@ -287,7 +287,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	if n.member, err = member.New(member.Config{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Epoch: guard, Log: n.log, Registry: metrics,
-		Version: n.config.Version, Timings: n.config.timings, Clock: n.config.clock,
+		Version: n.config.Version, Timings: n.config.timings, Snapshots: n.config.Snapshots, Clock: n.config.clock,
 		Disk: n.reserve, Labels: n.config.Labels, Cache: n.config.Cache,
 	}, who); err != nil {
 		return err

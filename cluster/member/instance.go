@@ -252,7 +252,11 @@ const snapshotMost = 256 << 20
 func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
 	for sleep(ctx, n.cfg.Timings.Ping) {
 		logged := in.machine.Logged()
-		if logged < max(n.cfg.Snapshots.MinBytes, min(in.machine.Size()/snapshotShare, snapshotMost)) {
+		due := n.cfg.Snapshots.MinBytes
+		if !n.cfg.Snapshots.Eager {
+			due = max(due, min(in.machine.Size()/snapshotShare, snapshotMost))
+		}
+		if logged < due {
 			continue
 		}
 		start := time.Now()

@@ -119,6 +119,8 @@ type Snapshots struct {
 	// MinBytes of log since the last snapshot make a new one due, unless a
 	// quarter of the state is more: then that many, up to 256 MiB. 16 MiB.
 	MinBytes int64
+	// Eager: MinBytes alone decides, however large the state is.
+	Eager bool
 	// TrailingLogs stay in the log behind a snapshot, so that a node that was
 	// away for a while needs no snapshot. 10240.
 	TrailingLogs uint64

@@ -63,6 +63,7 @@ else one is made and kept in DATA/admin-password.`,
 				}
 			}
 			c.Started = func(s node.Started) { welcome(cmd.OutOrStdout(), s) }
+			c.Snapshots.Eager = c.Snapshots.MinBytes > 0
 			n, err := node.New(cmd.Context(), c)
 			if err != nil {
 				return err
@@ -94,6 +95,12 @@ else one is made and kept in DATA/admin-password.`,
 	f.StringSliceVar(&storageConfig, "storage-config", nil, "parameters of the storage, named as in distribution's storage drivers: NAME=VALUE, or a YAML file of them, which is the place for secrets")
 	f.BoolVar(&c.Redirect, "redirect", false, "send clients to the object store for blobs instead of passing them through")
 	f.StringVar(&logLevel, "log-level", "info", "what to log: debug, info, warn or error")
+	// For tests that want a snapshot, and a log that is cut, within a minute.
+	f.Int64Var(&c.Snapshots.MinBytes, "snapshot-bytes", 0, "bytes of log after which a snapshot is due (default: as suits the state)")
+	f.Uint64Var(&c.Snapshots.TrailingLogs, "trailing-logs", 0, "entries of the log that stay behind a snapshot")
+	for _, name := range []string{"snapshot-bytes", "trailing-logs"} {
+		f.Lookup(name).Hidden = true
+	}
 	return cmd
 }
 

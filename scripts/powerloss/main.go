@@ -3,7 +3,9 @@
 // system calls to know at each moment what was durable, and starts the node again
 // on what a power cut would have left then: without what was not synced, or with a
 // torn part of it. The node must start, hold all that it had acknowledged by that
-// moment, and take pushes.
+// moment, and take pushes. A recording has snapshots of the state and a log that is
+// cut behind them. Then one node of three loses its power while the others go on:
+// it must start, catch up, and hold and say what they do.
 //
 // A moment counts as acknowledged from the system call on that writes the answer.
 // That the trace tells everything is checked: what it says of the directory in the
@@ -28,6 +30,7 @@ func main() {
 	flag.IntVar(&p.Clients, "clients", 2, "clients that push at once")
 	flag.IntVar(&p.Pushes, "pushes", 10, "images that each of them pushes in each run of the node")
 	flag.IntVar(&p.Samples, "samples", 0, "moments to try, chosen at random; 0: every one")
+	flag.IntVar(&p.InSite, "site", 40, "moments to try at one node of three whose others go on; 0: none")
 	flag.IntVar(&p.Workers, "workers", 2*runtime.NumCPU(), "nodes that start at once")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

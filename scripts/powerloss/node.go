@@ -23,8 +23,25 @@ const (
 	patience = 2 * time.Minute
 )
 
+// seat is what a node is of a site: its name, the address of its peer port, and
+// how it comes into the site when its directory belongs to none.
+type seat struct {
+	name, peers string
+	how         []string
+}
+
+// lone founds a site of its own.
+func lone() seat { return seat{"power", "127.0.0.1:0", []string{"--init"}} }
+
+// Snapshots are taken and the log is cut so soon that a recording has both.
+const (
+	snapshotBytes = 16 << 10
+	trailingLogs  = 16
+)
+
 // node is a process on a directory.
 type node struct {
+	data string
 	cmd  *exec.Cmd
 	url  string
 	log  *logBuffer
@@ -32,11 +49,13 @@ type node struct {
 	http *http.Client
 }
 
-// start starts a node on a directory, founding a site if it belongs to none, and
-// waits until it serves. command is the binary, with what runs it before.
-func start(ctx context.Context, data string, command ...string) (*node, error) {
-	n := &node{log: &logBuffer{}, done: make(chan struct{}), http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}}
-	args := append(command[1:len(command):len(command)], "serve", "--init", "--data", data, "--name", "power", "--listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0")
+// start starts a node on a directory and waits until it serves. command is the
+// binary, with what runs it before.
+func start(ctx context.Context, s seat, data string, command ...string) (*node, error) {
+	n := &node{data: data, log: &logBuffer{}, done: make(chan struct{}), http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}}
+	args := append(command[1:len(command):len(command)], "serve", "--data", data, "--name", s.name, "--listen", "127.0.0.1:0", "--peer-listen", s.peers,
+		"--snapshot-bytes", fmt.Sprint(snapshotBytes), "--trailing-logs", fmt.Sprint(trailingLogs))
+	args = append(args, s.how...)
 	n.cmd = exec.CommandContext(ctx, command[0], args...)
 	n.cmd.Env = append(os.Environ(), "ATOLL_ADMIN_PASSWORD="+password)
 	n.cmd.Stderr = n.log

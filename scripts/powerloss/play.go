@@ -19,11 +19,13 @@ type Plan struct {
 	Clients, Pushes int
 	Seed            uint64
 	Samples         int // moments to try; 0 is every one with every loss
+	InSite          int // moments to try at one node of three; 0: none
 	Workers         int
 	Say             func(format string, args ...any)
 }
 
-// run records a node and cuts its power.
+// run records a node and cuts its power: first one that is a site of its own, then
+// one of three.
 func run(ctx context.Context, p Plan) (*recording, error) {
 	p.Say("seed %d", p.Seed)
 	if err := usable(ctx); err != nil {
@@ -33,6 +35,14 @@ func run(ctx context.Context, p Plan) (*recording, error) {
 	if p.Binary, err = filepath.Abs(p.Binary); err != nil {
 		return nil, err
 	}
+	rec, err := runLone(ctx, p)
+	if err == nil && p.InSite > 0 {
+		err = runInSite(ctx, p)
+	}
+	return rec, err
+}
+
+func runLone(ctx context.Context, p Plan) (*recording, error) {
 	rec, err := record(ctx, p)
 	if err != nil {
 		return nil, err

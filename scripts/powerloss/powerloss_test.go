@@ -15,7 +15,7 @@ import (
 // disk that answers syncs without doing them, which the judge has to find out.
 func TestPowerLoss(t *testing.T) {
 	dir := t.TempDir()
-	p := Plan{Binary: filepath.Join(dir, "atoll"), Dir: dir, Clients: 2, Pushes: 3, Seed: uint64(time.Now().UnixNano()), Samples: 40, Workers: 4, Say: t.Logf}
+	p := Plan{Binary: filepath.Join(dir, "atoll"), Dir: dir, Clients: 2, Pushes: 4, Seed: uint64(time.Now().UnixNano()), Samples: 40, InSite: 5, Workers: 4, Say: t.Logf}
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", p.Binary, "./cmd/atoll")
 	build.Dir = "../.."
 	if out, err := build.CombinedOutput(); err != nil {

@@ -9,10 +9,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/kv"
 )
 
 // recording is what one node did to its directory, in several runs, and what its
@@ -64,13 +68,8 @@ func recordOnce(ctx context.Context, p Plan, dir string) (*recording, error) {
 	for run := range runs {
 		trace := filepath.Join(dir, fmt.Sprint("trace", run))
 		rec.traces = append(rec.traces, trace)
-		n, err := start(ctx, rec.root, "strace", "-f", "-xx", "-s", strconv.Itoa(16<<20), "-e", "signal=none", "-e", "trace="+traced, "-o", trace, p.Binary)
+		n, pid, err := startTraced(ctx, lone(), rec.root, trace, p.Binary)
 		if err != nil {
-			return nil, err
-		}
-		pid, err := firstThread(trace)
-		if err != nil {
-			n.kill()
 			return nil, err
 		}
 		var clients sync.WaitGroup
@@ -80,6 +79,12 @@ func recordOnce(ctx context.Context, p Plan, dir string) (*recording, error) {
 			clients.Go(func() { parts[i].work(ctx, p.Pushes) })
 		}
 		clients.Wait()
+		if err := n.awaitSnapshot(ctx); err != nil {
+			return nil, err
+		}
+		last := &client{node: n, name: fmt.Sprintf("r%dlast", run), dice: rand.New(rand.NewPCG(dice.Uint64(), 0))}
+		last.work(ctx, 1) // behind the snapshot, onto the log that was cut
+		parts = append(parts, last)
 		_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
 		<-n.done                               // strace ends with it
 		for _, c := range parts {
@@ -89,9 +94,42 @@ func recordOnce(ctx context.Context, p Plan, dir string) (*recording, error) {
 			rec.deeds = append(rec.deeds, c.deeds...)
 		}
 	}
-	boot, err := os.ReadFile(filepath.Join(rec.root, bootFile))
-	rec.boot = string(boot)
-	return rec, err
+	return rec, rec.end()
+}
+
+// startTraced starts a node under strace; pid is the node's own.
+func startTraced(ctx context.Context, s seat, data, trace, binary string) (n *node, pid int, err error) {
+	n, err = start(ctx, s, data, "strace", "-f", "-xx", "-s", strconv.Itoa(16<<20), "-e", "signal=none", "-e", "trace="+traced, "-o", trace, binary)
+	if err != nil {
+		return nil, 0, err
+	}
+	if pid, err = firstThread(trace); err != nil {
+		n.kill()
+	}
+	return n, pid, err
+}
+
+// end notes the run of the kernel, and says whether the recording has what only a
+// busy node does: a snapshot of the state, and a log that was cut behind it.
+func (r *recording) end() error {
+	boot, err := os.ReadFile(filepath.Join(r.root, bootFile))
+	if err != nil {
+		return err
+	}
+	r.boot = string(boot)
+	copied := filepath.Join(filepath.Dir(r.root), "log.db") // opening it may write
+	if err := errors.Join(os.RemoveAll(copied), copyFile(copied, filepath.Join(r.root, "raft", "log.db"))); err != nil {
+		return err
+	}
+	log, err := kv.OpenLog(copied)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	if first, err := log.FirstIndex(); err != nil || first <= 1 {
+		return fmt.Errorf("the recording's log was never cut: it begins with entry %d, %w", first, err)
+	}
+	return nil
 }
 
 // firstThread is the process whose trace it is.
@@ -141,6 +179,36 @@ func (r *recording) play(d *disk, v visitor) error {
 		}
 	}
 	return nil
+}
+
+func copyFile(to, from string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o600)
+}
+
+// awaitSnapshot waits until the node has taken a snapshot.
+func (n *node) awaitSnapshot(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		all, err := filepath.Glob(filepath.Join(n.data, "raft", "snapshots", "*", "meta.json"))
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(all, func(name string) bool { return !strings.HasSuffix(filepath.Dir(name), ".tmp") }) {
+			return nil
+		}
+		pause := time.NewTimer(50 * time.Millisecond)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+			return errors.New("the recording has no snapshot of the state: push more")
+		}
+	}
 }
 
 // same compares an image with a directory; sockets do not count.
