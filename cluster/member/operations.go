@@ -320,8 +320,10 @@ func (n *Node) standing(_ context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	in := n.raft.Load()
-	// Until it has left raft's configuration its vote may be needed.
-	if !ok || m.Removed == 0 || in == nil || in.serves(m.ID) {
+	// Until it has left raft's configuration its vote may be needed. One that a
+	// recovery left out is fenced by the epoch as soon as they meet, and goes on
+	// serving what it has; told that it was removed, it would end before that.
+	if !ok || m.Removed == 0 || m.Outcast != "" || in == nil || in.serves(m.ID) {
 		return standingAnswer{Stale: req.Issuer != "" && !slices.Contains(n.trusts(), req.Issuer), Addr: m.Addr}, nil
 	}
 	return standingAnswer{Removed: m.Removed}, nil

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,7 +17,9 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/clustertest"
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -186,6 +189,20 @@ func TestOldMajorityDoesNotTakeOver(t *testing.T) {
 			}
 		}
 		s.serves(three, "c", "still")
+		// Who asks how it stands, before it has met the epoch, is not told that it was
+		// removed: it would end instead of serving what it has.
+		for _, n := range []*clustertest.Node{one, two} {
+			pin, err := pki.PinPEM(three.CA())
+			if err != nil {
+				t.Fatal(err)
+			}
+			var standing struct{ Removed int64 }
+			if err := joining.Post(t.Context(), func(ctx context.Context) (net.Conn, error) {
+				return s.Network.Visitor(n.Addr).DialJoin(ctx, three.Addr, pin)
+			}, "/v1/standing", map[string]string{"node": n.Self()}, &standing); err != nil || standing.Removed != 0 {
+				t.Errorf("%s, which the recovery left out, is told %+v, %v", n.Name, standing, err)
+			}
+		}
 		status, err := three.Status(t.Context())
 		if err != nil || len(status.Strays) != 2 || status.Strays[0].Apart {
 			t.Errorf("the recovered node names the strays %+v, %v", status.Strays, err)
