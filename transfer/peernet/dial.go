@@ -69,6 +69,26 @@ func (n *Net) DialJoin(ctx context.Context, addr string, caPin []byte) (net.Conn
 	return c, nil
 }
 
+// DialFounding opens a connection to the machine at addr, which must prove to hold
+// the token of Config.Founding; ErrOtherToken when it does not.
+func (n *Net) DialFounding(ctx context.Context, addr string) (net.Conn, error) {
+	if n.cfg.Founding == nil {
+		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
+	}
+	c := &Conn{closed: func() {}}
+	cfg := &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		NextProtos:         []string{ProtoFound},
+		Certificates:       []tls.Certificate{n.cfg.Founding.Cert},
+		InsecureSkipVerify: true, // the token says whom to trust: see VerifyConnection
+		VerifyConnection:   n.verifyFounding,
+	}
+	if err := n.dial(ctx, addr, cfg, c); err != nil {
+		return nil, fmt.Errorf("dialling %s to found a site: %w", addr, err)
+	}
+	return c, nil
+}
+
 // protocols between nodes, the one that is liked best first.
 func (n *Net) protocols() []string {
 	if n.cfg.Epoch == nil {
@@ -131,7 +151,7 @@ func (n *Net) greet(c *Conn) error {
 		}
 		return err
 	}
-	if protocol != ProtoJoin {
+	if protocol != ProtoJoin && protocol != ProtoFound {
 		if err := n.meet(c); err != nil {
 			return err
 		}

@@ -56,6 +56,17 @@ func (n *Net) verify(cs tls.ConnectionState, usage x509.ExtKeyUsage) (site, node
 	return site, node, nil
 }
 
+// verifyFounding proves one who holds the token of Config.Founding.
+func (n *Net) verifyFounding(cs tls.ConnectionState) error {
+	if len(cs.PeerCertificates) == 0 {
+		return errors.New("peer sent no certificate")
+	}
+	if err := n.cfg.Founding.Verify(cs.PeerCertificates[0]); err != nil {
+		return fmt.Errorf("%w: %w", ErrOtherToken, err)
+	}
+	return nil
+}
+
 // verifyPinned proves a node of the site whose CA has the pin.
 func verifyPinned(cs tls.ConnectionState, pin []byte, now time.Time) (site, node string, err error) {
 	if len(cs.PeerCertificates) == 0 {

@@ -27,11 +27,17 @@ func (n *Net) Listen(service byte) net.Listener {
 
 // ListenJoin gives the listener for nodes that are joining: nothing is known about
 // them, their connections live for JoinTimeout at most.
-func (n *Net) ListenJoin() net.Listener {
-	l := newListener(serviceAddr("join"))
+func (n *Net) ListenJoin() net.Listener { return n.listenFor(&n.join, "join") }
+
+// ListenFounding gives the listener for machines that hold the token of
+// Config.Founding. Their connections live for JoinTimeout at most.
+func (n *Net) ListenFounding() net.Listener { return n.listenFor(&n.found, "founding") }
+
+func (n *Net) listenFor(at **listener, name serviceAddr) net.Listener {
+	l := newListener(name)
 	n.mu.Lock()
-	old := n.join
-	n.join = l
+	old := *at
+	*at = l
 	closed := n.closed
 	n.mu.Unlock()
 	if old != nil {

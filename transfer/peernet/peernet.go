@@ -8,7 +8,8 @@
 // so each connection proves it anew). A stranger gets a goroutine, a file
 // descriptor and a bounded time; how many strangers there are at once, in all and
 // per address, is bounded too. The one door for nodes without a certificate is the
-// ALPN atoll-join/1, where only the server proves itself.
+// ALPN atoll-join/1, where only the server proves itself. Machines that found a site
+// together have none either: by atoll-found/1 both ends prove to hold one token.
 package peernet
 
 import (
@@ -34,6 +35,8 @@ const (
 const (
 	ProtoNode = "atoll/1"
 	ProtoJoin = "atoll-join/1"
+	// ProtoFound is between machines that found a site together: see Founding.
+	ProtoFound = "atoll-found/1"
 	// ProtoEpoch is ProtoNode between nodes that tell each other their recovery
 	// epochs: after the service byte the caller sends one byte and so many of its
 	// epoch, after the status byte the answerer does. A version that speaks only
@@ -51,9 +54,19 @@ var (
 	// ErrOtherEpoch: the peer, or this node, has data from before a recovery of
 	// the site.
 	ErrOtherEpoch = errors.New("the peer is of another recovery epoch of the site")
+	// ErrOtherToken: the peer does not hold the token by which this machine founds a
+	// site with others.
+	ErrOtherToken = errors.New("the machine at this address holds another token")
 	// ErrNoCertificate: this node has not joined a site yet.
 	ErrNoCertificate = errors.New("this node has no certificate of a site yet")
 )
+
+// Founding is how machines prove to each other, before there is a site, that they
+// hold one token. Both ends of a connection do.
+type Founding struct {
+	Cert   tls.Certificate
+	Verify func(leaf *x509.Certificate) error
+}
 
 // Config of a Net. The functions are called for each handshake, so that a renewed
 // certificate or a changed membership needs no restart.
@@ -74,6 +87,8 @@ type Config struct {
 	// Both are nil, or neither.
 	Epoch func() string
 	Meet  func(peerID, epoch string) error
+	// Founding opens the port, and DialFounding, to who holds the same token; nil: not.
+	Founding *Founding
 	// Now for certificates' validity; nil means time.Now. A node whose clock may be
 	// wrong gives the newest time that it knows to be committed.
 	Now func() time.Time
@@ -100,6 +115,7 @@ type Net struct {
 	closed    bool
 	services  map[byte]*listener
 	join      *listener
+	found     *listener
 	conns     map[net.Conn]string // accepted, any state: the peer, "" for a stranger
 	strangers int
 	addresses map[netip.Addr]int

@@ -19,7 +19,7 @@ import (
 // connection that came through it and every service's listener, and returns nil
 // once all its goroutines have ended. A Net is served once.
 func (n *Net) Serve(ctx context.Context, ln net.Listener) error {
-	if n.cfg.Cert == nil {
+	if n.cfg.Cert == nil && n.cfg.Founding == nil {
 		ln.Close()
 		return fmt.Errorf("serving the peer port: %w", ErrNoCertificate)
 	}
@@ -117,8 +117,10 @@ func (n *Net) shut() {
 	for _, l := range n.services {
 		l.Close()
 	}
-	if n.join != nil {
-		n.join.Close()
+	for _, l := range []*listener{n.join, n.found} {
+		if l != nil {
+			l.Close()
+		}
 	}
 	for c := range n.conns {
 		c.Close()
@@ -180,9 +182,12 @@ func (n *Net) handshake(ctx context.Context, raw net.Conn, c *Conn) (*listener, 
 	if err := c.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
-	if c.ConnectionState().NegotiatedProtocol == ProtoJoin {
+	if protocol := c.ConnectionState().NegotiatedProtocol; protocol == ProtoJoin || protocol == ProtoFound {
 		n.mu.Lock()
 		l := n.join
+		if protocol == ProtoFound {
+			l = n.found
+		}
 		n.mu.Unlock()
 		return l, n.answer(c, l, nil)
 	}
@@ -233,11 +238,18 @@ func (n *Net) answer(c *Conn, l *listener, denied error) error {
 func (n *Net) serverConfig(hello *tls.ClientHelloInfo, c *Conn) (*tls.Config, error) {
 	cfg := &tls.Config{
 		MinVersion:             tls.VersionTLS13,
-		Certificates:           []tls.Certificate{n.cfg.Cert()},
 		Time:                   n.cfg.Now,
 		SessionTicketsDisabled: true, // each connection proves its peer anew
 	}
 	switch {
+	case n.cfg.Founding != nil && slices.Contains(hello.SupportedProtos, ProtoFound):
+		cfg.NextProtos = []string{ProtoFound}
+		cfg.Certificates = []tls.Certificate{n.cfg.Founding.Cert}
+		cfg.ClientAuth = tls.RequireAnyClientCert
+		cfg.VerifyConnection = n.verifyFounding
+		return cfg, nil
+	case n.cfg.Cert == nil:
+		return nil, ErrNoCertificate
 	case slices.Contains(hello.SupportedProtos, ProtoNode):
 		cfg.NextProtos = n.protocols()
 		cfg.ClientAuth = tls.RequireAnyClientCert
@@ -250,6 +262,7 @@ func (n *Net) serverConfig(hello *tls.ClientHelloInfo, c *Conn) (*tls.Config, er
 	default:
 		return nil, fmt.Errorf("client speaks neither %s nor %s", ProtoNode, ProtoJoin)
 	}
+	cfg.Certificates = []tls.Certificate{n.cfg.Cert()}
 	return cfg, nil
 }
 
