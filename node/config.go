@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/node/storage"
 	"github.com/atoll-registry/atoll/node/watch"
 )
@@ -58,6 +59,9 @@ type Config struct {
 	Init  bool     // found a site
 	Join  []string // peer addresses of nodes of a site
 	Token string   // of atoll token create, for Join
+	// Expect makes so many machines that hold one token of kind site, and are told
+	// each other's addresses by Join, found a site together; 0: they do not.
+	Expect int
 
 	// AdminPassword of a new site; "" generates one into PasswordName.
 	AdminPassword string
@@ -77,6 +81,8 @@ type Config struct {
 	Log     *slog.Logger
 	// Started is called once, when the node serves.
 	Started func(Started)
+
+	pairing *pki.Pairing // of Token, with Expect
 
 	rebuilding bool // by Rebuild; else a node does not start on half a rebuild
 

@@ -121,6 +121,9 @@ func (c *Config) complete() error {
 	if c.Init && len(c.Join) > 0 {
 		return fault.New(fault.Invalid, "--init founds a new site and --join joins another: choose one")
 	}
+	if err := c.checkFounding(); err != nil {
+		return err
+	}
 	if c.Data == "" {
 		c.Data = DefaultDataDir()
 	}
@@ -200,15 +203,24 @@ func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 	}
 	switch {
 	case c.Init:
-		if size := len(c.AdminPassword); size > 0 && (size < identity.MinPassword || size > identity.MaxPassword) {
-			return who, fault.New(fault.Invalid, "the first password of admin has %d to %d bytes, this one has %d; no site was founded", identity.MinPassword, identity.MaxPassword, size)
+		if err := checkFirstPassword(c.AdminPassword); err != nil {
+			return who, err
 		}
 		n.founded = true
 		return member.Found(c.Data, c.Name, c.Advertise)
+	case c.Expect > 0:
+		return n.foundTogether(ctx)
 	case len(c.Join) > 0:
 		return n.join(ctx)
 	}
 	return who, fault.New(fault.Invalid, "%s holds no node. If its disk is not mounted, mount it. Else choose: --init founds a new site, --join ADDR --token TOKEN joins one, or make a site of a backup in it with: atoll restore FILE", c.Data)
+}
+
+func checkFirstPassword(password string) error {
+	if size := len(password); size > 0 && (size < identity.MinPassword || size > identity.MaxPassword) {
+		return fault.New(fault.Invalid, "the first password of admin has %d to %d bytes, this one has %d; no site was founded", identity.MinPassword, identity.MaxPassword, size)
+	}
+	return nil
 }
 
 func notWhole(err error) error {
@@ -222,13 +234,22 @@ func (n *Node) join(ctx context.Context) (member.Identity, error) {
 	if n.config.Token == "" {
 		return member.Identity{}, fault.New(fault.Invalid, "--join needs --token TOKEN or --token-file FILE; make one on a node of the site with: atoll token create")
 	}
+	if token, err := pki.ParseToken(n.config.Token); err == nil && token.Kind == pki.KindSite {
+		return member.Identity{}, fault.New(fault.Invalid, "the token is one by which machines found a site together: say with --bootstrap-expect N how many do")
+	}
+	who, err := n.joinWith(ctx, n.config.Token, n.config.Join)
+	return who, notJoined(err)
+}
+
+// joinWith joins a site with a join token.
+func (n *Node) joinWith(ctx context.Context, token string, addrs []string) (member.Identity, error) {
 	dialer, err := peernet.New(peernet.Config{Log: n.log})
 	if err != nil {
 		return member.Identity{}, err
 	}
-	who, err := member.Join(ctx, member.JoinConfig{
+	return member.Join(ctx, member.JoinConfig{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
-		Addrs: n.config.Join, Token: n.config.Token, Log: n.log,
+		Addrs: addrs, Token: token, Log: n.log,
 		Dial: func(ctx context.Context, addr string, pin []byte) (net.Conn, error) {
 			conn, err := dialer.DialJoin(ctx, addr, pin)
 			if errors.Is(err, peernet.ErrOtherSite) {
@@ -237,7 +258,6 @@ func (n *Node) join(ctx context.Context) (member.Identity, error) {
 			return conn, err
 		},
 	})
-	return who, notJoined(err)
 }
 
 // notJoined gives the reasons why a node may not join the kinds that decide exit
@@ -266,8 +286,12 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	if err != nil {
 		return err
 	}
+	paired, err := n.config.paired()
+	if err != nil {
+		return err
+	}
 	if n.network, err = peernet.New(peernet.Config{
-		SiteID: who.SiteID, Log: n.log, Epoch: guard.Wire, Meet: guard.Meet,
+		Founding: paired, SiteID: who.SiteID, Log: n.log, Epoch: guard.Wire, Meet: guard.Meet,
 		Cert:      func() tls.Certificate { return n.member.Certificate() },
 		CA:        func() *x509.CertPool { return n.member.Pool() },
 		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },
@@ -315,7 +339,7 @@ func (n *Node) Run(ctx context.Context) error {
 	// stops them all.
 	run, fail := context.WithCancelCause(ctx)
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
-	cluster := startFloor(run, fail, n.member.Run)
+	cluster := startFloor(run, fail, n.member.Run, n.welcome)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
 		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, telemetry.GiveBackMemory)
 

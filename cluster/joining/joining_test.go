@@ -75,7 +75,7 @@ func (p pipes) dial(ctx context.Context) (net.Conn, error) {
 func TestServerBoundsStrangers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		held, free := make(chan struct{}), make(chan struct{})
-		s := Server(map[string]Handler{
+		s := Server(Strangers(), map[string]Handler{
 			"/ask": func(_ context.Context, body []byte) (any, error) {
 				var q question
 				err := Decode(body, &q)
@@ -113,7 +113,7 @@ func TestServerBoundsStrangers(t *testing.T) {
 		if code(err) != CodeLater || strings.Contains(err.Error(), "secret") {
 			t.Errorf("a failure of the node: %v", err)
 		}
-		for range atOnce {
+		for range Strangers().AtOnce {
 			go ask("/hold", question{})
 			<-held
 		}
@@ -122,7 +122,7 @@ func TestServerBoundsStrangers(t *testing.T) {
 		}
 		close(free)
 		synctest.Wait()
-		for range burst {
+		for range Strangers().Burst {
 			_, err = ask("/ask", question{Node: "a"})
 		}
 		if err == nil || code(err) != CodeLater {

@@ -25,7 +25,8 @@ func Post(ctx context.Context, dial func(context.Context) (net.Conn, error), pat
 	ctx, cancel := context.WithTimeout(ctx, Patience)
 	defer cancel()
 	client := &http.Transport{
-		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+		// The transport's own context would let a dial outlive the request.
+		DialContext:       func(context.Context, string, string) (net.Conn, error) { return dial(ctx) },
 		DisableKeepAlives: true,
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://node"+path, bytes.NewReader(body))

@@ -12,12 +12,15 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// What strangers may ask of one node: few requests at a time, few a second.
-const (
-	perSecond = 5
-	burst     = 20
-	atOnce    = 4
-)
+// Bounds are how much one server answers; whoever asks for more is told to try again.
+type Bounds struct {
+	PerSecond float64
+	Burst     int
+	AtOnce    int
+}
+
+// Strangers may ask little: few requests at a time, few a second.
+func Strangers() Bounds { return Bounds{PerSecond: 5, Burst: 20, AtOnce: 4} }
 
 // MaxBody bounds what is read of a stranger's request, maxAnswer of its answer.
 const (
@@ -29,9 +32,9 @@ const (
 // a *Refusal is told to the asker, any other stays in the log.
 type Handler func(ctx context.Context, body []byte) (any, error)
 
-// Server serves the handlers by their paths, all of them within one bound.
-func Server(handlers map[string]Handler, log *slog.Logger) *http.Server {
-	d := desk{log: log, limiter: rate.NewLimiter(perSecond, burst), places: make(chan struct{}, atOnce)}
+// Server serves the handlers by their paths, all of them together within the bounds.
+func Server(b Bounds, handlers map[string]Handler, log *slog.Logger) *http.Server {
+	d := desk{log: log, limiter: rate.NewLimiter(rate.Limit(b.PerSecond), b.Burst), places: make(chan struct{}, b.AtOnce)}
 	mux := http.NewServeMux()
 	for path, answer := range handlers {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) { d.serve(w, r, answer) })

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"time"
@@ -16,7 +17,7 @@ import (
 
 // joinServer serves the nodes that have no valid certificate.
 func (n *Node) joinServer() *http.Server {
-	return joining.Server(map[string]joining.Handler{pathJoin: n.admit, pathRenew: n.renewal, pathStanding: n.standing}, n.log)
+	return joining.Server(joining.Strangers(), map[string]joining.Handler{pathJoin: n.admit, pathRenew: n.renewal, pathStanding: n.standing}, n.log)
 }
 
 // applicant is a joinRequest that was checked.
@@ -243,4 +244,145 @@ func (n *Node) renewal(ctx context.Context, body []byte) (any, error) {
 		return nil, fmt.Errorf("renewing the certificate of node %s: %w", m.ID, err)
 	}
 	return renewAnswer{Cert: cert, CA: signer.trusted, Links: signer.links, Renewal: signer.renewals}, nil
+}
+
+// Founders is what a site keeps of the token by which its first machines found each
+// other: it lets in so many machines, for so long, and never again.
+type Founders struct {
+	Token  string // id of the token
+	Places int    // machines that may come in by it, all told
+	// Machine and Name are of the machine that asks; its id is its own choice, kept
+	// on its disk.
+	Machine, Name string
+}
+
+// FoundersLife is for how long a site lets machines in by the token after it first
+// heard of it.
+const FoundersLife = 72 * time.Hour
+
+// OpenToFounders lets machines in by the token from now on, unless it was opened, and
+// perhaps closed, before. The machine named, this node's, takes one of the places.
+func (n *Node) OpenToFounders(ctx context.Context, f Founders) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		row, _, ok, err := n.rows.founders.Get(tx, f.Token)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			now := n.Now()
+			row = foundersRow{Created: now.Unix(), Expires: now.Add(FoundersLife).Unix(), Places: f.Places}
+		}
+		if _, known := row.Machines[f.Machine]; ok && (known || len(row.Machines) >= row.Places) {
+			return nil
+		}
+		row.Machines = with(row.Machines, f.Machine, f.Name)
+		return n.rows.founders.Put(tx, row, f.Token)
+	})
+	if err != nil {
+		return fmt.Errorf("opening the site to those who hold the founding token: %w", err)
+	}
+	return nil
+}
+
+// GrantFounder gives a machine that holds the token a place, and a join token that
+// mint makes for the authority with a pin; the same one each time, good for one node.
+// Refusals say whether to try again.
+func (n *Node) GrantFounder(ctx context.Context, f Founders, mint func(pin []byte) (pki.Token, error)) (string, error) {
+	pin, err := n.oldestPin()
+	if err != nil {
+		return "", err
+	}
+	grant, err := mint(pin)
+	if err != nil {
+		return "", err
+	}
+	now := n.Now()
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		row, _, ok, err := n.rows.founders.Get(tx, f.Token)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return joining.Refuse(joining.CodeLater, "the site does not know the founding token yet: try again in a few seconds")
+		}
+		if !now.Before(time.Unix(row.Expires, 0)) {
+			return joining.Refuse(joining.CodeExpired, "the founding token lets nobody in any more: make a join token on a node of the site with: atoll token create")
+		}
+		if err := n.seat(tx, &row, f); err != nil {
+			return err
+		}
+		given, _, _, err := n.rows.tokens.Get(tx, grant.ID)
+		if err != nil {
+			return err
+		}
+		given.Kind, given.Hash, given.Uses = grant.Kind, pki.HashSecret(grant.Secret), 1
+		given.Created, given.Expires = now.Unix(), now.Add(time.Hour).Unix()
+		return errors.Join(n.rows.founders.Put(tx, row, f.Token), n.rows.tokens.Put(tx, given, grant.ID))
+	})
+	if err != nil {
+		return "", err
+	}
+	return grant.String(), nil
+}
+
+// seat gives a machine its place among the founders. A name that a node has is
+// refused also while that node is down: machines that were set up alike may all be
+// called the same, and one must not take the other's place.
+func (n *Node) seat(tx *table.Tx, row *foundersRow, f Founders) error {
+	taken := joining.Refuse(joining.CodeName, "the name %q belongs to a node of the site: give this machine another with --name; if it is to replace that node, join it with a token of: atoll token create", f.Name)
+	for machine, name := range row.Machines {
+		if machine != f.Machine && name == f.Name {
+			return taken
+		}
+	}
+	if _, known := row.Machines[f.Machine]; !known {
+		if len(row.Machines) >= row.Places {
+			return joining.Refuse(joining.CodeUsed, "the founding token was for %d machines, and all have come: make a join token on a node of the site with: atoll token create", row.Places)
+		}
+		if _, _, held, err := n.rows.names.Get(tx, f.Name); err != nil {
+			return err
+		} else if held {
+			return taken
+		}
+	}
+	row.Machines = with(row.Machines, f.Machine, f.Name)
+	return nil
+}
+
+func with(machines map[string]string, machine, name string) map[string]string {
+	more := maps.Clone(machines)
+	if more == nil {
+		more = make(map[string]string, 1)
+	}
+	more[machine] = name
+	return more
+}
+
+// closeFounders lets nobody in by a founding token any more. The rows stay, so that
+// no node that starts with the token opens it again.
+func (n *Node) closeFounders(ctx context.Context) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		var tokens []string
+		for row, err := range n.rows.founders.Scan(tx, table.Range{}) {
+			if err != nil {
+				return err
+			}
+			tokens = append(tokens, row.Key[0])
+		}
+		for _, token := range tokens {
+			row, _, _, err := n.rows.founders.Get(tx, token)
+			if err != nil {
+				return err
+			}
+			row.Expires = row.Created
+			if err := n.rows.founders.Put(tx, row, token); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("closing the founding token: %w", err)
+	}
+	return nil
 }

@@ -31,10 +31,14 @@ const (
 	joiningFile    = "joining.json"  // until the node that joined has begun its log
 )
 
+// MachineFile is the name of the file in which a machine that founds a site with
+// others keeps what it has promised: see cluster/founding.
+const MachineFile = "machine.json"
+
 // Files are the names of the files that make a directory that of a node, the
 // identity first.
 func Files() []string {
-	return []string{identityFile, clusterKeyFile, foundingFile, joiningFile, version.StampFile}
+	return []string{identityFile, clusterKeyFile, foundingFile, joiningFile, MachineFile, version.StampFile}
 }
 
 // identityFormat is the version of identity.json.

@@ -350,7 +350,7 @@ func removedOn(at int64) error {
 func (n *Node) Betray(ctx context.Context, id string) error {
 	for _, step := range []func(context.Context) error{
 		func(ctx context.Context) error { return n.Remove(ctx, id) },
-		n.revokeTokens, n.rotateKey, n.RotateAuthority,
+		n.closeFounders, n.revokeTokens, n.rotateKey, n.RotateAuthority,
 	} {
 		if err := step(ctx); err != nil {
 			return err

@@ -83,6 +83,15 @@ type tokenUse struct {
 	KeyHash string `cbor:"key_hash"`
 }
 
+// foundersRow says who came to the site by a founding token. It stays when the token
+// is good for nothing any more, and says so.
+type foundersRow struct {
+	Created  int64             `cbor:"created"`
+	Expires  int64             `cbor:"expires"`
+	Places   int               `cbor:"places"`
+	Machines map[string]string `cbor:"machines"` // their names by their ids
+}
+
 // authorityRow is the site's certificate authority.
 type authorityRow struct {
 	Cert      []byte `cbor:"cert"`       // PEM
@@ -124,6 +133,7 @@ type rows struct {
 	members   *table.Table[Member]
 	names     *table.Table[nameRow]
 	tokens    *table.Table[tokenRow]
+	founders  *table.Table[foundersRow]
 	authority *table.Table[authorityRow]
 	clock     *table.Table[clockRow]
 }
@@ -134,6 +144,7 @@ func defineRows(db *table.DB) rows {
 		members:   table.Define[Member](db, "member"),
 		names:     table.Define[nameRow](db, "member_name"),
 		tokens:    table.Define[tokenRow](db, "join_token"),
+		founders:  table.Define[foundersRow](db, "site_founders"),
 		authority: table.Define[authorityRow](db, "site_authority"),
 		clock:     table.Define[clockRow](db, "site_clock"),
 	}

@@ -15,12 +15,16 @@ import (
 )
 
 // wiped are the names that make a directory that of a node, in the order in
-// which they go. The identity is first: without it nothing starts on the rest.
+// which they go. What a machine promised to those with whom it founds a site goes
+// before its identity: without that, the rest of its promise would say that it never
+// founded. The identity is next: without it nothing starts on the rest.
 // The state is before the log, and the log last, because a directory with a log
 // and no identity is refused by all but another Wipe. Behind it goes only what
 // says which version of the program wrote the rest.
 func wiped() []string {
 	names := slices.DeleteFunc(member.Files(), func(name string) bool { return name == version.StampFile })
+	names = slices.DeleteFunc(names, func(name string) bool { return name == member.MachineFile })
+	names = append([]string{member.MachineFile}, names...)
 	return append(names, planFile, buildDir, stateFile, stateFile+".new", epoch.File, epoch.FencedFile, raftDir, version.StampFile)
 }
 

@@ -27,12 +27,14 @@ func newServe() *cobra.Command {
 	var tokenFile, logLevel, storageKind, cacheSize string
 	var storageConfig []string
 	cmd := &cobra.Command{
-		Use:   "serve [--init | --join ADDR --token TOKEN]",
+		Use:   "serve [--init | --join ADDR --token TOKEN | --join ADDRS --bootstrap-expect N --token-file FILE]",
 		Short: "Run a node",
 		Long: `Run a node of a site: a registry for its clients, a peer for its other nodes.
 
 An empty data directory needs to be told what to become: --init founds a site,
---join with a token of atoll token create joins one. Later starts need neither.
+--join with a token of atoll token create joins one. Machines that are all given
+one command line, with --bootstrap-expect and a token of atoll token create
+--bootstrap, found one site together. Later starts need none of it.
 Every flag has a variable: --peer-listen is ATOLL_PEER_LISTEN. The first password
 of admin comes from ATOLL_ADMIN_PASSWORD or the file ATOLL_ADMIN_PASSWORD_FILE,
 else one is made and kept in DATA/admin-password.`,
@@ -76,6 +78,7 @@ else one is made and kept in DATA/admin-password.`,
 	f := cmd.Flags()
 	f.BoolVar(&c.Init, "init", false, "found a site when the data directory is empty")
 	f.StringSliceVar(&c.Join, "join", nil, "peer addresses of nodes of the site to join when the data directory is empty")
+	f.IntVar(&c.Expect, "bootstrap-expect", 0, "with --join and a token of atoll token create --bootstrap: so many machines found a site together")
 	f.StringVar(&c.Token, "token", "", "token of atoll token create, for --join")
 	f.StringVar(&tokenFile, "token-file", "", "file with the token")
 	f.StringVar(&c.Data, "data", "", "data directory (default "+node.DefaultDataDir()+")")

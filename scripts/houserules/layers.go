@@ -64,6 +64,7 @@ var layers = [...]layer{
 	{folder: "cluster/reserve", may: []string{"cluster/kv"}},
 	{folder: "cluster/joining", may: []string{"cluster/pki", "cluster/version"}},
 	{folder: "cluster/member", may: []string{"cluster/atomicfile", "cluster/joining", "cluster/kv", "cluster/table", "cluster/pki", "cluster/epoch", "cluster/gossip", "cluster/raftnet", "cluster/version"}, tests: []string{"cluster/..."}},
+	{folder: "cluster/founding", may: []string{"cluster/atomicfile", "cluster/joining", "cluster/table", "cluster/pki", "cluster/member"}, tests: []string{"cluster/..."}},
 	{folder: "cluster/clustertest", may: []string{"cluster/..."}},
 	{folder: "airgap", may: []string{"bundle", "bundle/entry"}},
 	{folder: "airgap/airgaptest", may: []string{"airgap", "bundle", "bundle/entry"}},
