@@ -41,6 +41,7 @@ func TestMain(m *testing.M) {
 //
 //	exits CODE atoll ARGS...   the command ends with this exit code
 //	serving DIR                wait until a node serves with the data directory
+//	wrote FILE                 wait until a file is there
 //	awaits DIR REGEXP          wait until the cluster's status says it
 //	push HOST/REPOSITORY:TAG   push a small artifact over plain HTTP
 //	[!] pull HOST/REF VAR      its digest as a variable, or that it cannot be had
@@ -70,6 +71,7 @@ func TestScripts(t *testing.T) {
 			"exits":   exits,
 			"serving": func(ts *testscript.TestScript, _ bool, args []string) { serving(ts, args[0], deadline) },
 			"awaits":  func(ts *testscript.TestScript, _ bool, args []string) { awaits(ts, args[0], args[1], deadline) },
+			"wrote":   func(ts *testscript.TestScript, _ bool, args []string) { wrote(ts, args[0], deadline) },
 			"push":    push,
 			"pull":    pull,
 			"field":   field,
@@ -126,6 +128,23 @@ func serving(ts *testscript.TestScript, dir string, deadline time.Time) {
 		select {
 		case <-end.C:
 			ts.Fatalf("no node serves with %s: %v", dir, err)
+		case <-tick.C:
+		}
+	}
+}
+
+func wrote(ts *testscript.TestScript, name string, deadline time.Time) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	end := time.NewTimer(min(time.Minute, time.Until(deadline)))
+	defer end.Stop()
+	for {
+		if _, err := os.Stat(ts.MkAbs(name)); err == nil {
+			return
+		}
+		select {
+		case <-end.C:
+			ts.Fatalf("nobody wrote %s", name)
 		case <-tick.C:
 		}
 	}

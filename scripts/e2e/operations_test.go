@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -209,6 +210,7 @@ func TestOperations(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.run(ctx, "", m.on(one))
+	m.together(ctx, machine(8, "a"), machine(9, "b"), machine(10, "c"))
 	var token string
 	keep := func(do step) step {
 		return func(ctx context.Context, words []string) string { token = do(ctx, words); return token }
@@ -290,6 +292,33 @@ func TestOperations(t *testing.T) {
 	m.backups(ctx, s, img, machine(6, "restored"))
 	m.recovery(ctx, s, []*lab.Node{one, two, heir, four}, join, keep)
 	m.done()
+}
+
+// together founds a site on three machines that are told the same.
+func (m *manual) together(ctx context.Context, nodes ...*lab.Node) {
+	m.t.Helper()
+	file := filepath.Join(m.t.TempDir(), "site-token")
+	pairs := []string{"site-token", file}
+	for i, n := range nodes {
+		pairs = append(pairs, string(rune('A'+i))+":5001", n.PeerAddr())
+	}
+	m.run(ctx, "Found a site on several machines at once", m.off(nodes[0], pairs...), func(ctx context.Context, words []string) string {
+		started := make(chan error)
+		for _, n := range nodes {
+			go func() { started <- n.Start(ctx, with(words[2:], pairs...)...) }()
+		}
+		var errs []error
+		for range nodes {
+			errs = append(errs, <-started)
+		}
+		return m.must("", errors.Join(errs...))
+	})
+	for _, n := range nodes {
+		m.voting(ctx, n, 3)
+	}
+	for _, n := range nodes {
+		n.Kill()
+	}
 }
 
 // backups carries a site to a new machine by a file.
