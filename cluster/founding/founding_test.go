@@ -382,7 +382,7 @@ func schedule(t *testing.T, rnd *rand.Rand) {
 		case 3:
 			w.part(b, boxes[rnd.IntN(n)], rnd.IntN(3) > 0)
 		}
-		time.Sleep(time.Duration(rnd.IntN(3000)) * time.Millisecond)
+		<-time.After(time.Duration(rnd.IntN(3000)) * time.Millisecond)
 		w.exists(1)
 	}
 	w.fault = nil

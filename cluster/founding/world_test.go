@@ -294,7 +294,7 @@ func (w *world) part(a, b *box, cut bool) {
 func (w *world) settled(boxes ...*box) {
 	w.t.Helper()
 	for range 600 {
-		time.Sleep(time.Second) // of the bubble's time
+		<-time.After(time.Second) // of the bubble's time
 		for _, b := range boxes {
 			if b.cancel == nil {
 				b.start()
