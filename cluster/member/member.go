@@ -23,6 +23,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/gossip"
 	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
@@ -108,8 +109,9 @@ type Timings struct {
 	Lease      time.Duration // a leader without a majority steps down after; 1.5 s
 	LeaderWait time.Duration // a write waits so long for a leader; 15 s
 	ReadWait   time.Duration // a read index waits so long for the voters; 3 s
-	Ping       time.Duration // members are asked for a sign of life so often; 1 s
-	Live       time.Duration // a member is live so long after its last sign; 3 s
+	Ping       time.Duration // what this node has to do by itself is looked at so often; 1 s
+	Live       time.Duration // a node that has just started may take so long to learn who is up; 3 s
+	Probe      time.Duration // gossip asks a member for a sign of life so often; 0.8 s
 	RPC        time.Duration // deadline of one raft message; 5 s
 	Renew      time.Duration // the certificate's age is looked at so often; 1 h
 }
@@ -175,6 +177,7 @@ type Node struct {
 	founding atomic.Bool              // the site's first rows are still to be committed
 	changed  *signal                  // fires when the leader or the membership may have changed
 	peers    *sightings
+	gossip   *gossip.Gossip // who is up
 	metrics  *metrics
 	report   atomic.Pointer[Report]        // nil is a node that is well
 	reseal   []func(context.Context) error // see Resealers
@@ -219,6 +222,11 @@ func New(cfg Config, identity Identity) (*Node, error) {
 		return nil, err
 	}
 	n.client = n.newClient()
+	if n.gossip, err = gossip.New(gossip.Config{
+		Self: identity.NodeID, Network: cfg.Network, Hint: n.hint, Interval: cfg.Timings.Probe, Log: cfg.Log, Registry: cfg.Registry,
+	}); err != nil {
+		return nil, err
+	}
 	if n.metrics, err = newMetrics(cfg.Registry, n); err != nil {
 		return nil, err
 	}
@@ -233,7 +241,7 @@ func (c *Config) defaults() {
 	}{
 		{&t.Heartbeat, 3 * time.Second}, {&t.Election, 3 * time.Second}, {&t.Lease, 1500 * time.Millisecond},
 		{&t.LeaderWait, 15 * time.Second}, {&t.ReadWait, 3 * time.Second}, {&t.Ping, time.Second},
-		{&t.Live, 3 * time.Second}, {&t.RPC, 5 * time.Second}, {&t.Renew, time.Hour},
+		{&t.Live, 3 * time.Second}, {&t.Probe, gossip.DefaultInterval}, {&t.RPC, 5 * time.Second}, {&t.Renew, time.Hour},
 	} {
 		if *d.at == 0 {
 			*d.at = d.mean

@@ -19,7 +19,7 @@ import (
 // for good: the state machine halts, the node was removed (ErrRemoved), or its
 // program does not fit the site (version.ErrMismatch). A node runs once.
 //
-// The order of stopping has reasons. What acts by itself (leading, pings,
+// The order of stopping has reasons. What acts by itself (leading, gossip,
 // renewal) ends first, so that nothing starts anew. Then the leadership is
 // handed over, while this node still answers its peers: the successor needs
 // its vote and the last entries. Then raft ends, then the listeners, and last
@@ -64,7 +64,7 @@ func (n *Node) Run(ctx context.Context) error {
 		func(ctx context.Context) error { return n.lead(ctx, in) },
 		func(ctx context.Context) error { return n.snapshotWhenDue(ctx, in) },
 		func(ctx context.Context) error { return n.giveWay(ctx, in) },
-		n.watchPeers, n.publish, n.renew, n.holdKeys,
+		n.gossip.Run, n.watchPeers, n.publish, n.renew, n.holdKeys,
 		func(ctx context.Context) error { return n.standAside(ctx, in) },
 		func(ctx context.Context) error { return n.start(ctx, in) },
 		func(ctx context.Context) error {

@@ -3,7 +3,9 @@ package member
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
+	"hash/fnv"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/gossip"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
 )
@@ -45,7 +48,9 @@ type MemberStatus struct {
 	Member
 	Voter  bool
 	Leader bool
-	Up     bool // it answered within Timings.Live
+	Up     bool // somebody has signs of life from it
+	// Suspect: others vouch for it, but it has not answered this node.
+	Suspect bool
 	// Lag is by how many revisions its state is behind this node's; 0 as well
 	// when it is not known.
 	Lag         uint64
@@ -91,7 +96,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		voters[string(server.ID)] = server.Suffrage == raft.Voter
 	}
 	for _, m := range members {
-		ms := MemberStatus{Member: m, Voter: voters[m.ID], Leader: m.ID == s.Leader, Up: n.live(m.ID)}
+		ms := MemberStatus{Member: m, Voter: voters[m.ID], Leader: m.ID == s.Leader, Up: n.live(m.ID), Suspect: n.suspect(m.ID)}
 		ms.LastContact = n.lastSeen(m.ID)
 		seen := n.peers.of(m.ID)
 		said := seen.ping
@@ -117,7 +122,8 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	return s, err
 }
 
-// Live are the members that this node could reach just now, itself first.
+// Live are the members that are up: this node first, those that it cannot reach
+// itself last.
 func (n *Node) Live() []Member {
 	members, err := n.roster()
 	if err != nil {
@@ -125,21 +131,57 @@ func (n *Node) Live() []Member {
 		return nil
 	}
 	live := slices.DeleteFunc(members, func(m Member) bool { return !n.live(m.ID) })
-	self := n.Self()
-	slices.SortStableFunc(live, func(a, b Member) int {
-		switch self {
-		case a.ID:
-			return -1
-		case b.ID:
+	rank := func(m Member) int {
+		switch {
+		case m.ID == n.Self():
+			return 0
+		case !n.suspect(m.ID):
 			return 1
 		}
-		return 0
-	})
+		return 2
+	}
+	slices.SortStableFunc(live, func(a, b Member) int { return cmp.Compare(rank(a), rank(b)) })
 	return live
 }
 
+// live says that a member is up. That is hearsay in part, so a follower that
+// answered this node just now is up whatever others say.
 func (n *Node) live(id string) bool {
-	return id == n.Self() || time.Since(n.lastSeen(id)) < n.cfg.Timings.Live
+	return n.gossip.State(id) != gossip.Down || n.answers(id)
+}
+
+func (n *Node) suspect(id string) bool { return n.gossip.State(id) == gossip.Suspect && !n.answers(id) }
+
+// answers says that a member answered this node as its leader just now.
+func (n *Node) answers(id string) bool {
+	in := n.raft.Load()
+	return in != nil && time.Since(in.progress.Contact(id)) < n.cfg.Timings.Lease
+}
+
+// DownSince is since when a member is down, or since when this node has known of it
+// without a sign of life; false while it is up.
+func (n *Node) DownSince(id string) (time.Time, bool) {
+	if n.answers(id) {
+		return time.Time{}, false
+	}
+	return n.gossip.DownSince(id)
+}
+
+// hint is what gossip carries of this node: it changes when the others should ask
+// what is new. The first byte is the level of the program.
+func (n *Node) hint() []byte {
+	in := n.raft.Load()
+	if in == nil {
+		return nil
+	}
+	said := n.sign(in)
+	said.Term, said.Applied, said.Leader, said.Clock = 0, 0, "", 0 // always in motion
+	sum := fnv.New64a()
+	_ = json.NewEncoder(sum).Encode(struct {
+		ping
+		Labels map[string]string
+	}{said, n.cfg.Labels}) // writing to a sum does not fail
+	return sum.Sum([]byte{byte(n.cfg.Level)})
 }
 
 // lastSeen is the last successful exchange with a member, of either kind.
@@ -153,7 +195,8 @@ func (n *Node) lastSeen(id string) time.Time {
 	return seen
 }
 
-// sightings is what the members answered to pings.
+// sightings is what the members said of themselves when they were asked. Who is up
+// is not among it: that is gossip's to say.
 type sightings struct {
 	mu   sync.Mutex
 	seen map[string]sighting
@@ -217,35 +260,74 @@ func (n *Node) route() (addr, id string) {
 	return addr, id
 }
 
-// watchPeers asks every member for a sign of life, again and again.
+// askPings: the members are asked how they are at every so manieth look, and at once
+// when gossip says that one came, went or has news.
+const askPings = 3
+
+// watchPeers tells gossip who the members are, and asks those that are up how they
+// are.
 func (n *Node) watchPeers(ctx context.Context) error {
 	rows := n.db.Watch(ctx, "member")
-	var asked time.Time
+	var inquired time.Time
+	up := map[string]bool{}
+	news := true
 	for round := 0; ; round++ {
 		members, err := n.roster()
 		if err != nil {
 			n.log.Warn("reading the members", "error", err)
+		} else {
+			n.nameMembers(members)
 		}
+		n.noteUp(members, up)
 		if round%outcastPings == 0 {
 			n.meetOutcasts(ctx)
 		}
-		n.pingAll(ctx, members)
-		if n.Leader() == "" && n.cfg.Epoch.Err() == nil && time.Since(asked) > 5*n.cfg.Timings.Ping {
+		if news || round%askPings == 0 || n.Leader() == "" {
+			n.pingAll(ctx, members)
+		}
+		if n.Leader() == "" && n.cfg.Epoch.Err() == nil && time.Since(inquired) > 5*n.cfg.Timings.Ping {
 			if err := n.inquire(ctx, members); err != nil {
 				return err
 			}
-			asked = time.Now()
+			inquired = time.Now()
 		}
 		n.cutOff()
 		tick := time.NewTimer(n.cfg.Timings.Ping)
+		news = true
 		select {
 		case <-rows: // somebody joined or moved
+		case <-n.gossip.Changed():
 		case <-tick.C:
+			news = false
 		case <-ctx.Done():
 			tick.Stop()
 			return nil
 		}
 		tick.Stop()
+	}
+}
+
+// nameMembers tells gossip who they are.
+func (n *Node) nameMembers(members []Member) {
+	all := make([]gossip.Member, len(members))
+	for i, m := range members {
+		all[i] = gossip.Member{ID: m.ID, Addr: m.Addr}
+	}
+	n.gossip.Follow(all)
+}
+
+// noteUp logs who came and who went since the last call, which left them in up.
+func (n *Node) noteUp(members []Member, up map[string]bool) {
+	for _, m := range members {
+		is := n.live(m.ID)
+		switch {
+		case is == up[m.ID] || m.ID == n.Self():
+		case is:
+			n.log.Info("a member is up", "node", m.ID, "name", m.Name, "address", m.Addr)
+		default:
+			n.log.Warn("a member is down", "node", m.ID, "name", m.Name, "address", m.Addr)
+		}
+		up[m.ID] = is
 	}
 }
 
@@ -304,30 +386,24 @@ func (n *Node) cutOff() {
 	}
 }
 
+// pingAll asks the members that are up how they are.
 func (n *Node) pingAll(ctx context.Context, members []Member) {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live/2)
 	defer cancel()
 	var asked errgroup.Group
 	for _, m := range members {
-		if m.ID == n.Self() {
+		if m.ID == n.Self() || !n.live(m.ID) {
 			continue
 		}
 		asked.Go(func() error {
-			was := n.live(m.ID)
 			var answer ping
 			clock, sent := n.cfg.Clock(), time.Now()
 			if err := n.ask(ctx, m.Addr, pathPing, &answer); err != nil {
-				if was && !n.live(m.ID) && ctx.Err() == nil {
-					n.log.Warn("a member does not answer", "node", m.ID, "name", m.Name, "address", m.Addr, "error", err)
-				}
+				n.log.Debug("asking a member how it is", "node", m.ID, "name", m.Name, "address", m.Addr, "error", err)
 				return nil
 			}
-			if answer.Node != m.ID {
-				return nil // another node has its address now
-			}
-			n.peers.saw(answer, clock, time.Since(sent))
-			if !was {
-				n.log.Info("a member answers", "node", m.ID, "name", m.Name, "address", m.Addr)
+			if answer.Node == m.ID { // else another node has its address now
+				n.peers.saw(answer, clock, time.Since(sent))
 			}
 			return nil
 		})

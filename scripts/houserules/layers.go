@@ -54,7 +54,7 @@ var layers = [...]layer{
 	{folder: "cluster/atomicfile", outside: stdOnly},
 	{folder: "cluster/kv"},
 	{folder: "cluster/pki"},
-	{folder: "cluster/gossip"},
+	{folder: "cluster/gossip", tests: []string{"cluster/clustertest"}},
 	{folder: "cluster/epoch", may: []string{"cluster/atomicfile"}, tests: []string{"cluster/pki"}},
 	{folder: "cluster/recovery", may: []string{"cluster/atomicfile", "cluster/raftnet", "cluster/kv", "cluster/table", "cluster/pki", "cluster/epoch", "cluster/member", "cluster/version"}, tests: []string{"cluster/..."}},
 	{folder: "cluster/table", may: []string{"cluster/kv"}},
