@@ -96,7 +96,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		voters[string(server.ID)] = server.Suffrage == raft.Voter
 	}
 	for _, m := range members {
-		ms := MemberStatus{Member: m, Voter: voters[m.ID], Leader: m.ID == s.Leader, Up: n.live(m.ID), Suspect: n.suspect(m.ID)}
+		ms := MemberStatus{Member: m, Voter: voters[m.ID], Leader: m.ID == s.Leader, Up: n.live(m.ID), Suspect: n.Suspect(m.ID)}
 		ms.LastContact = n.lastSeen(m.ID)
 		seen := n.peers.of(m.ID)
 		said := seen.ping
@@ -135,7 +135,7 @@ func (n *Node) Live() []Member {
 		switch {
 		case m.ID == n.Self():
 			return 0
-		case !n.suspect(m.ID):
+		case !n.Suspect(m.ID):
 			return 1
 		}
 		return 2
@@ -150,7 +150,8 @@ func (n *Node) live(id string) bool {
 	return n.gossip.State(id) != gossip.Down || n.answers(id)
 }
 
-func (n *Node) suspect(id string) bool { return n.gossip.State(id) == gossip.Suspect && !n.answers(id) }
+// Suspect says that others vouch for a member that has not answered this node.
+func (n *Node) Suspect(id string) bool { return n.gossip.State(id) == gossip.Suspect && !n.answers(id) }
 
 // answers says that a member answered this node as its leader just now.
 func (n *Node) answers(id string) bool {

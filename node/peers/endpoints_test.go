@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -15,8 +16,10 @@ import (
 // roster of three nodes as one of them sees it.
 type roster string
 
-func (r roster) Self() string          { return string(r) }
-func (r roster) Live() []member.Member { return nil }
+func (r roster) Self() string                       { return string(r) }
+func (r roster) Live() []member.Member              { return nil }
+func (r roster) Suspect(string) bool                { return false }
+func (r roster) DownSince(string) (time.Time, bool) { return time.Time{}, false }
 
 func (r roster) Members(table.Reader) ([]member.Member, error) {
 	return []member.Member{{ID: "a", Name: "one"}, {ID: "b", Name: "two"}, {ID: "c", Name: "three"}}, nil

@@ -141,16 +141,23 @@ func (s source) Pieces(ctx context.Context, d digest.Digest) (transfer.PieceTabl
 	return s.tables.table(ctx, d)
 }
 
-// candidates are the live peers, the nearest first, and of equally near ones those
-// that should hold the blob.
+// candidates are the live peers: those that answer before those that are suspect, the
+// nearest of them first, and of equally near ones those that should hold the blob.
 type candidates struct{ *Peers }
 
 // Candidates implements transfer.Peers.
 func (c candidates) Candidates(_ context.Context, d digest.Digest) []transfer.Peer {
 	others, here := c.others(), c.place()
 	order := placement(d, ids(others))
+	suspects := map[string]int{} // 1 for those that are; asked once, so that the order is one
+	for _, m := range others {
+		if c.Roster.Suspect(m.ID) {
+			suspects[m.ID] = 1
+		}
+	}
 	slices.SortFunc(others, func(a, b member.Member) int {
 		return cmp.Or(
+			suspects[a.ID]-suspects[b.ID],
 			cmp.Compare(here.distance(placeOf(a)), here.distance(placeOf(b))),
 			cmp.Compare(slices.Index(order, a.ID), slices.Index(order, b.ID)),
 		)

@@ -52,6 +52,8 @@ type node struct {
 	down      bool                 // under site.mu
 	row       member.Member        // under site.mu
 	sees      func(*member.Member) // changes what this node sees of a row; nil: nothing
+	gone      time.Time            // since when down is what it is
+	suspects  string               // whom it cannot reach itself
 	listeners map[byte]*pipes
 	cancel    context.CancelFunc
 	done      chan error
@@ -129,7 +131,7 @@ func (n *node) setRow(change func(*member.Member)) {
 func (n *node) setDown(down bool) {
 	n.site.mu.Lock()
 	defer n.site.mu.Unlock()
-	n.down = down
+	n.down, n.gone = down, time.Now()
 }
 
 // Write takes the node's log.
@@ -162,6 +164,25 @@ func (n *node) Live() (live []member.Member) {
 		}
 	}
 	return live
+}
+
+// Suspect implements Roster.
+func (n *node) Suspect(id string) bool {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	return n.suspects == id
+}
+
+// DownSince implements Roster.
+func (n *node) DownSince(id string) (time.Time, bool) {
+	n.site.mu.Lock()
+	defer n.site.mu.Unlock()
+	for _, o := range n.site.nodes {
+		if o.id == id && o != n && o.down {
+			return o.gone, true
+		}
+	}
+	return time.Time{}, false
 }
 
 // Members implements Roster.

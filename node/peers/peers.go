@@ -48,8 +48,13 @@ type Network interface {
 type Roster interface {
 	// Self is this node's id.
 	Self() string
-	// Live are the nodes that this one could reach just now, itself included.
+	// Live are the nodes that are up, this one first and the suspect ones last.
 	Live() []member.Member
+	// Suspect says of a live node that others vouch for it, but it has not
+	// answered this one.
+	Suspect(id string) bool
+	// DownSince is since when a node is not live, as far as this one knows.
+	DownSince(id string) (time.Time, bool)
 	// Members are all nodes of the site.
 	Members(r table.Reader) ([]member.Member, error)
 }
@@ -104,7 +109,6 @@ type Peers struct {
 	mu      sync.Mutex
 	failing map[string]bool // nodes that could not take their last copy
 
-	absences absences
 	projects projectWants
 	ledger   ledger
 	cached   cached

@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"maps"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -110,7 +109,7 @@ func spread(order []string, places map[string]place, before ...string) []string 
 
 // layout is what placement follows from: the nodes that may be homes and where
 // all of them stand. The same member rows give the same layout on every node,
-// but for those that a node has missed for long (awayAfter).
+// but for those that have been down for long (awayAfter).
 type layout struct {
 	self    string
 	homes   []string // that may be homes, sorted
@@ -326,41 +325,13 @@ func (p *Peers) layout(v *table.View) (layout, error) {
 		return layout{}, err
 	}
 	live := p.Roster.Live()
-	p.absences.note(members, live)
-	l := newLayout(p.Roster.Self(), members, live, p.absences.long, p.Policy.Durability())
+	l := newLayout(p.Roster.Self(), members, live, p.away, p.Policy.Durability())
 	l.replicas, l.projects = p.Policy.Replicas(), p.projects.load()
 	return l, nil
 }
 
-// absences remembers since when members have been missed. The zero value has
-// missed nobody.
-type absences struct {
-	mu    sync.Mutex
-	since map[string]time.Time
-}
-
-// note takes what is seen now into account.
-func (a *absences) note(members, live []member.Member) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	seen := map[string]time.Time{}
-	for _, m := range members {
-		if at, missed := a.since[m.ID]; missed {
-			seen[m.ID] = at
-		} else {
-			seen[m.ID] = time.Now()
-		}
-	}
-	for _, m := range live {
-		delete(seen, m.ID)
-	}
-	a.since = seen
-}
-
-// long says that a member has been missed for awayAfter.
-func (a *absences) long(id string) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	at, missed := a.since[id]
-	return missed && time.Since(at) >= awayAfter
+// away says that a member has been down for awayAfter.
+func (p *Peers) away(id string) bool {
+	since, down := p.Roster.DownSince(id)
+	return down && time.Since(since) >= awayAfter
 }

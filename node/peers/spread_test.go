@@ -237,28 +237,11 @@ func TestNearPeersAreAskedFirst(t *testing.T) {
 				t.Errorf("asked in the order %v, want %v", order, want)
 			}
 		}
-	})
-}
-
-// A home that is missed for long is stood in for, and no longer when it is back.
-func TestAwayForLong(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var a absences
-		members := []member.Member{{ID: "a"}, {ID: "b"}}
-		a.note(members, members[:1])
-		pass(t, awayAfter-time.Second)
-		a.note(members, members[:1])
-		if a.long("b") {
-			t.Error("away before its time")
-		}
-		pass(t, time.Second)
-		if !a.long("b") || a.long("a") {
-			t.Error("not away after its time, or the wrong one is")
-		}
-		a.note(members, members)
-		a.note(members, members[:1])
-		if a.long("b") {
-			t.Error("was back, and is away at once")
+		// One that does not answer this node is asked last, however near it is.
+		s.nodes[0].suspects = "node4"
+		got := candidates{s.nodes[0].Peers}.Candidates(t.Context(), digest.FromString("0"))
+		if len(got) != 3 || got[2].ID != "node4" {
+			t.Errorf("a suspect node is asked in the order %v", got)
 		}
 	})
 }

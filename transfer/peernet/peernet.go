@@ -29,6 +29,7 @@ const (
 	ServiceControl byte = 2 // cluster control, HTTP/1.1
 	ServiceBlob    byte = 3 // blobs and pieces, HTTP/1.1
 	ServiceAPI     byte = 4 // the public API between nodes, HTTP/1.1
+	ServiceGossip  byte = 5 // who is there, packets in frames
 )
 
 // ALPN protocol names.
