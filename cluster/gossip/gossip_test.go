@@ -105,7 +105,7 @@ func (s *site) await(what string, atMost time.Duration, ok func() bool) time.Dur
 			s.views()
 			s.t.Fatalf("waited %v in vain: %s", atMost, what)
 		}
-		time.Sleep(10 * time.Millisecond) // of the bubble's time
+		pass(10 * time.Millisecond) // of the bubble's time
 	}
 	return time.Since(begun)
 }
@@ -145,13 +145,16 @@ func (s *site) allUp() bool {
 // stays holds that ok is true for all of a time.
 func (s *site) stays(what string, d time.Duration, ok func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(d); time.Now().Before(end); pass(10 * time.Millisecond) {
 		if !ok() {
 			s.views()
 			s.t.Fatalf("%v before the end, not for long: %s", time.Until(end), what)
 		}
 	}
 }
+
+// pass lets time of the bubble pass.
+func pass(d time.Duration) { <-time.After(d) }
 
 // meanwhile runs a test in a bubble, where seconds cost nothing.
 func meanwhile(t *testing.T, nodes int, test func(t *testing.T, s *site)) {
@@ -174,7 +177,7 @@ func TestKilled(t *testing.T) {
 				for range rounds {
 					// Long enough to forget that probes failed: a node alone with a dead
 					// one cannot tell which of them is ill, and probes more slowly.
-					time.Sleep(30 * time.Second)
+					pass(30 * time.Second)
 					dead, killed := s.nodes[1], time.Now()
 					dead.kill()
 					s.await("it is missed", 10*time.Second, func() bool { return s.see(dead, gossip.Down) })
@@ -219,7 +222,7 @@ func TestPaused(t *testing.T) {
 		paused := s.nodes[2]
 		for range 5 {
 			isolate(s.network.Cut)
-			for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			for end := time.Now().Add(2 * time.Second); time.Now().Before(end); pass(10 * time.Millisecond) {
 				for _, n := range s.nodes[:2] {
 					if n.State(paused.ID) == gossip.Down {
 						t.Fatal("a short pause counts as an end")
@@ -228,7 +231,7 @@ func TestPaused(t *testing.T) {
 			}
 			isolate(s.network.Heal)
 			s.await("all is well", 5*time.Second, s.allUp)
-			time.Sleep(10 * time.Second) // until nobody remembers
+			pass(10 * time.Second) // until nobody remembers
 		}
 		isolate(s.network.Cut)
 		s.await("it is suspected", 5*time.Second, func() bool { return s.nodes[0].State(paused.ID) == gossip.Suspect })
@@ -282,7 +285,7 @@ func TestPartition(t *testing.T) {
 				}
 				return true
 			})
-			time.Sleep(length)
+			pass(length)
 			cross(s.network.Heal)
 			s.await("they find together", 15*time.Second, s.allUp)
 		}
@@ -384,7 +387,7 @@ func (n *node) sum(t *testing.T, name string) (sum float64) {
 // TestIdle: what a site costs while nothing happens.
 func TestIdle(t *testing.T) {
 	meanwhile(t, 3, func(t *testing.T, s *site) {
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		total := func() (sum float64) {
 			for _, n := range s.nodes {
 				sum += n.sum(t, "atoll_gossip_sent_bytes_total")
@@ -392,7 +395,7 @@ func TestIdle(t *testing.T) {
 			return sum
 		}
 		before := total()
-		time.Sleep(10 * time.Minute)
+		pass(10 * time.Minute)
 		perPair := (total() - before) / 600 / 3
 		t.Logf("%.0f bytes a second between two nodes, without TLS and TCP", perPair)
 		if perPair > 512 || perPair < 10 {

@@ -2,8 +2,10 @@ package member
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"net"
 	"net/http"
 	"time"
@@ -11,6 +13,7 @@ import (
 	"github.com/hashicorp/raft"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/atoll-registry/atoll/cluster/gossip"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
 )
@@ -267,4 +270,45 @@ func (n *Node) standAside(ctx context.Context, in *instance) error {
 	in.halt(n)
 	n.changed.fire()
 	return nil
+}
+
+// nameMembers tells gossip who they are.
+func (n *Node) nameMembers(members []Member) {
+	all := make([]gossip.Member, len(members))
+	for i, m := range members {
+		all[i] = gossip.Member{ID: m.ID, Addr: m.Addr}
+	}
+	n.gossip.Follow(all)
+}
+
+// noteUp logs who came and who went since the last call, which left them in up.
+func (n *Node) noteUp(members []Member, up map[string]bool) {
+	for _, m := range members {
+		is := n.live(m.ID)
+		switch {
+		case is == up[m.ID] || m.ID == n.Self():
+		case is:
+			n.log.Info("a member is up", "node", m.ID, "name", m.Name, "address", m.Addr)
+		default:
+			n.log.Warn("a member is down", "node", m.ID, "name", m.Name, "address", m.Addr)
+		}
+		up[m.ID] = is
+	}
+}
+
+// hint is what gossip carries of this node: it changes when the others should ask
+// what is new. The first byte is the level of the program.
+func (n *Node) hint() []byte {
+	in := n.raft.Load()
+	if in == nil {
+		return nil
+	}
+	said := n.sign(in)
+	said.Term, said.Applied, said.Leader, said.Clock = 0, 0, "", 0 // always in motion
+	sum := fnv.New64a()
+	_ = json.NewEncoder(sum).Encode(struct {
+		ping
+		Labels map[string]string
+	}{said, n.cfg.Labels}) // writing to a sum does not fail
+	return sum.Sum([]byte{byte(n.cfg.Level)})
 }

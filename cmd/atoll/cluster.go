@@ -49,6 +49,9 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 		if n.Up {
 			state = "up"
 		}
+		if n.Up && n.Suspect {
+			state = "up elsewhere"
+		}
 		if n.Voter {
 			role = "voter"
 		}

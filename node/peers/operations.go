@@ -84,6 +84,8 @@ type NodeStatus struct {
 	Feature  int        `json:"feature"`           // level of the rows that it can write
 	// CertExpires is when its certificate for the peer port ends.
 	CertExpires *time.Time `json:"cert_expires,omitempty"`
+	// Suspect: it is up, as others say, but does not answer the node that was asked.
+	Suspect bool `json:"suspect,omitempty"`
 	// Labels say where the node stands; Cache that it is no home for blobs.
 	Labels map[string]string `json:"labels,omitempty"`
 	Cache  bool              `json:"cache,omitempty"`
@@ -97,7 +99,7 @@ type NodeStatus struct {
 
 func nodeStatus(m member.MemberStatus) NodeStatus {
 	n := NodeStatus{
-		ID: m.ID, Name: m.Name, Addr: m.Addr, Voter: m.Voter, Leader: m.Leader, Up: m.Up, Lag: m.Lag,
+		ID: m.ID, Name: m.Name, Addr: m.Addr, Voter: m.Voter, Leader: m.Leader, Up: m.Up, Suspect: m.Suspect, Lag: m.Lag,
 		Version: m.Version, Feature: m.Feature, Labels: m.Labels, Cache: m.Cache,
 		Conditions: append([]string{}, m.Codes...),
 	}
@@ -269,6 +271,9 @@ func advise(out Status, s member.Status, now time.Time) []string {
 	for _, n := range out.Nodes {
 		if !n.Up {
 			advice = append(advice, fmt.Sprintf("node %s (%s) is down: start it again; it catches up by itself. If it is gone for good: start another with --join and --name %s, or atoll cluster remove %s", n.Name, n.Addr, n.Name, n.Name))
+		}
+		if n.Up && n.Suspect {
+			advice = append(advice, fmt.Sprintf("node %s (%s) is up, as other nodes say, but does not answer this one: if that lasts, see to the network and the firewalls between the two", n.Name, n.Addr))
 		}
 		if n.Up && n.Lag > lagging {
 			advice = append(advice, fmt.Sprintf("node %s is %d revisions behind and catching up; if that grows, its disk or its network is too slow", n.Name, n.Lag))

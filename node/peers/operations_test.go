@@ -12,6 +12,8 @@ func TestAdviceTellsAnElectionFromALostQuorum(t *testing.T) {
 	node := func(name string, up bool) NodeStatus {
 		return NodeStatus{ID: name, Name: name, Addr: name + ":5001", Voter: true, Up: up}
 	}
+	suspect := node("b", true)
+	suspect.Suspect = true
 	for _, c := range []struct {
 		name   string
 		quorum bool
@@ -20,6 +22,7 @@ func TestAdviceTellsAnElectionFromALostQuorum(t *testing.T) {
 	}{
 		{"all well", true, []NodeStatus{node("a", true), node("b", true), node("c", true)}, nil},
 		{"one down", true, []NodeStatus{node("a", true), node("b", false), node("c", true)}, []string{"node b (b:5001) is down"}},
+		{"one way", true, []NodeStatus{node("a", true), suspect, node("c", true)}, []string{"node b (b:5001) is up, as other nodes say"}},
 		{"electing", false, []NodeStatus{node("a", true), node("b", false), node("c", true)}, []string{"electing", "node b"}},
 		{"no quorum", false, []NodeStatus{node("a", true), node("b", false), node("c", false)}, []string{"no quorum", "node b", "node c"}},
 		{"alone", true, []NodeStatus{node("a", true)}, []string{"add two more"}},
