@@ -36,6 +36,8 @@ func main() {
 	flag.StringVar(&b.only, "only", "", "the groups of rows to run, parted by commas, for work on them: "+groupNames())
 	flag.IntVar(&b.pairs, "pairs", 10, "how often each measure is taken on each side")
 	flag.Int64Var(&b.mib, "mib", 128, "size of the big blob")
+	flag.Float64Var(&b.repairGB, "gb", 10, "how much is repaired after the loss of a node, in GB")
+	flag.Float64Var(&b.linkMB, "link", 100, "speed of the link over which that comes, in MB/s")
 	flag.BoolVar(&b.long, "long", false, "run the rows that take an hour, too")
 	flag.StringVar(&b.atoll, "atoll", "bin/atoll", "the program to measure")
 	flag.StringVar(&b.peer, "peer", ".cache/bin/registry", "distribution's registry, which scripts/testdeps installs")
@@ -70,6 +72,8 @@ type bench struct {
 	fleet fleet
 	lines []string
 	began time.Time
+
+	repairGB, linkMB float64
 }
 
 // group is rows that belong together.
@@ -89,8 +93,10 @@ func groups() []group {
 		{"writes", (*bench).writes},
 		{"start", (*bench).starts},
 		{"list", (*bench).list},
+		{"sizes", (*bench).sizes},
 		{"million", (*bench).million},
 		{"cluster", (*bench).cluster},
+		{"repair", (*bench).repair},
 	}
 }
 
@@ -118,8 +124,8 @@ func (b *bench) run(ctx context.Context) error {
 	}
 	defer func() { b.fleet.stop() }()
 	for _, g := range groups() {
-		if b.only != "" && !slices.Contains(strings.Split(b.only, ","), g.name) || b.only == "" && g.name == "cluster" {
-			continue // the cluster has a run of its own
+		if b.only != "" && !slices.Contains(strings.Split(b.only, ","), g.name) || b.only == "" && (g.name == "cluster" || g.name == "repair") {
+			continue // sites of several nodes have a run of their own
 		}
 		if err := g.run(b, ctx); err != nil {
 			return fmt.Errorf("%s: %w", g.name, err)

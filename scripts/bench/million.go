@@ -6,8 +6,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -198,4 +201,136 @@ func newestSnapshot(dir string) (newest string, err error) {
 		}
 	}
 	return newest, nil
+}
+
+// sizes measures a node of its own with 10,000, 100,000 and, in the long run,
+// 1,000,000 artifacts: how it comes by them as a snapshot, its starts, what it has
+// in memory then, and a snapshot of all.
+func (b *bench) sizes(ctx context.Context) error {
+	counts := []int{10_000, 100_000}
+	if b.long {
+		counts = append(counts, millions)
+	}
+	for _, count := range counts {
+		if err := b.size(ctx, count); err != nil {
+			return fmt.Errorf("%d artifacts: %w", count, err)
+		}
+	}
+	return nil
+}
+
+func (b *bench) size(ctx context.Context, count int) (err error) {
+	p := place{dir: filepath.Join(b.dir, fmt.Sprint("size", count)), atoll: b.atoll}
+	s, err := launchAtoll(ctx, p, certificate{}, newClient(p))
+	if err != nil {
+		return err
+	}
+	others := b.fleet
+	b.fleet = fleet{s}
+	defer func() {
+		s.stop()
+		b.fleet = others
+	}()
+	if err := s.registry.config(ctx, large); err != nil {
+		return err
+	}
+	sample, err := b.teach(ctx, count)
+	if err != nil {
+		return err
+	}
+	s.stop()
+	if err := fill(s.dir, 0, count, sample); err != nil {
+		return fmt.Errorf("fill: %w", err)
+	}
+	if s.process, err = s.begin(ctx); err != nil {
+		return err
+	}
+	if err := s.awaitFor(ctx, 30*time.Minute, func() error { return s.manifest(ctx, large, tagOf(0), -1) }); err != nil {
+		return err
+	}
+	name := fmt.Sprint("_with_", count)
+	b.print("restore"+name, time.Since(s.began).Seconds(), "s")
+	seconds, cpu, err := b.restart(ctx, 3, 0)
+	if err != nil {
+		return err
+	}
+	b.judge(line{"start" + name, seconds, "s"}, "<=", 3)
+	b.print("start"+name+"_cpu", cpu, "cpu-s")
+	if err := pause(ctx, 3*time.Second); err != nil {
+		return err
+	}
+	rss, err := s.memory("VmRSS")
+	if err != nil {
+		return err
+	}
+	own, err := s.memory("RssAnon")
+	if err != nil {
+		return err
+	}
+	b.judge(line{"rss_after_start" + name, rss, "MB"}, "<=", 150)
+	b.print("rss_after_start"+name+"_anonymous", own, "MB")
+	return b.snapshot(ctx, name, count)
+}
+
+// snapshot starts the node so that a push makes a snapshot due, and measures it: from
+// the time that is in its name to the last change of its directory.
+func (b *bench) snapshot(ctx context.Context, name string, count int) error {
+	s := b.fleet[0]
+	dir := filepath.Join(s.dir, "raft", "snapshots")
+	before, err := newestSnapshot(dir)
+	if err != nil {
+		return err
+	}
+	s.kill()
+	s.program.args = append(slices.Clone(s.program.args), "--snapshot-bytes", "1")
+	if s.process, err = s.begin(ctx); err != nil {
+		return err
+	}
+	peak := s.watch("RssAnon")
+	defer peak()
+	if err := s.await(ctx, func() error { return s.manifest(ctx, large, tagOf(0), -1) }); err != nil {
+		return err
+	}
+	data, err := manifest(count + samples)
+	if err != nil {
+		return err
+	}
+	if err := s.putManifest(ctx, large, "one-more", data); err != nil {
+		return err
+	}
+	newest := before
+	if err := s.awaitFor(ctx, 10*time.Minute, func() (err error) {
+		if newest, err = newestSnapshot(dir); err == nil && newest == before {
+			err = fmt.Errorf("no snapshot was taken")
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	parts := strings.Split(newest, "-")
+	begun, err := strconv.ParseInt(parts[len(parts)-1], 10, 64)
+	if err != nil {
+		return fmt.Errorf("the snapshot %s does not say when it was begun: %w", newest, err)
+	}
+	var bytes int64
+	var ended time.Time
+	if err := filepath.WalkDir(filepath.Join(dir, newest), func(_ string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err == nil && !e.IsDir() {
+			bytes += info.Size()
+		}
+		if err == nil && info.ModTime().After(ended) {
+			ended = info.ModTime()
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	b.print("snapshot"+name, ended.Sub(time.UnixMilli(begun)).Seconds(), "s")
+	b.print("snapshot"+name+"_size", float64(bytes)/1e6, "MB")
+	b.print("snapshot"+name+"_peak_anonymous", peak(), "MB")
+	return nil
 }

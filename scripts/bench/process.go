@@ -112,12 +112,14 @@ func (p *process) kill() {
 
 // cpu is the processor time that the process has used so far, in seconds, by its
 // own clock (clock_getcpuclockid(3)), which is finer than /proc's hundredths.
-func (p *process) cpu() (float64, error) {
+func (p *process) cpu() (float64, error) { return cpuOf(p.cmd.Process.Pid) }
+
+func cpuOf(pid int) (float64, error) {
 	const schedulerClock = 2
-	clock := int32(^p.cmd.Process.Pid<<3 | schedulerClock)
+	clock := int32(^pid<<3 | schedulerClock)
 	var used unix.Timespec
 	if err := unix.ClockGettime(clock, &used); err != nil {
-		return 0, fmt.Errorf("processor time of process %d: %w", p.cmd.Process.Pid, err)
+		return 0, fmt.Errorf("processor time of process %d: %w", pid, err)
 	}
 	return float64(used.Nano()) / 1e9, nil
 }
