@@ -254,7 +254,7 @@ func (p *Peers) hold(ctx context.Context, request heldRequest) error {
 	group.SetLimit(copiesAtOnce)
 	for _, b := range request.Blobs {
 		group.Go(func() error {
-			return p.obtain(ctx, b)
+			return p.obtain(ctx, b, transfer.Replication)
 		})
 	}
 	return group.Wait()
@@ -263,7 +263,7 @@ func (p *Peers) hold(ctx context.Context, request heldRequest) error {
 // Bring makes this node hold a blob durably, fetched from other nodes if it must
 // be; transfer.ErrNoHolder when none that is up has it.
 func (p *Peers) Bring(ctx context.Context, d digest.Digest, size int64) error {
-	return p.obtain(ctx, heldBlob{d, size})
+	return p.obtain(ctx, heldBlob{d, size}, transfer.Replication)
 }
 
 // Belongs reports whether this node is one of those that should hold a blob.
@@ -280,8 +280,8 @@ func (p *Peers) Belongs(d digest.Digest) (belongs bool, err error) {
 	return belongs, err
 }
 
-// obtain makes this node hold a blob durably.
-func (p *Peers) obtain(ctx context.Context, b heldBlob) error {
+// obtain makes this node hold a blob durably; class says what for.
+func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class) error {
 	if _, err := p.Store.Stat(b.Digest); err == nil || !fault.Is(err, fault.NotFound) {
 		return err
 	}
@@ -291,7 +291,7 @@ func (p *Peers) obtain(ctx context.Context, b heldBlob) error {
 	}
 	// A copy is read by nobody while it arrives, so it needs no root; a blob
 	// without one is fetched whole.
-	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root})
+	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root}, transfer.For(class))
 	if err == nil {
 		err = fetch.Wait(ctx)
 	}

@@ -165,7 +165,7 @@ func New(c Config) (*Peers, error) {
 	}}
 	var err error
 	p.engine, err = stream.New(stream.Config{
-		Source: source{p}, Sink: sink{c.Store}, Peers: candidates{p}, Distance: p.distance, Log: c.Log,
+		Source: source{p}, Sink: sink{c.Store}, Peers: candidates{p}, Self: c.Roster.Self(), Distance: p.distance, Log: c.Log,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return c.Network.Dial(ctx, addr, peernet.ServiceBlob)
 		},
@@ -244,7 +244,7 @@ func (p *Peers) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.engine.Run(ctx) })
 	group.Go(func() error { return p.tables.run(ctx) })
-	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceBlob, p.engine.Server()) })
+	group.Go(func() error { return p.engine.Serve(ctx, p.Network.Listen(peernet.ServiceBlob)) })
 	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceAPI, p.apiServer()) })
 	p.refreshProjects(ctx)
 	group.Go(func() error { return p.watchProjects(ctx) })

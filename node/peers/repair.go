@@ -384,7 +384,7 @@ func (p *Peers) mend(ctx context.Context, l layout, rows []row, r *result) error
 func (p *Peers) mendHere(ctx context.Context, l layout, s *standing) error {
 	standsIn := s.leads && s.holders < l.floor && slices.Contains(l.homes, l.self)
 	if !s.here && (s.absent(l) || standsIn) {
-		if err := p.obtain(ctx, heldBlob{s.digest, s.Size}); err != nil {
+		if err := p.obtain(ctx, heldBlob{s.digest, s.Size}, transfer.Repair); err != nil {
 			return err
 		}
 		s.here = true

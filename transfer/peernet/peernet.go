@@ -27,9 +27,9 @@ import (
 const (
 	ServiceRaft    byte = 1
 	ServiceControl byte = 2 // cluster control, HTTP/1.1
-	ServiceBlob    byte = 3 // blobs and pieces, HTTP/1.1
 	ServiceAPI     byte = 4 // the public API between nodes, HTTP/1.1
 	ServiceGossip  byte = 5 // who is there, packets in frames
+	ServiceBlob    byte = 7 // blobs and pieces, in the frames of package stream; 3 was HTTP
 )
 
 // ALPN protocol names.

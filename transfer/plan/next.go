@@ -157,7 +157,7 @@ func (w *Want) slowest(now time.Duration, h *Holder) int {
 		if !due && h.pace > 0 && o.pace > 0 && !h.far {
 			// Its turn comes after those asked before it.
 			ahead := time.Duration(slices.Index(o.asked, i) + 1)
-			due = ahead*o.pace > 4*h.pace && o.pace > 2*h.pace && now-r.since > 2*h.pace
+			due = ahead*o.pace > 4*h.pace+w.rules.Steal/2 && o.pace > 2*h.pace && now-r.since > 2*h.pace
 		}
 		if due && (age > longest || age == longest && i < worst) {
 			worst, longest = i, age

@@ -195,6 +195,7 @@ func TestReadersAreServedByTheFast(t *testing.T) {
 		w.Arrived(time.Duration(i)*10*time.Millisecond, fast, fast.asked[0])
 	}
 	w.Arrived(time.Second, slow, slow.asked[0])
+	w.Arrived(2*time.Second, slow, slow.asked[0])
 	next := 0
 	for w.Held(next) || w.asks[next] != nil {
 		next++

@@ -72,6 +72,7 @@ type Turn struct {
 	Asker *Asker
 	Piece int
 	since time.Duration
+	aside bool
 }
 
 // NewQueue is empty.
@@ -179,6 +180,9 @@ func (a *Asker) Class(c transfer.Class) { a.class = min(c, transfer.Prefetch) }
 
 // Waiting is how many pieces the asker waits for.
 func (a *Asker) Waiting() int { return len(a.queue) + a.credit }
+
+// Urgent is how many of those a reader waits for.
+func (a *Asker) Urgent() int { return a.urgent }
 
 // Ask takes what an asker asks for.
 func (a *Asker) Ask(ask Ask) {
@@ -410,9 +414,19 @@ func (q *Queue) serve(now time.Duration, a *Asker, piece int) *Turn {
 	return t
 }
 
+// Aside lets the asker have another turn while this one goes on, as when the piece is
+// slow to be read.
+func (q *Queue) Aside(t *Turn) {
+	if !t.aside {
+		t.aside, t.Asker.serving = true, false
+	}
+}
+
 // Done ends a turn, also that of an asker that has left.
 func (q *Queue) Done(now time.Duration, t *Turn) {
-	t.Asker.serving = false
+	if !t.aside {
+		t.Asker.serving = false
+	}
 	k := slices.Index(q.turns, t)
 	if k < 0 {
 		return

@@ -99,6 +99,7 @@ type Holder struct {
 	asked    []int         // in order
 	credit   int           // pieces left to it to choose
 	last     time.Duration // when a piece last came, or it had nothing to do
+	came     int           // pieces from it
 	pace     time.Duration // from piece to piece; 0: not known
 	moved    time.Duration // when bytes last came from it
 }
@@ -345,6 +346,10 @@ func (w *Want) Arrived(now time.Duration, h *Holder, piece int) (cancel []Cancel
 	return cancel
 }
 
+// Owes says whether a holder has something to send: what it was asked for, or what it
+// may choose.
+func (w *Want) Owes(h *Holder) bool { return len(h.asked) > 0 || h.credit > 0 && w.left > 0 }
+
 // Left is how many pieces are neither held, asked for nor set aside.
 func (w *Want) Left() int { return w.left }
 
@@ -441,6 +446,10 @@ func (h *Holder) drop(i int) {
 func (h *Holder) timed(now time.Duration) {
 	gap := max(now-h.last, time.Microsecond)
 	h.last, h.moved = now, now
+	h.came++
+	if h.came == 1 {
+		return // what it began with says nothing
+	}
 	if h.pace == 0 {
 		h.pace = gap
 		return

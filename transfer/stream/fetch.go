@@ -18,7 +18,7 @@ func (e *Engine) Fetch(ctx context.Context, blob transfer.Blob, options ...trans
 	}
 	blob.Root = bytes.Clone(blob.Root)
 	for {
-		fl, fresh := e.board(blob, transfer.Chosen(options).Way)
+		fl, fresh := e.board(blob, transfer.Chosen(options))
 		f := fl.arrival.Fetch()
 		if fresh {
 			return f, e.launch(ctx, fl)
@@ -38,16 +38,24 @@ func (e *Engine) Fetch(ctx context.Context, blob transfer.Blob, options ...trans
 }
 
 // board finds the fetch of the blob that is under way or lists a fresh one.
-func (e *Engine) board(blob transfer.Blob, way transfer.Way) (fl *flight, fresh bool) {
+func (e *Engine) board(blob transfer.Blob, o transfer.Options) (fl *flight, fresh bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if fl := e.fetches[blob.Digest]; fl != nil {
+		fl.urge(o.Class)
 		return fl, false
 	}
 	reopen := func(ctx context.Context) (transfer.Content, error) {
 		return e.cfg.Source.Open(ctx, blob.Digest)
 	}
-	fl = &flight{arrival: transfer.NewArrival(blob, reopen), way: way, gone: make(chan struct{})}
+	fl = &flight{
+		arrival: transfer.NewArrival(blob, reopen), way: o.Way, gone: make(chan struct{}),
+		news: make(chan string, maxAsked),
+	}
+	fl.class.Store(int32(o.Class))
+	fl.arrival.OnHold(func(piece int) {
+		e.desk.held(blob.Digest, piece, fl.arrival.Fetch().Progress().Done)
+	})
 	e.fetches[blob.Digest] = fl
 	return fl, true
 }
@@ -153,9 +161,9 @@ func (e *Engine) move(ctx context.Context, fl *flight) error {
 		if !errors.Is(err, transfer.ErrNotCarried) {
 			return err
 		}
-		e.log.Debug("blob goes by ranged requests after all", "blob", blob.Digest, "err", err)
+		e.log.Debug("blob goes piece by piece after all", "blob", blob.Digest, "err", err)
 	}
-	if err := newHunt(e, a).run(ctx); err != nil {
+	if err := newHunt(e, fl).run(ctx); err != nil {
 		return err
 	}
 	return a.Commit(ctx)

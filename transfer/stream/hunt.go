@@ -3,10 +3,13 @@ package stream
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
+	"github.com/atoll-registry/atoll/transfer/plan"
 )
 
 const (
@@ -16,72 +19,80 @@ const (
 	maxStrikes = 4
 	// urgentWindow is how many pieces a reader gets ahead of the rest.
 	urgentWindow = 2
+	// lookAgain is how often the planner is asked whether time alone changes anything.
+	lookAgain = 100 * time.Millisecond
+	// silence after which a node of this site does not count where one is elected.
+	silence = 1500 * time.Millisecond
+	// byeTimeout bounds how long holders may take to end their sessions.
+	byeTimeout = 2 * time.Second
 )
 
-// hunt is one fetch at work: it finds holders and keeps them busy until the blob is
-// here. One goroutine (run) owns the fields; workers talk to it by channels, by the
-// plan and by the arrival.
+// hunt is one fetch at work: it finds holders and trades with them until the blob is
+// here. One goroutine (run) owns the fields at the end; what mu guards is everybody's.
+//
+// Lock order: mu before the arrival's and the links'; the desk's never with mu.
 type hunt struct {
 	e     *Engine
+	fl    *flight
 	a     *transfer.Arrival
 	blob  transfer.Blob
-	plan  *plan
-	whole *whole // instead of the plan when there is no root
+	whole *whole // instead of want when there is no root
+	began time.Time
 
-	// turn is held by the one complete holder that is asked for the piece table,
-	// or, without a root, for the blob.
-	turn chan struct{}
-	// known is closed once the arrival has its piece table.
-	known   chan struct{}
+	mu         sync.Mutex
+	want       *plan.Want
+	dealing    []*holder
+	class      transfer.Class
+	ready      bool // the piece table is known
+	tableOf    *holder
+	tableSince time.Time
+
+	// turn is held by the one holder that sends a blob without a root.
+	turn    chan struct{}
 	learned sync.Once
 	// finished is closed once all bytes are here.
 	finished chan struct{}
 	finish   sync.Once
 
 	answers chan reply
-	drops   chan dropped
+	drops   chan *holder
 	fatal   chan error
 	marked  chan []int // pieces to verify again, once
 	checked chan struct{}
 	wg      sync.WaitGroup
 
 	checking bool // recheck runs
-	asking   int
+	asking   map[transfer.Peer]bool
 	stale    bool // a holder was dropped since candidates were last asked
 	reach    int  // how far away candidates are asked
 	active   map[transfer.Peer]*holder
-	reserve  []*holder
+	reserve  []reply
 	verdict  map[transfer.Peer]*transfer.Asked
 	order    []transfer.Peer
 	banned   map[transfer.Peer]bool
 }
 
-// reply is a candidate's answer.
+// reply is a candidate's answer; the link is that of the session which it began.
 type reply struct {
-	peer transfer.Peer
-	have transfer.Bitmap
-	err  error
+	peer   transfer.Peer
+	link   *link
+	state  state
+	spoken bool
+	err    error
 }
 
-// dropped is the end of a holder.
-type dropped struct {
-	h   *holder
-	why *failure
-}
-
-func newHunt(e *Engine, a *transfer.Arrival) *hunt {
-	blob := a.Fetch().Blob()
+func newHunt(e *Engine, fl *flight) *hunt {
+	blob := fl.arrival.Fetch().Blob()
 	h := &hunt{
-		e: e, a: a, blob: blob,
-		plan:     newPlan(0, stealAfter),
+		e: e, fl: fl, a: fl.arrival, blob: blob, began: time.Now(), class: fl.urgency(),
 		turn:     make(chan struct{}, 1),
-		known:    make(chan struct{}),
 		finished: make(chan struct{}),
 		answers:  make(chan reply),
-		drops:    make(chan dropped),
+		drops:    make(chan *holder),
 		fatal:    make(chan error, 1),
 		marked:   make(chan []int, 1),
 		checked:  make(chan struct{}, 1),
+		asking:   make(map[transfer.Peer]bool),
 		active:   make(map[transfer.Peer]*holder),
 		verdict:  make(map[transfer.Peer]*transfer.Asked),
 		banned:   make(map[transfer.Peer]bool),
@@ -92,19 +103,77 @@ func newHunt(e *Engine, a *transfer.Arrival) *hunt {
 	if blob.Root == nil {
 		h.whole = newWhole(blob)
 	} else {
-		h.plan = newPlan(transfer.Pieces(blob.Size), stealAfter)
+		h.want = plan.NewWant(transfer.Pieces(blob.Size), plan.Rules{}, rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())))
 	}
 	return h
 }
 
+func (h *hunt) now() time.Duration { return time.Since(h.began) }
+
+func (h *hunt) isFinished() bool {
+	select {
+	case <-h.finished:
+		return true
+	default:
+		return false
+	}
+}
+
+func (h *hunt) hello() hello {
+	return hello{
+		digest: h.blob.Digest, size: h.blob.Size, class: h.fl.urgency(),
+		patience: min(lookAgain*5, h.e.cfg.StallTimeout/4),
+	}
+}
+
 // run returns nil once every byte is here and verified.
 func (h *hunt) run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer h.wg.Wait()
-	defer cancel()
 	if h.blob.Size == 0 {
 		return nil // Commit verifies the digest
 	}
+	work, cancel := context.WithCancel(ctx)
+	err := h.seek(work)
+	if err != nil {
+		cancel()
+		h.wg.Wait()
+		return err
+	}
+	// The blob does not wait for holders to say bye.
+	part := func(ctx context.Context) {
+		defer cancel()
+		timer := time.AfterFunc(byeTimeout, cancel)
+		defer timer.Stop()
+		stop := context.AfterFunc(ctx, cancel)
+		defer stop()
+		h.wg.Wait()
+	}
+	h.part()
+	select {
+	case h.e.starts <- part:
+	case <-ctx.Done():
+		cancel()
+		h.wg.Wait()
+	}
+	return nil
+}
+
+// part ends all sessions.
+func (h *hunt) part() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, hd := range h.dealing {
+		if hd.link != nil {
+			hd.link.send(func(to []byte) []byte { return frame(to, kindBye) })
+		}
+	}
+	for _, r := range h.reserve {
+		h.e.release(r.peer, r.link, h.blob.Size)
+	}
+	h.reserve = nil
+}
+
+// seek finds holders until the blob is here.
+func (h *hunt) seek(ctx context.Context) error {
 	if t, ok := transfer.SinglePiece(h.blob); ok {
 		h.learn(t)
 	}
@@ -112,24 +181,27 @@ func (h *hunt) run(ctx context.Context) error {
 	defer again.Stop()
 	idle := time.NewTimer(h.e.cfg.IdleTimeout)
 	defer idle.Stop()
+	look := time.NewTicker(lookAgain)
+	defer look.Stop()
 	held := int64(0)
-	h.ask(ctx)
+	if h.want != nil {
+		h.wg.Go(func() { h.followReaders(ctx) })
+	}
+	h.ask(ctx, true)
 	for {
-		select { // first of all: the last holder may have left after its last piece
-		case <-h.finished:
+		if h.isFinished() { // first of all: the last holder may have left after its last piece
 			return nil
-		default:
 		}
-		if h.asking == 0 && h.reach < Farthest && !h.someComplete() {
+		if len(h.asking) == 0 && h.reach < Farthest && !h.someComplete() {
 			h.reach++
-			h.ask(ctx)
+			h.ask(ctx, false)
 			continue
 		}
-		if h.asking == 0 && len(h.active) == 0 && !h.checking && len(h.marked) == 0 {
+		if len(h.asking) == 0 && len(h.active) == 0 && !h.checking && len(h.marked) == 0 {
 			if !h.stale {
 				return h.forsaken()
 			}
-			h.ask(ctx)
+			h.ask(ctx, false)
 			continue
 		}
 		select {
@@ -140,18 +212,22 @@ func (h *hunt) run(ctx context.Context) error {
 		case err := <-h.fatal:
 			return err
 		case r := <-h.answers:
-			h.asking--
+			delete(h.asking, r.peer)
 			h.heard(ctx, r)
-		case d := <-h.drops:
-			h.lost(ctx, d)
+		case hd := <-h.drops:
+			h.lost(ctx, hd)
+		case id := <-h.fl.news:
+			h.announced(ctx, id)
 		case marked := <-h.marked:
 			h.checking = true
 			h.wg.Go(func() { h.recheck(ctx, marked) })
 		case <-h.checked:
 			h.checking = false
+		case <-look.C:
+			h.look()
 		case <-again.C:
-			if h.asking == 0 {
-				h.ask(ctx)
+			if len(h.asking) == 0 {
+				h.ask(ctx, false)
 			}
 		case <-idle.C:
 			now := h.a.Fetch().Progress().Held
@@ -164,22 +240,112 @@ func (h *hunt) run(ctx context.Context) error {
 	}
 }
 
-// ask asks every candidate that is not a holder already.
-func (h *hunt) ask(ctx context.Context) {
+// look does what time alone may change.
+func (h *hunt) look() {
+	if h.whole != nil {
+		return
+	}
+	h.mu.Lock()
+	h.electLocked()
+	if c := h.fl.urgency(); c != h.class {
+		h.class = c
+		for _, hd := range h.dealing {
+			if hd.link != nil {
+				hd.link.send(func(to []byte) []byte { return frame(to, kindClass, byte(c)) })
+			}
+		}
+	}
+	h.mu.Unlock()
+	h.pump()
+}
+
+// electLocked decides whether this node asks beyond a slow link: it does unless others
+// of its site fetch the blob too and another one of them is elected. Who gives no sign
+// of life is not counted. mu is held.
+func (h *hunt) electLocked() {
+	if h.want == nil || h.e.cfg.Self == "" {
+		return
+	}
+	near := []string{h.e.cfg.Self}
+	for _, hd := range h.dealing {
+		if !hd.far && !hd.complete && hd.link != nil && time.Since(hd.heard) < silence {
+			near = append(near, hd.peer.ID)
+		}
+	}
+	h.cancel(h.want.Elect(plan.Elect(h.blob.Digest.String(), near) == h.e.cfg.Self))
+}
+
+// followReaders keeps the planner up to date with what readers wait for.
+func (h *hunt) followReaders(ctx context.Context) {
+	var last []int
+	for ctx.Err() == nil && !h.isFinished() {
+		changed := h.a.Changed()
+		if urgent := h.a.Urgent(urgentWindow); !slices.Equal(urgent, last) {
+			last = urgent
+			h.mu.Lock()
+			h.want.Cursors(urgent)
+			h.mu.Unlock()
+			h.pump()
+		}
+		select {
+		case <-changed:
+		case <-h.finished:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// ask asks every candidate that is not a holder already. A blob of one piece is asked
+// for in the same breath of the nearest.
+func (h *hunt) ask(ctx context.Context, first bool) {
 	h.stale = false
 	candidates := h.e.cfg.Peers.Candidates(ctx, h.blob.Digest)
 	for _, p := range candidates[:min(len(candidates), maxAsked)] {
-		if h.banned[p] || h.active[p] != nil || h.reserved(p) || h.e.distance(p) > h.reach {
-			continue
+		if h.askOne(ctx, p, first && h.want != nil && transfer.Pieces(h.blob.Size) == 1) {
+			first = false
 		}
-		h.asking++
-		h.wg.Go(func() {
-			have, err := h.e.head(ctx, p, h.blob)
-			select {
-			case h.answers <- reply{p, have, err}:
-			case <-ctx.Done():
+	}
+}
+
+// askOne asks a candidate unless it takes part already.
+func (h *hunt) askOne(ctx context.Context, p transfer.Peer, speak bool) bool {
+	if h.banned[p] || h.active[p] != nil || h.asking[p] || h.e.distance(p) > h.reach ||
+		slices.ContainsFunc(h.reserve, func(r reply) bool { return r.peer == p }) {
+		return false
+	}
+	h.asking[p] = true
+	h.wg.Go(func() {
+		var more func(to []byte) []byte
+		if speak {
+			more = func(to []byte) []byte { return appendAsks(to, []plan.Ask{{Piece: 0}}) }
+		}
+		l, st, err := h.e.open(ctx, p, h.hello(), more)
+		if err == nil && st.held == heldNothing {
+			h.e.release(p, l, h.blob.Size)
+			l, err = nil, &failure{Gone, transfer.ErrNotHeld}
+		}
+		select {
+		case h.answers <- reply{p, l, st, speak, err}:
+		case <-h.finished:
+			if l != nil {
+				h.e.release(p, l, h.blob.Size)
 			}
-		})
+		case <-ctx.Done():
+			if l != nil {
+				l.close()
+			}
+		}
+	})
+	return true
+}
+
+// announced asks a node that has just said that it fetches the blob too.
+func (h *hunt) announced(ctx context.Context, id string) {
+	for _, p := range h.e.cfg.Peers.Candidates(ctx, h.blob.Digest) {
+		if p.ID == id && len(h.active) < h.e.cfg.MaxHolders {
+			h.askOne(ctx, p, false)
+			return
+		}
 	}
 }
 
@@ -193,15 +359,6 @@ func (e *Engine) distance(p transfer.Peer) int {
 	return min(max(e.cfg.Distance(p), 0), Farthest)
 }
 
-func (h *hunt) reserved(p transfer.Peer) bool {
-	for _, r := range h.reserve {
-		if r.peer == p {
-			return true
-		}
-	}
-	return false
-}
-
 // heard takes a candidate's answer.
 func (h *hunt) heard(ctx context.Context, r reply) {
 	h.judge(r.peer, r.err)
@@ -212,47 +369,62 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 		}
 		return
 	}
-	hd := &holder{peer: r.peer}
-	hd.update(r.have)
 	if len(h.active) >= h.e.cfg.MaxHolders {
-		h.reserve = append(h.reserve, hd)
+		h.reserve = append(h.reserve, r)
 		return
 	}
-	h.engage(ctx, hd)
+	h.engage(ctx, r)
 }
 
 // engage puts a holder to work.
-func (h *hunt) engage(ctx context.Context, hd *holder) {
+func (h *hunt) engage(ctx context.Context, r reply) {
+	hd := &holder{
+		peer: r.peer, complete: r.state.held == heldComplete, spoken: r.spoken,
+		far: h.e.cfg.Distance != nil && h.e.distance(r.peer) == Farthest,
+	}
 	h.active[hd.peer] = hd
-	var work context.Context
-	work, hd.cancel = context.WithCancel(ctx)
+	h.mu.Lock()
+	h.dealing = append(h.dealing, hd)
+	h.mu.Unlock()
 	h.wg.Go(func() {
-		defer hd.cancel()
-		if h.whole != nil {
-			h.stream(work, hd)
-		} else {
-			h.trade(work, hd)
+		h.deal(ctx, hd, r.link, r.state)
+		if h.fate(hd) == nil {
+			return
 		}
-		if why := hd.fate(); why != nil {
-			select {
-			case h.drops <- dropped{hd, why}:
-			case <-ctx.Done():
-			}
+		select {
+		case h.drops <- hd:
+		case <-h.finished:
+		case <-ctx.Done():
 		}
 	})
 }
 
+func (h *hunt) fate(hd *holder) *failure {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return hd.dropped
+}
+
 // lost ends a holder's part in the fetch and lets a reserve take its place.
-func (h *hunt) lost(ctx context.Context, d dropped) {
-	delete(h.active, d.h.peer)
-	h.judge(d.h.peer, d.why)
+func (h *hunt) lost(ctx context.Context, hd *holder) {
+	delete(h.active, hd.peer)
+	h.mu.Lock()
+	h.dealing = slices.DeleteFunc(h.dealing, func(o *holder) bool { return o == hd })
+	if hd.planned != nil {
+		h.want.Leave(hd.planned)
+	}
+	h.electLocked()
+	why := hd.dropped
+	h.mu.Unlock()
+	h.judge(hd.peer, why)
 	h.stale = true
-	h.ban(d.h.peer, d.why)
+	h.ban(hd.peer, why)
 	if len(h.reserve) > 0 && len(h.active) < h.e.cfg.MaxHolders {
 		next := h.reserve[0]
 		h.reserve = h.reserve[1:]
 		h.engage(ctx, next)
 	}
+	h.pump()
 }
 
 // judge remembers what came of a peer.
@@ -280,12 +452,9 @@ func (h *hunt) ban(p transfer.Peer, f *failure) {
 }
 
 func (h *hunt) someComplete() bool {
-	for _, hd := range h.active {
-		if hd.isComplete() {
-			return true
-		}
-	}
-	return false
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.ContainsFunc(h.dealing, func(hd *holder) bool { return hd.complete })
 }
 
 // forsaken is the error that names everybody who was asked.
@@ -310,42 +479,50 @@ func (h *hunt) learn(t transfer.PieceTable) {
 			h.die(err)
 			return
 		}
-		h.plan.check(marked)
+		h.mu.Lock()
+		h.want.SetAside(marked)
+		h.ready = true
+		h.mu.Unlock()
 		h.marked <- marked
-		close(h.known)
 	})
 }
 
-// recheck verifies pieces that an earlier attempt marked.
+// recheck verifies pieces that an earlier attempt marked, those first that readers
+// wait for.
 func (h *hunt) recheck(ctx context.Context, marked []int) {
+	defer func() { h.checked <- struct{}{} }()
 	buf, err := h.e.buffers.take(ctx)
 	if err != nil {
 		return
 	}
 	defer h.e.buffers.give(buf)
-	defer func() { h.checked <- struct{}{} }()
-	done := 0
-	for ctx.Err() == nil {
-		for done < len(marked) && !h.plan.isChecking(marked[done]) {
-			done++
-		}
-		i, ok := h.plan.nextCheck(h.a.Urgent(urgentWindow), marked[done:])
-		if !ok {
-			return
-		}
-		if h.a.Recheck(i, buf) {
-			h.arrived(i)
-		} else {
-			h.plan.unmark(i)
-		}
+	waiting := make(map[int]bool, len(marked))
+	for _, i := range marked {
+		waiting[i] = true
 	}
-}
-
-// arrived notes a held piece and, after the last one, the end.
-func (h *hunt) arrived(i int) {
-	h.plan.arrive(i)
-	if h.a.Complete() {
-		h.finish.Do(func() { close(h.finished) })
+	for ctx.Err() == nil && len(waiting) > 0 {
+		i := -1
+		for _, u := range h.a.Urgent(urgentWindow) {
+			if waiting[u] {
+				i = u
+				break
+			}
+		}
+		if i < 0 {
+			i, marked = marked[0], marked[1:]
+			if !waiting[i] {
+				continue
+			}
+		}
+		delete(waiting, i)
+		if h.a.Recheck(i, buf) {
+			h.arrived(nil, i)
+			continue
+		}
+		h.mu.Lock()
+		h.want.PutBack(i)
+		h.mu.Unlock()
+		h.pump()
 	}
 }
 

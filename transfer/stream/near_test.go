@@ -1,23 +1,36 @@
-package stream_test
+package stream
 
 import (
 	"context"
-	"net/http"
+	"net"
 	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/transfer"
-	"github.com/atoll-registry/atoll/transfer/stream"
 	"github.com/atoll-registry/atoll/transfer/transfertest"
 )
 
-// standing is a peer at a distance that counts what it is asked.
+// standing is a peer at a distance that counts who asks it.
 type standing struct {
 	transfer.Peer
 	distance int
 	asked    atomic.Int64
+}
+
+// counting is a listener that counts.
+type counting struct {
+	net.Listener
+	n *atomic.Int64
+}
+
+func (c counting) Accept() (net.Conn, error) {
+	conn, err := c.Listener.Accept()
+	if err == nil {
+		c.n.Add(1)
+	}
+	return conn, err
 }
 
 // Who is farther is asked only while nobody nearer holds all of the blob, and then
@@ -39,23 +52,21 @@ func TestTheNearestAreAskedFirst(t *testing.T) {
 			for i, holds := range c.holds {
 				s := &standing{distance: i}
 				if c.asked == nil {
-					s.distance = stream.Farthest
+					s.distance = Farthest
 				}
 				store := transfertest.NewStore()
 				if holds {
 					store.Put(content)
 				}
-				handler := mover(t, store, nil, nil)
-				s.Peer = serving(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-					s.asked.Add(1)
-					handler.ServeHTTP(w, r)
-				}))
+				e := mover(t, store, peers(nil), nil)
+				s.Peer = listening(t, "honest", func(ctx context.Context, ln net.Listener) { _ = e.Serve(ctx, counting{ln, &s.asked}) })
 				s.ID += s.Addr
 				all = append(all, s)
 				ask = append(ask, s.Peer)
 			}
 			store := transfertest.NewStore()
-			e := mover(t, store, ask, func(cfg *stream.Config) {
+			e := mover(t, store, ask, func(cfg *Config) {
+				cfg.Self = "self"
 				cfg.Distance = func(p transfer.Peer) int {
 					for _, s := range all {
 						if s.Peer == p {
@@ -73,7 +84,7 @@ func TestTheNearestAreAskedFirst(t *testing.T) {
 			if err := f.Wait(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if held, err := store.Open(context.Background(), digest.FromBytes(content)); err != nil {
+			if held, err := store.Open(t.Context(), digest.FromBytes(content)); err != nil {
 				t.Error(err)
 			} else {
 				held.Close()

@@ -1,12 +1,16 @@
-// Package stream is the plain engine of transfer: pieces are asked for by ranged
-// HTTP/1.1 requests over the connections of the peer port.
+// Package stream is the plain engine of transfer: pieces in frames over the connections
+// of the peer port, in the order of package plan.
 //
-// One Engine is both sides. As a Mover it asks the candidates in parallel who holds
-// a blob, takes disjoint runs of pieces from several of them at once, verifies each
-// piece before anything else happens to it, and replaces a sender that stalls,
-// breaks off or lies. As an http.Handler it serves what the node holds, and the
-// verified pieces of what is still on its way to the node. DESIGN.md in the folder
-// above states the protocol and why it is so.
+// One Engine is both sides. As a Mover it asks the candidates in parallel who holds a
+// blob, trades with several of them at once, verifies each piece before anything else
+// happens to it, and replaces a sender that stalls, breaks off or lies. With Serve it
+// sends what the node holds, and the verified pieces of what is still on its way to the
+// node. DESIGN.md in the folder above states the protocol and why it is so.
+//
+// Whoever limits or shows traffic gives Config a transfer.Limiter, which is asked
+// before a piece goes out, and a transfer.Meter, which is told of each piece that went
+// or came, with the blob, the peer and the class that the fetch was given
+// (transfer.For).
 package stream
 
 import (
@@ -14,8 +18,8 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -47,11 +51,17 @@ type Config struct {
 	// Dial opens a connection for the blob service of the node at addr. When it has
 	// a PeerID method, that must be the id of the peer that was meant.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
+	// Self is this node's id, to elect who asks beyond a slow link; "": every node does.
+	Self string
 	// Carrier chooses another way to move a blob than ranged requests; nil, and a nil
 	// Carrier, mean none.
 	Carrier func(transfer.Blob, transfer.Way) transfer.Carrier
 	Log     *slog.Logger // discards
 	Hooks   Hooks
+	// Limiter is asked before a piece goes out; nil: never. Meter is told what moved; may
+	// be nil.
+	Limiter transfer.Limiter
+	Meter   transfer.Meter
 
 	// AskTimeout for a candidate to say whether it holds a blob. 2 s.
 	AskTimeout time.Duration
@@ -66,27 +76,30 @@ type Config struct {
 	Backoff time.Duration
 
 	MaxFetches int // at once; others wait their turn. 16
-	MaxHolders int // asked for pieces at once, per fetch. 8
+	MaxHolders int // traded with at once, per fetch. 10
 
 	// Distance of a peer, 0 for the nearest, at most Farthest; nil: all are near. Who
-	// is farther is asked only while none of the nearer holds all of a blob.
+	// is farther is asked only while none of the nearer holds all of a blob; and of
+	// several nodes that fetch a blob and are nearer to each other than Farthest, one
+	// asks those that are at Farthest.
 	Distance   func(transfer.Peer) int
-	PerHolder  int // requests in flight to one holder, per fetch. 4
-	MaxBuffers int // of 256 KiB each, in all. 128
+	Slots      int // pieces on their way out at once, to receivers that keep up. 4
+	MaxBuffers int // of 256 KiB each, for pieces that come in. 128
 }
 
-// Engine moves blobs by ranged requests. Make it with New; fetches start while Run
-// runs, serving needs no Run.
+// Engine moves blobs. Make it with New; fetches start while Run runs, serving needs no
+// Run.
 type Engine struct {
-	cfg    Config
-	log    *slog.Logger
-	client *http.Client
-	mux    *http.ServeMux
+	cfg   Config
+	log   *slog.Logger
+	links *links
+	desk  *desk
 
 	starts  chan func(context.Context)
 	stopped chan struct{}
 	slots   chan struct{} // one per running fetch
-	buffers buffers
+	buffers buffers       // for pieces that come in
+	serving buffers       // for pieces that go out, with their frame's head
 
 	mu      sync.Mutex
 	fetches map[digest.Digest]*flight
@@ -96,7 +109,29 @@ type Engine struct {
 type flight struct {
 	arrival *transfer.Arrival
 	way     transfer.Way
+	news    chan string // ids of nodes that have said that they fetch it too
+	class   atomic.Int32
 	gone    chan struct{} // closed when it is off the list and its Partial is free
+}
+
+// urgency is what the fetch is for, as far as the most urgent of those who want it says.
+func (fl *flight) urgency() transfer.Class { return transfer.Class(fl.class.Load()) }
+
+// urge makes it as urgent as the class.
+func (fl *flight) urge(c transfer.Class) {
+	for was := fl.class.Load(); int32(c) < was; was = fl.class.Load() {
+		if fl.class.CompareAndSwap(was, int32(c)) {
+			return
+		}
+	}
+}
+
+// announced notes that a peer fetches the blob too.
+func (fl *flight) announced(peer string) {
+	select {
+	case fl.news <- peer:
+	default: // there are plenty
+	}
 }
 
 var _ transfer.Mover = (*Engine)(nil)
@@ -115,8 +150,8 @@ func New(cfg Config) (*Engine, error) {
 	orElse(&cfg.IdleTimeout, 30*time.Second)
 	orElse(&cfg.Backoff, 100*time.Millisecond)
 	orElse(&cfg.MaxFetches, 16)
-	orElse(&cfg.MaxHolders, 8)
-	orElse(&cfg.PerHolder, 4)
+	orElse(&cfg.MaxHolders, 10)
+	orElse(&cfg.Slots, 4)
 	orElse(&cfg.MaxBuffers, 128)
 	e := &Engine{
 		cfg:     cfg,
@@ -124,11 +159,12 @@ func New(cfg Config) (*Engine, error) {
 		starts:  make(chan func(context.Context)),
 		stopped: make(chan struct{}),
 		slots:   make(chan struct{}, cfg.MaxFetches),
-		buffers: newBuffers(cfg.MaxBuffers),
+		links:   &links{dial: cfg.Dial, keep: keptLinks, idle: make(map[transfer.Peer][]*resting)},
+		desk:    newDesk(cfg),
+		buffers: newBuffers(cfg.MaxBuffers, transfer.PieceSize),
+		serving: newBuffers(maxService, frameHeader+pieceHeader+transfer.PieceSize),
 		fetches: make(map[digest.Digest]*flight),
 	}
-	e.client = newClient(cfg)
-	e.mux = e.routes()
 	return e, nil
 }
 
@@ -142,7 +178,7 @@ func orElse[T int | time.Duration](v *T, def T) {
 // what they have verified, and returns nil once they have ended. Call it once.
 func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	defer e.client.CloseIdleConnections()
+	defer e.links.close()
 	defer wg.Wait()
 	defer close(e.stopped)
 	for {
@@ -153,14 +189,6 @@ func (e *Engine) Run(ctx context.Context) error {
 			wg.Go(func() { run(ctx) })
 		}
 	}
-}
-
-// ServeHTTP serves peers; the caller's listener has authenticated them.
-func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	// A deadline for each answer, also to free the connection of that of the last
-	// one; whoever sends more than a little moves it along. Not every writer has one.
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(maxWait + writeTimeout))
-	e.mux.ServeHTTP(w, r)
 }
 
 // Arriving finds the fetch of a digest that is under way, for a carrier to serve
@@ -183,13 +211,14 @@ func (e *Engine) flying(d digest.Digest) *flight {
 type buffers struct {
 	free chan []byte
 	made chan struct{}
+	size int
 }
 
-func newBuffers(n int) buffers {
-	return buffers{free: make(chan []byte, n), made: make(chan struct{}, n)}
+func newBuffers(n, size int) buffers {
+	return buffers{free: make(chan []byte, n), made: make(chan struct{}, n), size: size}
 }
 
-// take waits for a buffer of PieceSize bytes.
+// take waits for a buffer.
 func (b buffers) take(ctx context.Context) ([]byte, error) {
 	select {
 	case buf := <-b.free:
@@ -200,7 +229,7 @@ func (b buffers) take(ctx context.Context) ([]byte, error) {
 	case buf := <-b.free:
 		return buf, nil
 	case b.made <- struct{}{}:
-		return make([]byte, transfer.PieceSize), nil
+		return make([]byte, b.size), nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

@@ -1,6 +1,7 @@
 package stream_test
 
 import (
+	"context"
 	"net"
 	"testing"
 	"time"
@@ -13,7 +14,7 @@ import (
 
 type engine struct{ *stream.Engine }
 
-func (e engine) Serve(ln net.Listener) error { return e.Server().Serve(ln) }
+func (e engine) Serve(ln net.Listener) error { return e.Engine.Serve(context.Background(), ln) }
 
 func start(t testing.TB, p transfertest.Parts) transfertest.Engine {
 	t.Helper()

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"hash"
+	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
+	"github.com/atoll-registry/atoll/transfer/plan"
 )
 
 // whole is the state of a fetch without a trusted root. Nothing can be verified
@@ -20,6 +22,9 @@ type whole struct {
 	solo bool
 }
 
+// wholeDepth is how many pieces are asked of the sender ahead of the one that comes.
+const wholeDepth = 16
+
 func newWhole(blob transfer.Blob) *whole {
 	w := &whole{hash: blob.Digest.Algorithm().Hash()}
 	w.reset()
@@ -32,32 +37,69 @@ func (w *whole) reset() {
 	w.sent = make(map[*holder]int64)
 }
 
-// stream works with one holder of a blob without a root until it is dropped, the
-// blob is here or ctx ends.
-func (h *hunt) stream(ctx context.Context, hd *holder) {
-	h.follow(ctx, hd) // one that is still fetching has to finish first
-	for ctx.Err() == nil && hd.isComplete() {
-		select {
-		case h.turn <- struct{}{}:
-		case <-ctx.Done():
-			return
-		}
-		epoch := hd.era()
-		err := h.pour(ctx, hd)
-		<-h.turn
-		if err == nil || !h.failed(ctx, hd, epoch, err) {
-			return
+// pour takes the rest of the blob from one holder, in its turn, once it has all of it.
+func (h *hunt) pour(ctx context.Context, hd *holder, l *link, st state) error {
+	h.mu.Lock()
+	hd.link = l
+	hd.complete = hd.complete || st.held == heldComplete
+	complete := hd.complete
+	h.mu.Unlock()
+	if h.isFinished() {
+		l.send(func(to []byte) []byte { return frame(to, kindBye) })
+		return h.bye(l)
+	}
+	for !complete { // one that is still fetching has to finish first
+		k, body, err := h.next(l)
+		switch {
+		case err != nil:
+			return err
+		case k == kindBye && h.isFinished():
+			return nil
+		case k == kindGone:
+			return &failure{Gone, transfer.ErrNotHeld}
+		case k == kindComplete:
+			complete = true
+		case k != kindHave && k != kindHaves && k != kindBeat:
+			return fail(Broken, "frame of kind %d and %d bytes from a holder: %w", k, len(body), errFrame)
 		}
 	}
+	h.mu.Lock()
+	hd.complete = true
+	h.mu.Unlock()
+	select {
+	case h.turn <- struct{}{}:
+	case <-h.finished:
+		return h.bye(l)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if h.isFinished() {
+		<-h.turn
+		return h.bye(l)
+	}
+	err := h.pourAll(ctx, hd, l)
+	<-h.turn
+	if err == nil {
+		return h.bye(l)
+	}
+	return err
 }
 
-// pour takes the rest of the blob from one holder.
-func (h *hunt) pour(ctx context.Context, hd *holder) error {
-	select {
-	case <-h.finished:
-		return nil
-	default:
+// next reads a frame that is not a piece.
+func (h *hunt) next(l *link) (kind, []byte, error) {
+	k, n, err := l.header(h.e.cfg.StallTimeout, h.blob.Size)
+	if err != nil {
+		return 0, nil, err
 	}
+	body, err := l.body(n, h.e.cfg.StallTimeout)
+	return k, body, err
+}
+
+// bye waits for the end of the session, which part asks for.
+func (h *hunt) bye(l *link) error { return l.drain(h.e.cfg.StallTimeout, h.blob.Size) }
+
+// pourAll asks for the rest, piece by piece and in order.
+func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 	w := h.whole
 	if _, mine := w.sent[hd]; w.solo && !mine {
 		w.reset()
@@ -67,30 +109,82 @@ func (h *hunt) pour(ctx context.Context, hd *holder) error {
 		return err
 	}
 	defer h.e.buffers.give(buf)
-	ctx, watch := h.e.watch(ctx)
-	defer watch.stop()
-	body, err := h.e.open(ctx, hd.peer, h.blob, w.off, h.blob.Size-w.off)
-	if err != nil {
-		return err
-	}
-	defer body.Close()
-	for w.off < h.blob.Size {
-		data := buf[:min(transfer.PieceSize, h.blob.Size-w.off)]
-		if err := watch.read(ctx, body, data); err != nil {
+	pieces := transfer.Pieces(h.blob.Size)
+	piece := int(w.off / transfer.PieceSize)
+	asked, moved := piece, time.Now()
+	for piece < pieces {
+		var asks []plan.Ask
+		for ; asked < min(pieces, piece+wholeDepth); asked++ {
+			asks = append(asks, plan.Ask{Piece: asked, Urgent: true}) // which keeps their order
+		}
+		if len(asks) > 0 {
+			l.send(func(to []byte) []byte { return appendAsks(to, asks) })
+		}
+		k, n, err := l.header(h.e.cfg.StallTimeout, h.blob.Size)
+		if err != nil {
 			return err
 		}
-		if err := h.a.Write(w.off, data); err != nil {
-			h.die(err)
-			return err
-		}
-		w.hash.Write(data)
-		w.off += int64(len(data))
-		w.sent[hd] += int64(len(data))
-		if !w.solo { // else two that break off in turn would go on for ever
-			hd.delivered()
+		switch k {
+		case kindPiece:
+			if err := h.pourPiece(hd, l, buf, piece, n); err != nil {
+				return err
+			}
+			piece++
+			moved = time.Now()
+		case kindBeat:
+			if time.Since(moved) > 3*h.e.cfg.StallTimeout {
+				return &failure{Stalled, errStalled}
+			}
+		case kindGone:
+			return &failure{Gone, transfer.ErrNotHeld}
+		case kindHave, kindHaves, kindComplete: // what it said while it waited for its turn
+			if _, err := l.body(n, h.e.cfg.StallTimeout); err != nil {
+				return err
+			}
+		default:
+			return fail(Broken, "frame of kind %d instead of piece %d", k, piece)
 		}
 	}
 	return h.weigh()
+}
+
+// pourPiece takes the next piece.
+func (h *hunt) pourPiece(hd *holder, l *link, buf []byte, piece int, length int64) error {
+	w := h.whole
+	var head [pieceHeader]byte
+	if length < pieceHeader {
+		return fail(BadSize, "piece frame of %d bytes: %w", length, errFrame)
+	}
+	if err := l.read(head[:], h.e.cfg.StallTimeout, nil); err != nil {
+		return err
+	}
+	i, n, err := decodePieceHeader(head[:], length, h.blob.Size)
+	switch {
+	case err != nil:
+		return &failure{BadSize, err}
+	case i != piece:
+		return fail(Broken, "sent piece %d instead of %d", i, piece)
+	}
+	data := buf[:n]
+	if err := l.read(data, h.e.cfg.StallTimeout, nil); err != nil {
+		return err
+	}
+	if err := h.a.Write(w.off, data); err != nil {
+		h.die(err)
+		return err
+	}
+	w.hash.Write(data)
+	w.off += n
+	w.sent[hd] += n
+	if h.e.cfg.Meter != nil {
+		h.e.cfg.Meter.Received(transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency()}, int(n))
+	}
+	if !w.solo { // else two that break off in turn would go on for ever
+		h.mu.Lock()
+		hd.strikes = 0
+		h.mu.Unlock()
+	}
+	return nil
 }
 
 // weigh verifies the digest of all that has come.

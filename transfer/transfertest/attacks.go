@@ -165,14 +165,14 @@ func testSizeLie(t *testing.T, f *fleet) {
 	}
 }
 
-// A sender stops in the middle of an answer; whoever waits gets on by another.
+// A sender stops in the middle of the blob; whoever waits gets on by another.
 func testStall(t *testing.T, f *fleet) {
 	f.stall = hasty
 	content := fresh(20 * transfer.PieceSize)
 	for _, b := range []transfer.Blob{blobOf(t, content), rootless(blobOf(t, content))} {
 		var stalled atomic.Bool
 		hostile := f.node("hostile", holding(content), options{source: reads(func(ctx context.Context, _ []byte, off int64, read func() (int, error)) (int, error) {
-			if off%transfer.PieceSize < transfer.PieceSize/2 {
+			if off < b.Size/2 {
 				return read()
 			}
 			stalled.Store(true)

@@ -1,0 +1,360 @@
+package stream
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/atoll-registry/atoll/transfer"
+)
+
+// failure is why a holder did not deliver.
+type failure struct {
+	why Reason
+	err error
+}
+
+func (f *failure) Error() string { return string(f.why) + ": " + f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
+
+func fail(why Reason, format string, args ...any) *failure {
+	return &failure{why, fmt.Errorf(format, args...)}
+}
+
+var (
+	errStalled    = errors.New("no progress within the time allowed")
+	errOtherPeer  = errors.New("another node answers at the peer's address")
+	errNoProgress = errors.New("still fetching it itself, and offers nothing new")
+)
+
+// link is one connection to a peer, on either side. One goroutine reads; frames may be
+// sent by any, and one goroutine of the link's own writes them.
+type link struct {
+	conn net.Conn
+	peer string // node id, as the connection proves it; "" when it proves none
+	in   *bufio.Reader
+
+	mu   sync.Mutex
+	out  []byte // to be written
+	wake chan struct{}
+	shut sync.Once
+	done chan struct{} // closed by close
+}
+
+func newLink(conn net.Conn) *link {
+	l := &link{conn: conn, in: bufio.NewReaderSize(conn, transfer.LeafSize), wake: make(chan struct{}, 1), done: make(chan struct{})}
+	if p, ok := conn.(interface{ PeerID() string }); ok {
+		l.peer = p.PeerID()
+	}
+	keepShort(conn)
+	return l
+}
+
+// close ends the link at once.
+func (l *link) close() {
+	l.shut.Do(func() {
+		close(l.done)
+		l.conn.Close()
+	})
+}
+
+// send queues frames that build appends.
+func (l *link) send(build func(to []byte) []byte) {
+	l.mu.Lock()
+	l.out = build(l.out)
+	l.mu.Unlock()
+	l.rouse()
+}
+
+func (l *link) rouse() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take is what is queued.
+func (l *link) take() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := l.out
+	l.out = nil
+	return out
+}
+
+// writeChunk is how much has to get away within the write timeout.
+const writeChunk = 64 << 10
+
+// write writes with a deadline that moves along.
+func (l *link) write(b []byte) error {
+	for len(b) > 0 {
+		n := min(len(b), writeChunk)
+		if err := l.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+			return err
+		}
+		if _, err := l.conn.Write(b[:n]); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// header reads the next frame's head within the timeout; 0: none. The length is within
+// what the kind allows for a blob of size bytes.
+func (l *link) header(timeout time.Duration, size int64) (k kind, length int64, err error) {
+	if err := l.within(timeout); err != nil {
+		return 0, 0, err
+	}
+	var head [frameHeader]byte
+	if _, err := io.ReadFull(l.in, head[:]); err != nil {
+		return 0, 0, broken(err)
+	}
+	k, length = kind(head[0]), int64(binary.BigEndian.Uint32(head[1:]))
+	most, err := limit(k, size)
+	if err != nil {
+		return 0, 0, &failure{Broken, err}
+	}
+	if length > most {
+		return 0, 0, fail(BadSize, "frame of kind %d with %d bytes, %d are possible: %w", k, length, most, errFrame)
+	}
+	return k, length, nil
+}
+
+func (l *link) within(timeout time.Duration) error {
+	until := time.Time{}
+	if timeout > 0 {
+		until = time.Now().Add(timeout)
+	}
+	if err := l.conn.SetReadDeadline(until); err != nil {
+		return broken(err)
+	}
+	return nil
+}
+
+// read fills p. Each 16 KiB, and the end, has to come within the timeout: a peer that
+// drips would hold a fetch for days. progress, which may be nil, hears of each.
+func (l *link) read(p []byte, timeout time.Duration, progress func()) error {
+	for len(p) > 0 {
+		if err := l.within(timeout); err != nil {
+			return err
+		}
+		n := min(len(p), transfer.LeafSize)
+		if _, err := io.ReadFull(l.in, p[:n]); err != nil {
+			return broken(fmt.Errorf("frame broke off: %w", err))
+		}
+		if progress != nil {
+			progress()
+		}
+		p = p[n:]
+	}
+	return nil
+}
+
+// body reads a small body.
+func (l *link) body(length int64, timeout time.Duration) ([]byte, error) {
+	b := make([]byte, length)
+	return b, l.read(b, timeout, nil)
+}
+
+// drain reads frames until the peer says that the session is over.
+func (l *link) drain(timeout time.Duration, size int64) error {
+	for {
+		k, n, err := l.header(timeout, size)
+		if err != nil {
+			return err
+		}
+		if k == kindBye {
+			return nil
+		}
+		if err := l.within(timeout); err != nil {
+			return err
+		}
+		if _, err := io.CopyN(io.Discard, l.in, n); err != nil {
+			return broken(err)
+		}
+	}
+}
+
+// broken makes a failure of a connection's error: a stall if the time was up.
+func broken(err error) error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return &failure{Stalled, errStalled}
+	}
+	return &failure{Broken, err}
+}
+
+// links are the connections to holders: those in no session are kept for a while.
+type links struct {
+	dial func(ctx context.Context, addr string) (net.Conn, error)
+	keep int // of one peer
+
+	mu     sync.Mutex
+	idle   map[transfer.Peer][]*resting
+	closed bool
+}
+
+// resting is a link in no session; it closes by itself.
+type resting struct {
+	*link
+	expiry *time.Timer
+}
+
+// idleTimeout after which a connection in no session is closed.
+const idleTimeout = time.Minute
+
+// get gives a connection to a peer; old says that it had sessions before, and may turn
+// out to be dead.
+func (ls *links) get(ctx context.Context, p transfer.Peer) (l *link, old bool, err error) {
+	ls.mu.Lock()
+	for n := len(ls.idle[p]); n > 0; n = len(ls.idle[p]) {
+		r := ls.idle[p][n-1]
+		ls.idle[p] = ls.idle[p][:n-1]
+		if r.expiry.Stop() {
+			ls.mu.Unlock()
+			return r.link, true, nil
+		}
+	}
+	delete(ls.idle, p)
+	ls.mu.Unlock()
+	conn, err := ls.dial(ctx, p.Addr)
+	if err != nil {
+		return nil, false, err
+	}
+	l = newLink(conn)
+	if p.ID != "" && l.peer != "" && l.peer != p.ID {
+		l.close()
+		return nil, false, fmt.Errorf("%w: asked for %s, found %s", errOtherPeer, p.ID, l.peer)
+	}
+	go l.writer()
+	return l, false, nil
+}
+
+// writer writes what is queued until the link is closed.
+func (l *link) writer() {
+	for {
+		select {
+		case <-l.wake:
+		case <-l.done:
+			return
+		}
+		if out := l.take(); len(out) > 0 {
+			if l.write(out) != nil {
+				l.close()
+				return
+			}
+		}
+	}
+}
+
+// put keeps a connection whose session has ended.
+func (ls *links) put(p transfer.Peer, l *link) {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	if ls.closed || len(ls.idle[p]) >= ls.keep {
+		l.close()
+		return
+	}
+	ls.idle[p] = append(ls.idle[p], &resting{l, time.AfterFunc(idleTimeout, l.close)})
+}
+
+// close closes all that are kept, now and from now on.
+func (ls *links) close() {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	ls.closed = true
+	for _, rs := range ls.idle {
+		for _, r := range rs {
+			r.expiry.Stop()
+			r.close()
+		}
+	}
+	ls.idle = nil
+}
+
+// keptLinks of one peer.
+const keptLinks = 4
+
+// release ends a session in which nothing is on its way, and keeps the connection.
+func (e *Engine) release(p transfer.Peer, l *link, size int64) {
+	l.send(func(to []byte) []byte { return frame(to, kindBye) })
+	select {
+	case e.starts <- func(ctx context.Context) {
+		stop := context.AfterFunc(ctx, l.close)
+		defer stop()
+		if l.drain(byeTimeout, size) != nil {
+			l.close()
+			return
+		}
+		e.links.put(p, l)
+	}:
+	case <-e.stopped:
+		l.close()
+	}
+}
+
+// open begins a session with a peer: it says hello, and then what more there is to say
+// at once, and gets the peer's state. A connection that was kept may have died
+// meanwhile, so a new one is tried then.
+func (e *Engine) open(ctx context.Context, p transfer.Peer, h hello, more func(to []byte) []byte) (*link, state, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, e.cfg.AskTimeout, errStalled)
+	defer cancel()
+	for {
+		l, old, err := e.links.get(ctx, p)
+		if err != nil {
+			if errors.Is(context.Cause(ctx), errStalled) {
+				return nil, state{}, &failure{Stalled, errStalled}
+			}
+			return nil, state{}, &failure{Broken, err}
+		}
+		st, err := e.greet(ctx, l, h, more)
+		if err == nil {
+			return l, st, nil
+		}
+		l.close()
+		if !old || ctx.Err() != nil {
+			return nil, state{}, err
+		}
+	}
+}
+
+// greet says hello and awaits the state.
+func (e *Engine) greet(ctx context.Context, l *link, h hello, more func(to []byte) []byte) (state, error) {
+	stop := context.AfterFunc(ctx, l.close)
+	defer stop()
+	l.send(func(to []byte) []byte {
+		to = h.append(to)
+		if more != nil {
+			to = more(to)
+		}
+		return to
+	})
+	k, n, err := l.header(e.cfg.AskTimeout, h.size)
+	if err != nil {
+		return state{}, err
+	}
+	if k != kindState {
+		return state{}, fail(Broken, "answered hello with a frame of kind %d: %w", k, errFrame)
+	}
+	body, err := l.body(n, e.cfg.AskTimeout)
+	if err != nil {
+		return state{}, err
+	}
+	st, err := decodeState(body)
+	switch {
+	case err != nil:
+		return state{}, &failure{Broken, err}
+	case !stop():
+		return state{}, &failure{Stalled, errStalled}
+	case st.held != heldNothing && st.size != uint64(h.size):
+		return state{}, fail(BadSize, "claims a size of %d bytes, the blob has %d", st.size, h.size)
+	}
+	return st, nil
+}

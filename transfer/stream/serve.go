@@ -1,0 +1,491 @@
+package stream
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/atoll-registry/atoll/transfer"
+	"github.com/atoll-registry/atoll/transfer/plan"
+)
+
+const (
+	// writeTimeout within which a peer must take each 64 KiB.
+	writeTimeout = 30 * time.Second
+	// helloTimeout after which a connection in no session is closed: longer than the
+	// wanter keeps it.
+	helloTimeout = 2 * time.Minute
+	// maxService is how many pieces are on their way out at once, whoever takes them.
+	maxService = 32
+	// maxSessions that peers may have here at once.
+	maxSessions = 1024
+)
+
+// session is one wanter's interest in one blob.
+type session struct {
+	e      *Engine
+	link   *link
+	blob   transfer.Blob // without a root
+	flight *flight       // nil unless it was arriving when the session began
+
+	beat time.Duration
+
+	// The desk's.
+	offer *offer
+	asker *plan.Asker
+	class transfer.Class
+
+	mu      sync.Mutex
+	turn    *plan.Turn // to be sent
+	content transfer.Content
+}
+
+// Serve serves peers that ln has authenticated until ctx is done or ln is closed, and
+// returns when all sessions have ended. Connections are closed when ctx is done.
+func (e *Engine) Serve(ctx context.Context, ln net.Listener) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
+	places := make(chan struct{}, maxSessions)
+	for {
+		conn, err := ln.Accept()
+		if err != nil {
+			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				return nil
+			}
+			return fmt.Errorf("serving blobs to peers: %w", err)
+		}
+		select {
+		case places <- struct{}{}:
+		default:
+			e.log.Warn("peer turned away: too many ask for blobs", "peer", conn.RemoteAddr())
+			conn.Close()
+			continue
+		}
+		wg.Go(func() {
+			defer func() { <-places }()
+			e.serveConn(ctx, conn)
+		})
+	}
+}
+
+// serveConn serves one connection, session by session.
+func (e *Engine) serveConn(ctx context.Context, conn net.Conn) {
+	l := newLink(conn)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, l.close)
+	defer stop()
+	defer l.close()
+	for {
+		k, n, err := l.header(helloTimeout, 0)
+		if err != nil {
+			return
+		}
+		body, err := l.body(n, writeTimeout)
+		if err != nil {
+			return
+		}
+		if k != kindHello {
+			return
+		}
+		h, err := decodeHello(body)
+		if err != nil {
+			e.log.Info("peer's request for a blob makes no sense", "peer", l.peer, "err", err)
+			return
+		}
+		if err := e.session(ctx, l, h); err != nil {
+			e.log.Debug("session with a peer ended", "peer", l.peer, "blob", h.digest, "err", err)
+			return
+		}
+	}
+}
+
+// session serves one blob until the wanter says bye (nil) or the connection ends.
+func (e *Engine) session(ctx context.Context, l *link, h hello) error {
+	s := &session{
+		e: e, link: l, class: h.class,
+		blob: transfer.Blob{Digest: h.digest, Size: h.size},
+		beat: min(max(h.patience, 20*time.Millisecond), 10*time.Second),
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer func() {
+		e.desk.leave(s)
+		cancel()
+		wg.Wait()
+		if s.content != nil {
+			s.content.Close()
+		}
+	}()
+	wg.Go(func() { s.writer(ctx) })
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	size := int64(0) // nothing that needs the size is heard before it is known to be true
+	if s.offer != nil {
+		size = h.size
+	}
+	tabled := false
+	for {
+		k, n, err := l.header(0, size)
+		if err != nil {
+			return err
+		}
+		body, err := l.body(n, writeTimeout)
+		if err != nil {
+			return err
+		}
+		switch {
+		case k == kindBye:
+			e.desk.leave(s)
+			cancel()
+			wg.Wait() // a piece that is on its way goes out whole
+			return l.write(frame(l.take(), kindBye))
+		case k == kindTables && tabled:
+			return fmt.Errorf("piece table asked for twice: %w", errFrame)
+		case k == kindTables:
+			tabled = true
+			wg.Go(func() { s.table(ctx) })
+		case s.offer == nil && k != kindHello: // said before the wanter knew
+		default:
+			if err := s.hear(k, body); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// begin finds out what is held of the blob and tells the wanter.
+func (s *session) begin(ctx context.Context) error {
+	e, d := s.e, s.blob.Digest
+	fl := e.flying(d) // before the look into the source: it may arrive in between
+	content, err := e.cfg.Source.Open(ctx, d)
+	switch {
+	case err == nil && content.Size() != s.blob.Size:
+		s.link.send(state{heldComplete, uint64(content.Size())}.append)
+		return content.Close()
+	case err == nil:
+		s.content = content
+		e.desk.join(s, nil)
+		return nil
+	case !errors.Is(err, transfer.ErrNotHeld):
+		e.log.Error("blob cannot be opened for a peer", "blob", d, "peer", s.link.peer, "err", err)
+	case fl != nil && !failed(fl.arrival.Fetch()):
+		fl.announced(s.link.peer)
+		if size := fl.arrival.Fetch().Blob().Size; size != s.blob.Size {
+			s.link.send(state{heldPart, uint64(size)}.append)
+			return nil
+		}
+		s.flight = fl
+		e.desk.join(s, fl.arrival.Held)
+		if fl.arrival.Ended() { // before it could be told
+			e.desk.held(d, -1, fl.arrival.Fetch().Progress().Done)
+		}
+		return nil
+	}
+	s.link.send(state{held: heldNothing}.append)
+	return nil
+}
+
+// hear takes a frame from the wanter.
+func (s *session) hear(k kind, body []byte) error {
+	pieces := transfer.Pieces(s.blob.Size)
+	switch k {
+	case kindAsk:
+		asks, err := decodeAsks(body, pieces)
+		if err != nil {
+			return err
+		}
+		var refused []int
+		asks = s.possible(asks, &refused)
+		s.link.send(func(to []byte) []byte { return appendPieces(to, kindRefuse, refused...) })
+		over := false
+		s.e.desk.tell(s, func(a *plan.Asker) {
+			for _, ask := range asks {
+				a.Ask(ask)
+			}
+			over = a.Waiting() > perFrame
+		})
+		if over {
+			return fmt.Errorf("more than %d pieces asked for at once: %w", perFrame, errFrame)
+		}
+	case kindCancel, kindSkip, kindNeed:
+		list, err := decodePieces(body, pieces)
+		if err != nil {
+			return err
+		}
+		s.e.desk.tell(s, func(a *plan.Asker) {
+			for _, i := range list {
+				switch k {
+				case kindCancel:
+					a.Cancel(i)
+				case kindSkip:
+					a.Hear(plan.Note{Piece: i, Kind: plan.Skip})
+				default:
+					a.Hear(plan.Note{Piece: i, Kind: plan.Need})
+				}
+			}
+		})
+	case kindSkips:
+		set, err := transfer.DecodeBitmap(body, pieces)
+		if err != nil {
+			return err
+		}
+		s.e.desk.tell(s, func(a *plan.Asker) {
+			for i := range pieces {
+				if set.Has(i) {
+					a.Hear(plan.Note{Piece: i, Kind: plan.Skip})
+				}
+			}
+		})
+	case kindClass:
+		if len(body) != 1 {
+			return errFrame
+		}
+		s.e.desk.tell(s, func(a *plan.Asker) {
+			s.class = min(transfer.Class(body[0]), transfer.Prefetch)
+			a.Class(s.class)
+		})
+	default:
+		return fmt.Errorf("frame of kind %d from a wanter: %w", k, errFrame)
+	}
+	return nil
+}
+
+// possible leaves out asks for what is not held yet.
+func (s *session) possible(asks []plan.Ask, refused *[]int) []plan.Ask {
+	if s.flight == nil {
+		return asks
+	}
+	a := s.flight.arrival
+	kept := asks[:0]
+	for _, ask := range asks {
+		if ask.Piece != plan.Any && !a.Holds(ask.Piece) {
+			*refused = append(*refused, ask.Piece)
+			continue
+		}
+		kept = append(kept, ask)
+	}
+	return kept
+}
+
+// serve gives the session its turn; the desk holds its lock.
+func (s *session) serve(t *plan.Turn) {
+	s.mu.Lock()
+	s.turn = t
+	s.mu.Unlock()
+	s.link.rouse()
+}
+
+const (
+	// slowRead is how long a piece may take to be read before the next is read beside
+	// it, of as many as maxReads.
+	slowRead = 100 * time.Millisecond
+	maxReads = 4
+)
+
+// loaded is a piece that was read, in its frame.
+type loaded struct {
+	turn  *plan.Turn
+	buf   []byte // to be given back; nil when ctx was done first
+	frame []byte
+	bytes int64
+	err   error
+}
+
+// writer writes what is queued, pieces in their turn, and a sign of life now and then,
+// until ctx is done.
+func (s *session) writer(ctx context.Context) {
+	beat := time.NewTicker(s.beat)
+	defer beat.Stop()
+	slow := time.NewTimer(time.Hour)
+	defer slow.Stop()
+	ready := make(chan loaded, maxReads)
+	reading := 0
+	defer func() {
+		for ; reading > 0; reading-- {
+			s.unload(<-ready)
+		}
+	}()
+	var last *plan.Turn
+	for {
+		var err error
+		if turn := s.next(); turn != nil {
+			last = turn
+			reading++
+			slow.Reset(slowRead)
+			go func() { ready <- s.load(ctx, turn) }() // awaited above
+		}
+		if out := s.link.take(); len(out) > 0 {
+			err = s.link.write(out)
+		}
+		if err == nil {
+			select {
+			case <-ctx.Done():
+				return
+			case <-s.link.wake:
+			case l := <-ready:
+				reading--
+				err = s.send(l)
+				s.unload(l)
+			case <-slow.C:
+				if reading < maxReads {
+					s.e.desk.aside(last)
+				}
+			case <-beat.C:
+				err = s.link.write(frame(nil, kindBeat))
+			}
+		}
+		if err != nil {
+			s.link.close() // ends the reader, which ends the session
+			return
+		}
+	}
+}
+
+// next takes the session's turn, if it has one.
+func (s *session) next() *plan.Turn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.turn
+	s.turn = nil
+	return t
+}
+
+// load reads a piece.
+func (s *session) load(ctx context.Context, t *plan.Turn) loaded {
+	l := loaded{turn: t}
+	buf, err := s.e.serving.take(ctx)
+	if err != nil {
+		l.err = err
+		return l
+	}
+	off, n := transfer.PieceRange(s.blob.Size, t.Piece)
+	b := append(buf[:0], byte(kindPiece))
+	b = binary.BigEndian.AppendUint32(b, uint32(pieceHeader+n))
+	b = binary.BigEndian.AppendUint32(b, uint32(t.Piece))
+	head := len(b)
+	b = b[:head+int(n)]
+	l.buf, l.frame, l.bytes = buf, b, n
+	l.err = s.readAt(ctx, b[head:], off)
+	return l
+}
+
+// unload ends a turn.
+func (s *session) unload(l loaded) {
+	if l.buf != nil {
+		s.e.serving.give(l.buf)
+	}
+	s.e.desk.done(l.turn)
+}
+
+// send sends a piece, or says that it cannot be read.
+func (s *session) send(l loaded) error {
+	if l.err != nil {
+		s.e.log.Error("blob cannot be read for a peer", "blob", s.blob.Digest, "piece", l.turn.Piece, "peer", s.link.peer, "err", l.err)
+		return s.link.write(appendPieces(nil, kindRefuse, l.turn.Piece))
+	}
+	if err := s.link.write(l.frame); err != nil {
+		return err
+	}
+	if s.e.cfg.Hooks.Served != nil {
+		s.e.cfg.Hooks.Served(s.link.peer, l.bytes)
+	}
+	if s.e.cfg.Meter != nil {
+		s.e.cfg.Meter.Sent(s.flow(), int(l.bytes))
+	}
+	return nil
+}
+
+// readAt reads from wherever the bytes are: they may have arrived meanwhile.
+func (s *session) readAt(ctx context.Context, p []byte, off int64) error {
+	content, err := s.open(ctx)
+	if err == nil && content == nil {
+		n, err := s.flight.arrival.ReadAt(p, off)
+		if n == len(p) {
+			return nil
+		}
+		if !errors.Is(err, fs.ErrClosed) {
+			return err
+		}
+	}
+	if content == nil && err == nil { // it has just arrived
+		content, err = s.open(ctx)
+	}
+	switch {
+	case err != nil:
+		return err
+	case content == nil:
+		return fs.ErrClosed
+	}
+	if n, err := content.ReadAt(p, off); n != len(p) {
+		if err == nil || errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+	return nil
+}
+
+// open gives the blob's content, also of one that has arrived since the session began;
+// nil when it still arrives.
+func (s *session) open(ctx context.Context) (transfer.Content, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.content != nil || !s.flight.arrival.Ended() {
+		return s.content, nil
+	}
+	content, err := s.e.cfg.Source.Open(ctx, s.blob.Digest)
+	if err != nil {
+		return nil, err
+	}
+	if content.Size() != s.blob.Size {
+		return nil, errors.Join(fmt.Errorf("blob has %d bytes and was asked for with %d", content.Size(), s.blob.Size), content.Close())
+	}
+	s.content = content
+	return content, nil
+}
+
+// table sends the piece table, once there is one. The first time it may have to be
+// computed, which takes as long as reading the blob; meanwhile the session's signs of
+// life go on.
+func (s *session) table(ctx context.Context) {
+	var t transfer.PieceTable
+	err := error(transfer.ErrNotHeld)
+	if s.flight != nil {
+		if table, ok := s.flight.arrival.Fetch().AwaitTable(ctx); ok {
+			t, err = table, nil
+		}
+	}
+	if err != nil {
+		t, err = s.e.cfg.Source.Pieces(ctx, s.blob.Digest)
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	var raw []byte
+	if err == nil {
+		raw, err = t.MarshalBinary()
+	}
+	if err != nil {
+		s.e.log.Error("no piece table for a peer", "blob", s.blob.Digest, "peer", s.link.peer, "err", err)
+		s.link.send(func(to []byte) []byte { return frame(to, kindGone) })
+		return
+	}
+	s.link.send(func(to []byte) []byte { return frame(to, kindTable, raw...) })
+}
+
+// flow is what moves, for a limiter and a meter.
+func (s *session) flow() transfer.Flow {
+	return transfer.Flow{Blob: s.blob, Peer: s.link.peer, Class: s.class}
+}

@@ -1,0 +1,32 @@
+package stream
+
+import (
+	"net"
+	"syscall"
+)
+
+// unsentMost is how much the kernel takes from this node before it is on the wire.
+const (
+	unsentMost      = 128 << 10
+	tcpNotSentLowat = 25 // TCP_NOTSENT_LOWAT; package syscall does not name it
+)
+
+// keepShort bounds what waits in the kernel, so that a piece is in service while it is
+// on the wire, and what is urgent does not stand behind megabytes.
+func keepShort(c net.Conn) {
+	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
+		c = t.NetConn()
+	}
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		return
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return
+	}
+	// Where the kernel does not know it, queues are longer, that is all.
+	_ = raw.Control(func(fd uintptr) {
+		_ = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpNotSentLowat, unsentMost)
+	})
+}
