@@ -291,7 +291,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 		return err
 	}
 	if n.network, err = peernet.New(peernet.Config{
-		Founding: paired, SiteID: who.SiteID, Log: n.log, Epoch: guard.Wire, Meet: guard.Meet,
+		Founding: paired, SiteID: who.SiteID, Log: n.log, Registry: metrics, Epoch: guard.Wire, Meet: guard.Meet,
 		Cert:      func() tls.Certificate { return n.member.Certificate() },
 		CA:        func() *x509.CertPool { return n.member.Pool() },
 		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },

@@ -16,11 +16,15 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 )
 
 // Services known by their first byte. Others may be added by whoever listens.
@@ -93,8 +97,9 @@ type Config struct {
 	// Now for certificates' validity; nil means time.Now. A node whose clock may be
 	// wrong gives the newest time that it knows to be committed.
 	Now func() time.Time
-	// Log; nil discards.
-	Log *slog.Logger
+	// Log; nil discards. Registry of metrics; may be nil.
+	Log      *slog.Logger
+	Registry prometheus.Registerer
 
 	// HandshakeTimeout for a connection from accept (or dial) to the service; 0 means 10 s.
 	HandshakeTimeout time.Duration
@@ -111,6 +116,10 @@ type Config struct {
 type Net struct {
 	cfg Config
 	log *slog.Logger
+	// refused counts connections by reason; said bounds what the log says of them:
+	// a stranger can make as many as it likes.
+	refused *prometheus.CounterVec
+	said    rate.Sometimes
 
 	mu        sync.Mutex
 	closed    bool
@@ -153,9 +162,19 @@ func New(cfg Config) (*Net, error) {
 	if cfg.MaxPerAddress <= 0 {
 		cfg.MaxPerAddress = 32
 	}
+	refused := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "atoll_peernet_refused_total", Help: "Connections to the peer port that were refused, by reason.",
+	}, []string{"reason"})
+	if cfg.Registry != nil {
+		if err := cfg.Registry.Register(refused); err != nil {
+			return nil, fmt.Errorf("peernet: %w", err)
+		}
+	}
 	return &Net{
 		cfg:       cfg,
 		log:       cfg.Log,
+		refused:   refused,
+		said:      rate.Sometimes{First: 20, Interval: 10 * time.Second},
 		services:  make(map[byte]*listener),
 		conns:     make(map[net.Conn]string),
 		addresses: make(map[netip.Addr]int),

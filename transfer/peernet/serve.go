@@ -55,6 +55,10 @@ func (n *Net) Serve(ctx context.Context, ln net.Listener) error {
 		from := addressOf(raw)
 		if !n.admit(raw, from) {
 			raw.Close()
+			n.refused.WithLabelValues("crowded").Inc()
+			n.said.Do(func() {
+				n.log.Warn("peer port has too many strangers, and takes no more for now", "remote", raw.RemoteAddr().String())
+			})
 			continue
 		}
 		wg.Go(func() { n.accept(ctx, raw, from) })
@@ -147,7 +151,8 @@ func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
 		if errors.Is(err, io.EOF) || ctx.Err() != nil {
 			level = slog.LevelDebug // a port scan, a health check, a peer that left
 		}
-		log.Log(ctx, level, "peer connection refused", "err", err)
+		n.refused.WithLabelValues(reason(c, err)).Inc()
+		n.said.Do(func() { log.Log(ctx, level, "peer connection refused", "err", err) })
 		return
 	}
 	if joining {
@@ -166,6 +171,19 @@ func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
 		c.Close()
 		log.Warn("peer connection dropped: its service accepts too slowly", "peer", c.peer, "service", c.service)
 	}
+}
+
+// reason is why a connection was refused, in a word.
+func reason(c *Conn, err error) string {
+	switch {
+	case c.peer == "":
+		return "handshake"
+	case errors.Is(err, ErrNoService):
+		return "service"
+	case c.service == 0:
+		return "silent"
+	}
+	return "denied"
 }
 
 // handshake authenticates the peer, reads which service it wants and answers.
