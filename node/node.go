@@ -306,7 +306,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	if n.engine, err = kv.OpenBolt(filepath.Join(n.config.Data, "meta.db")); err != nil {
 		return err
 	}
-	n.engine = n.reserve.Engine(n.engine)
+	n.engine = kv.WriteBehind(n.reserve.Engine(n.engine))
 	n.db = table.New(n.engine, n.log)
 	if n.member, err = member.New(member.Config{
 		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
@@ -504,7 +504,9 @@ func (n *Node) Close() {
 		n.rooms.store.Close()
 	}
 	if n.engine != nil {
-		n.engine.Close()
+		if err := n.engine.Close(); err != nil {
+			n.log.Warn("closing the state; the next start goes on from the log", "error", err)
+		}
 	}
 	if n.lock != nil {
 		n.lock.Close()

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -71,6 +72,7 @@ type Node struct {
 
 	cluster *Cluster
 	engine  kv.Engine
+	power   *power
 	host    *host
 	cancel  context.CancelFunc
 	done    chan error
@@ -146,7 +148,7 @@ func (n *Node) Start() {
 }
 
 // TryStart is Start for a node that may refuse.
-func (n *Node) TryStart() error {
+func (n *Node) TryStart() (err error) {
 	t, opts := n.cluster.t, n.cluster.opts
 	identity, err := member.LoadIdentity(n.Dir)
 	if err != nil {
@@ -158,6 +160,13 @@ func (n *Node) TryStart() error {
 	if opts.Engine != nil {
 		n.engine = opts.Engine(n, n.engine)
 	}
+	n.power = &power{Engine: n.engine}
+	n.engine = kv.WriteBehind(n.power)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.engine.Close())
+		}
+	}()
 	n.logs = &lines{t: t, name: n.Name}
 	log := slog.New(slog.NewTextHandler(n.logs, &slog.HandlerOptions{Level: level()}))
 	n.DB = table.New(n.engine, log)
@@ -206,7 +215,7 @@ func (n *Node) TryStart() error {
 	case err := <-n.done:
 		cancel()
 		n.cancel = nil
-		return errors.Join(err, n.engine.Close())
+		return err
 	}
 }
 
@@ -219,22 +228,52 @@ func (n *Node) Stop() {
 	n.cancel = nil
 	// One that the site has removed, or replaced under its name, ends so when it
 	// learns of it, which may be now; who cares asks Done.
-	if err := <-n.done; err != nil && !errors.Is(err, member.ErrRemoved) {
+	if err := <-n.done; err != nil && !errors.Is(err, member.ErrRemoved) && !errors.Is(err, errPower) {
 		n.cluster.t.Errorf("%s ended with: %v", n.Name, err)
 	}
 	n.host.kill()
-	if err := n.engine.Close(); err != nil {
+	if err := n.engine.Close(); err != nil && !n.power.off.Load() {
 		n.cluster.t.Errorf("%s: closing the state: %v", n.Name, err)
 	}
 }
 
-// Kill ends the node as a power cut does, as far as the others can see: its
-// connections break before it can say anything. It may be started again.
+// Kill ends the node as a power cut does, as far as the others and its disk can
+// see: its connections break before it can say anything, and what of its state was
+// not on the disk is lost. It may be started again.
 func (n *Node) Kill() {
 	if n.cancel != nil {
+		n.power.off.Store(true)
 		n.host.kill()
 		n.Stop()
 	}
+}
+
+// Blackout kills all nodes at one moment.
+func (c *Cluster) Blackout() {
+	for _, n := range c.nodes {
+		if n.cancel != nil {
+			n.power.off.Store(true)
+			n.host.kill()
+		}
+	}
+	for _, n := range c.nodes {
+		n.Stop()
+	}
+}
+
+// power is what a node's disk gets its own from.
+type power struct {
+	kv.Engine
+	off atomic.Bool
+}
+
+var errPower = errors.New("the power is off")
+
+func (p *power) Update(fn func(kv.Writer) error) error {
+	if p.off.Load() {
+		return errPower
+	}
+	return p.Engine.Update(fn)
 }
 
 // Done gives the error with which a running node ends by itself.

@@ -21,6 +21,7 @@ type batch struct {
 	w      Writer
 	derive func(key, value []byte) [][]byte
 	known  map[ID]uint64 // of the machine; read only
+	oldest uint64        // no result is older, of the machine
 	added  map[ID]uint64
 	forgot map[ID]uint64
 	keys   [][]byte // rows and logs that changed
@@ -76,7 +77,9 @@ func (b *batch) forget(rev uint64) error {
 		return nil
 	}
 	var old [][]byte
-	for k, v := range b.w.Ascend(seen, nil, be64(rev-Window)) {
+	// Not from the start: what is forgotten may lie there, marked as gone, until
+	// the engine comes to it, and would be passed each time.
+	for k, v := range b.w.Ascend(seen, be64(b.oldest), be64(rev-Window)) {
 		old = append(old, append([]byte(nil), k...))
 		b.forgot[ID(v[:16])] = binary.BigEndian.Uint64(k)
 	}
@@ -85,6 +88,7 @@ func (b *batch) forget(rev uint64) error {
 			return err
 		}
 	}
+	b.oldest = rev - Window
 	return nil
 }
 

@@ -1,12 +1,12 @@
 package kv
 
 import (
-	"bytes"
 	"errors"
-	"hash/maphash"
 	"iter"
 	"sync"
 	"sync/atomic"
+
+	"github.com/atoll-registry/atoll/cluster/kv/treap"
 )
 
 // Space is one of the ordered maps that an Engine keeps apart.
@@ -64,9 +64,13 @@ type Engine interface {
 	// Open gives the newest committed state, to be released by the caller. One
 	// that stays open keeps old pages from being used again.
 	Open() (Snapshot, error)
-	// Update runs fn and commits what it wrote, all or nothing; with nil
-	// returned it is durable.
+	// Update runs fn and commits what it wrote, all or nothing. What a crash
+	// leaves is the state after some Update, with all before and none behind it.
 	Update(fn func(Writer) error) error
+	// Sync returns when all that was committed before is durable. An Engine may
+	// let that take some milliseconds of its own accord: what it lost raft's log
+	// has.
+	Sync() error
 	// Replace builds a whole new state and puts it in place of the old one at
 	// once; when fill fails, or the process dies before the end, the old one
 	// stays. fill calls batch as often as it likes: each call is one bounded
@@ -78,26 +82,18 @@ type Engine interface {
 	Close() error
 }
 
-// memory is an Engine whose states are immutable treaps: a writer copies the
-// path that it changes, so a reader holds a whole state by holding its roots.
+// memory is an Engine whose states are immutable maps: a reader holds a whole
+// state by holding its roots.
 type memory struct {
 	writing sync.Mutex
 	current atomic.Pointer[roots] // nil once closed
-	seed    maphash.Seed
 }
 
-type roots [spaces]*node
-
-// node is never changed once it is reachable from a committed root.
-type node struct {
-	key, value  []byte
-	weight      uint64 // a heap by weight, which is a hash of the key
-	left, right *node
-}
+type roots [spaces]treap.Map
 
 // NewMemory gives an empty Engine that keeps everything in memory, for tests.
 func NewMemory() Engine {
-	m := &memory{seed: maphash.MakeSeed()}
+	m := &memory{}
 	m.current.Store(&roots{})
 	return m
 }
@@ -115,7 +111,7 @@ func (m *memory) Open() (Snapshot, error) {
 	if r == nil {
 		return nil, ErrClosed
 	}
-	return &memoryTx{roots: *r}, nil
+	return memoryTx(*r), nil
 }
 
 func (m *memory) Update(fn func(Writer) error) error {
@@ -125,14 +121,16 @@ func (m *memory) Update(fn func(Writer) error) error {
 	if r == nil {
 		return ErrClosed
 	}
-	return m.commit(&memoryTx{roots: *r, seed: m.seed}, fn)
+	return m.commit(*r, fn)
 }
 
-func (m *memory) commit(tx *memoryTx, fn func(Writer) error) error {
+func (m *memory) commit(r roots, fn func(Writer) error) error {
+	tx := editRoots(r)
 	if err := fn(tx); err != nil {
 		return err
 	}
-	m.current.Store(&tx.roots)
+	r = tx.roots()
+	m.current.Store(&r)
 	return nil
 }
 
@@ -142,14 +140,16 @@ func (m *memory) Replace(fill func(batch func(func(Writer) error) error) error) 
 	if m.current.Load() == nil {
 		return ErrClosed
 	}
-	tx := &memoryTx{seed: m.seed}
-	err := fill(func(fn func(Writer) error) error { return fn(tx) })
-	if err != nil {
+	tx := editRoots(roots{})
+	if err := fill(func(fn func(Writer) error) error { return fn(tx) }); err != nil {
 		return err
 	}
-	m.current.Store(&tx.roots)
+	r := tx.roots()
+	m.current.Store(&r)
 	return nil
 }
+
+func (m *memory) Sync() error { return nil }
 
 func (m *memory) Size() int64 { return 0 }
 
@@ -160,92 +160,52 @@ func (m *memory) Close() error {
 	return nil
 }
 
-// memoryTx is a state and, for a writer, the state to be.
-type memoryTx struct {
-	roots roots
-	seed  maphash.Seed
+// memoryTx is a state to read.
+type memoryTx roots
+
+func (memoryTx) Release() {}
+
+func (tx memoryTx) Lookup(s Space, key []byte) []byte {
+	v, _ := tx[s].Get(key)
+	return v
 }
 
-func (tx *memoryTx) Release() {}
+func (tx memoryTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
+	return tx[s].Ascend(from, to)
+}
 
-func (tx *memoryTx) Lookup(s Space, key []byte) []byte {
-	n := tx.roots[s]
-	for n != nil {
-		switch c := bytes.Compare(key, n.key); {
-		case c < 0:
-			n = n.left
-		case c > 0:
-			n = n.right
-		default:
-			return n.value
-		}
+// memoryEdit is a state to be.
+type memoryEdit [spaces]*treap.Edit
+
+func editRoots(r roots) (tx memoryEdit) {
+	for s := range r {
+		tx[s] = r[s].Edit()
 	}
+	return tx
+}
+
+func (tx memoryEdit) roots() (r roots) {
+	for s, e := range tx {
+		r[s] = e.Map()
+	}
+	return r
+}
+
+func (tx memoryEdit) Lookup(s Space, key []byte) []byte {
+	v, _ := tx[s].Get(key)
+	return v
+}
+
+func (tx memoryEdit) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
+	return tx[s].Map().Ascend(from, to)
+}
+
+func (tx memoryEdit) Set(s Space, key, value []byte) error {
+	tx[s].Set(key, append([]byte{}, value...)) // not nil, which would be no value
 	return nil
 }
 
-func (tx *memoryTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
-	root := tx.roots[s]
-	return func(yield func([]byte, []byte) bool) { ascend(root, from, to, yield) }
-}
-
-func ascend(n *node, from, to []byte, yield func([]byte, []byte) bool) bool {
-	if n == nil {
-		return true
-	}
-	above := bytes.Compare(n.key, from) >= 0
-	if above && !ascend(n.left, from, to, yield) {
-		return false
-	}
-	if to != nil && bytes.Compare(n.key, to) >= 0 {
-		return true // the left side has been given; this and the right are past the end
-	}
-	if above && !yield(n.key, n.value) {
-		return false
-	}
-	return ascend(n.right, from, to, yield)
-}
-
-func (tx *memoryTx) Set(s Space, key, value []byte) error {
-	// The caller's bytes may be those of a log entry: a treap outlives them.
-	n := &node{key: bytes.Clone(key), value: append([]byte{}, value...), weight: maphash.Bytes(tx.seed, key)}
-	low, high := split(tx.roots[s], key)
-	tx.roots[s] = join(join(low, n), high)
+func (tx memoryEdit) Unset(s Space, key []byte) error {
+	tx[s].Remove(key)
 	return nil
-}
-
-func (tx *memoryTx) Unset(s Space, key []byte) error {
-	if tx.Lookup(s, key) != nil {
-		low, high := split(tx.roots[s], key)
-		tx.roots[s] = join(low, high)
-	}
-	return nil
-}
-
-// split gives the nodes below and those above key; the key itself is dropped.
-func split(n *node, key []byte) (low, high *node) {
-	if n == nil {
-		return nil, nil
-	}
-	switch c := bytes.Compare(key, n.key); {
-	case c < 0:
-		low, high = split(n.left, key)
-		return low, &node{n.key, n.value, n.weight, high, n.right}
-	case c > 0:
-		low, high = split(n.right, key)
-		return &node{n.key, n.value, n.weight, n.left, low}, high
-	}
-	return n.left, n.right
-}
-
-// join puts together two treaps of which every key of low is below those of high.
-func join(low, high *node) *node {
-	switch {
-	case low == nil:
-		return high
-	case high == nil:
-		return low
-	case low.weight > high.weight:
-		return &node{low.key, low.value, low.weight, low.left, join(low.right, high)}
-	}
-	return &node{high.key, high.value, high.weight, join(low, high.left), high.right}
 }

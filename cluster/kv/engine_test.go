@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.etcd.io/bbolt"
@@ -18,6 +19,11 @@ func engines(t *testing.T) map[string]func(t *testing.T) Engine {
 	return map[string]func(t *testing.T) Engine{
 		"memory": func(*testing.T) Engine { return NewMemory() },
 		"bolt":   func(t *testing.T) Engine { return openTestBolt(t, filepath.Join(t.TempDir(), "state.db")) },
+		"behind": func(t *testing.T) Engine {
+			return openTestBehind(t, filepath.Join(t.TempDir(), "state.db"), flushPause)
+		},
+		// Most of it is in the layers, and most of what is read is not.
+		"behind-slow": func(t *testing.T) Engine { return openTestBehind(t, filepath.Join(t.TempDir(), "state.db"), time.Hour) },
 	}
 }
 
@@ -27,6 +33,17 @@ func openTestBolt(t *testing.T, path string) Engine {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { e.Close() })
+	return e
+}
+
+func openTestBehind(t *testing.T, path string, pause time.Duration) Engine {
+	t.Helper()
+	below, err := OpenBolt(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := newBehind(below, pause, layerSize{layerBytes, layerUpdates})
 	t.Cleanup(func() { e.Close() })
 	return e
 }

@@ -2,12 +2,14 @@ package kv
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -102,6 +104,8 @@ func TestEnginesAgreeOnKeys(t *testing.T) {
 		return b
 	}
 	memory, file := NewMemory(), openTestBolt(t, filepath.Join(t.TempDir(), "state.db"))
+	// Every third Update is moved below, so that keys lie in the layers and there.
+	layers := openTestBehind(t, filepath.Join(t.TempDir(), "state.db"), time.Hour)
 	for round := range 60 {
 		type change struct {
 			key, value []byte
@@ -114,7 +118,12 @@ func TestEnginesAgreeOnKeys(t *testing.T) {
 			}
 			changes = append(changes, c)
 		}
-		for _, e := range []Engine{memory, file} {
+		if round%3 == 0 {
+			if err := layers.Sync(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, e := range []Engine{memory, file, layers} {
 			if err := e.Update(func(w Writer) error {
 				for _, c := range changes {
 					var err error
@@ -132,25 +141,27 @@ func TestEnginesAgreeOnKeys(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := memory.Read(func(a Content) error {
-			return file.Read(func(b Content) error {
-				for range 40 {
-					from, to := key(), key()
-					switch random.IntN(4) {
-					case 0:
-						from = nil
-					case 1:
-						to = nil
-					}
-					if diff := cmp.Diff(list(a, rows, from, to), list(b, rows, from, to)); diff != "" {
-						t.Fatalf("from %q to %q: %s", from, to, diff)
-					}
-					if k := key(); !bytes.Equal(a.Lookup(rows, k), b.Lookup(rows, k)) {
-						t.Fatalf("the engines differ in %q", k)
-					}
+		compare := func(a, b Content) {
+			for range 40 {
+				from, to := key(), key()
+				switch random.IntN(4) {
+				case 0:
+					from = nil
+				case 1:
+					to = nil
 				}
-				return nil
-			})
+				if diff := cmp.Diff(list(a, rows, from, to), list(b, rows, from, to)); diff != "" {
+					t.Fatalf("from %q to %q: %s", from, to, diff)
+				}
+				if k := key(); !bytes.Equal(a.Lookup(rows, k), b.Lookup(rows, k)) {
+					t.Fatalf("the engines differ in %q", k)
+				}
+			}
+		}
+		if err := memory.Read(func(a Content) error {
+			return errors.Join(
+				file.Read(func(b Content) error { compare(a, b); return nil }),
+				layers.Read(func(b Content) error { compare(a, b); return nil }))
 		}); err != nil {
 			t.Fatal(err)
 		}

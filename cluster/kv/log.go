@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -14,8 +15,9 @@ import (
 )
 
 // The log's file is one of bbolt with three buckets: "format" holds logFormat
-// under formatKey, "stable" what raft keeps beside the log, and "log" each entry
-// under its index (8 bytes, big-endian) as
+// under formatKey, "stable" what raft keeps beside the log and, under committedKey,
+// up to which entry the log was known to be committed when it was written last,
+// and "log" each entry under its index (8 bytes, big-endian) as
 //
 //	1        type of the entry
 //	1        1 when its data is compressed, else 0
@@ -55,6 +57,7 @@ var (
 	logFormatBucket = []byte("format")
 	logStableBucket = []byte("stable")
 	logBucket       = []byte("log")
+	committedKey    = []byte("committed") // 8 bytes, big-endian
 )
 
 // ErrNotFound is the answer to a key that was never set. Raft knows it by its text.
@@ -66,9 +69,10 @@ var ErrNotFound = errors.New("not found")
 // each other stays as it is. It is a raft.LogStore and a raft.StableStore, and
 // safe for use by many goroutines.
 type Log struct {
-	db     *bbolt.DB
-	pack   *zstd.Encoder
-	unpack *zstd.Decoder
+	db        *bbolt.DB
+	pack      *zstd.Encoder
+	unpack    *zstd.Decoder
+	committed atomic.Uint64 // is written with the next entries
 }
 
 var (
@@ -108,7 +112,7 @@ func newLog(db *bbolt.DB) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{db, pack, unpack}, nil
+	return &Log{db: db, pack: pack, unpack: unpack}, nil
 }
 
 // prepareLog makes the buckets of a new file and checks the format of an old one.
@@ -180,6 +184,7 @@ func (l *Log) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{e
 
 // StoreLogs implements raft.LogStore. The entries stay the caller's, unchanged.
 func (l *Log) StoreLogs(logs []*raft.Log) error {
+	committed := l.committed.Load()
 	stored := make([][]byte, len(logs))
 	for i, entry := range logs {
 		stored[i] = l.encode(entry)
@@ -192,8 +197,29 @@ func (l *Log) StoreLogs(logs []*raft.Log) error {
 				return err
 			}
 		}
-		return nil
+		if committed == 0 {
+			return nil
+		}
+		return tx.Bucket(logStableBucket).Put(committedKey, be64(committed))
 	})
+}
+
+// Stage tells up to which entry the log is committed, which is kept with the
+// entries that are stored next. What is committed is never taken back.
+func (l *Log) Stage(committed uint64) {
+	for was := l.committed.Load(); was < committed && !l.committed.CompareAndSwap(was, committed); {
+		was = l.committed.Load()
+	}
+}
+
+// Committed gives an index up to which the stored log is certain to be committed;
+// there may be more. 0 when nothing is known.
+func (l *Log) Committed() (uint64, error) {
+	committed, err := l.GetUint64(committedKey)
+	if errors.Is(err, ErrNotFound) {
+		return 0, nil
+	}
+	return committed, err
 }
 
 // DeleteRange implements raft.LogStore: first and last included.

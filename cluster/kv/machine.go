@@ -46,6 +46,7 @@ type Machine struct {
 
 	mu       sync.Mutex // held while the state moves
 	known    map[ID]uint64
+	oldest   uint64 // no result of an older revision is in the state
 	position Position
 	logged   atomic.Int64
 	err      error
@@ -69,13 +70,22 @@ func NewMachine(engine Engine, hooks Hooks) (*Machine, error) {
 	if err := m.load(); err != nil {
 		return nil, fmt.Errorf("read the state: %w", err)
 	}
+	// An engine that fails after it has answered would else be noticed with the next
+	// entry only.
+	if late, ok := engine.(interface{ OnFailure(func(error)) }); ok {
+		late.OnFailure(func(err error) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			_ = m.halt(err)
+		})
+	}
 	return m, nil
 }
 
 // load takes into memory what the engine's state says.
 func (m *Machine) load() error {
 	return m.engine.Read(func(c Content) error {
-		m.known = make(map[ID]uint64)
+		m.known, m.oldest = make(map[ID]uint64), 0
 		for k, v := range c.Ascend(seen, nil, nil) {
 			if len(k) != 8 || len(v) < len(ID{}) {
 				return fmt.Errorf("a result of %d and %d bytes", len(k), len(v))
@@ -90,7 +100,8 @@ func (m *Machine) load() error {
 	})
 }
 
-// Applied is the revision that the engine holds durably.
+// Applied is the revision of the state. It is durable in raft's log, and in the
+// engine after its next Sync.
 func (m *Machine) Applied() uint64 { return m.applied.Load() }
 
 // Size is about how many bytes the state takes; 0 when that is not known.
@@ -114,6 +125,46 @@ func (m *Machine) halt(err error) error {
 		close(m.halted)
 	}
 	return m.err
+}
+
+// CatchUp applies what the log knows to be committed and the state does not hold:
+// the last of what was applied before a process died need not be in the engine, and
+// raft, which does not keep what was committed, learns it again from a quorum only.
+// It is for before raft starts, and does nothing where it is not certain that the
+// log goes on where the state ends.
+func (m *Machine) CatchUp(log *Log) error {
+	const batch = 64
+	at, first := m.Position(), m.Applied()+1
+	committed, err := log.Committed()
+	if err != nil || committed < first {
+		return err
+	}
+	if first > 1 {
+		var last raft.Log
+		if err := log.GetLog(at.Index, &last); errors.Is(err, raft.ErrLogNotFound) || err == nil && last.Term != at.Term {
+			return nil // raft reads a snapshot first, or the log is of another time
+		} else if err != nil {
+			return err
+		}
+	}
+	var logs []*raft.Log
+	for index := first; index <= committed; index++ {
+		var l raft.Log
+		if err := log.GetLog(index, &l); errors.Is(err, raft.ErrLogNotFound) {
+			committed = index // the rest is behind a snapshot that raft restores
+		} else if err != nil {
+			return fmt.Errorf("read entry %d of the log: %w", index, err)
+		}
+		// LogCommand is the zero value.
+		if l.Index == index && (l.Type == raft.LogCommand || l.Type == raft.LogConfiguration) { // what raft gives a state machine
+			logs = append(logs, &l)
+		}
+		if len(logs) == batch || index == committed && len(logs) > 0 {
+			m.ApplyBatch(logs)
+			logs = nil
+		}
+	}
+	return m.Err()
 }
 
 // Apply implements raft.FSM.
@@ -157,7 +208,7 @@ func (m *Machine) applyNew(logs []*raft.Log, answers []any) {
 	rev := m.applied.Load()
 	position, logged := m.position, int64(0)
 	err := m.engine.Update(func(w Writer) error {
-		b = &batch{w: w, derive: m.hooks.Derive, known: m.known, added: map[ID]uint64{}, forgot: map[ID]uint64{}}
+		b = &batch{w: w, derive: m.hooks.Derive, known: m.known, oldest: m.oldest, added: map[ID]uint64{}, forgot: map[ID]uint64{}}
 		for i, l := range logs {
 			// Entries of other kinds change nothing but move the index, so that
 			// whoever waits for an index does not wait for ever.
@@ -188,7 +239,7 @@ func (m *Machine) applyNew(logs []*raft.Log, answers []any) {
 		return
 	}
 	b.merge()
-	m.position = position
+	m.position, m.oldest = position, b.oldest
 	m.logged.Add(logged)
 	if rev > m.applied.Load() {
 		m.applied.Store(rev)

@@ -50,18 +50,25 @@ func (m *Machine) Snapshot() (raft.FSMSnapshot, error) {
 	if err != nil {
 		return nil, fmt.Errorf("snapshot the state: %w", err)
 	}
-	return &fsmSnapshot{state: s}, nil
+	return &fsmSnapshot{state: s, sync: m.engine.Sync}, nil
 }
 
 type fsmSnapshot struct {
 	once  sync.Once
 	state Snapshot
+	sync  func() error
 }
 
-// Persist releases the state itself: raft.RecoverCluster never calls Release.
+// Persist releases the state itself: raft.RecoverCluster never calls Release. A
+// snapshot is kept only when the engine holds all that is in it: a start on an
+// engine that is behind would have to restore it, and the log before it may be gone.
 func (s *fsmSnapshot) Persist(sink raft.SnapshotSink) error {
 	defer s.Release()
-	if err := WriteSnapshot(sink, s.state); err != nil {
+	err := WriteSnapshot(sink, s.state)
+	if err == nil {
+		err = s.sync()
+	}
+	if err != nil {
 		return errors.Join(fmt.Errorf("snapshot the state: %w", err), sink.Cancel())
 	}
 	return sink.Close()

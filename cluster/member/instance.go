@@ -73,7 +73,7 @@ func (n *Node) open() (_ *instance, err error) {
 	if err := atomicfile.Remove(filepath.Join(n.cfg.Dir, joiningFile)); err != nil {
 		return nil, err
 	}
-	cached, err := raft.NewLogCache(128, n.cfg.Disk.Logs(store))
+	logs, err := raftnet.NewLogs(n.cfg.Disk.Logs(store), store)
 	if err != nil {
 		return nil, err
 	}
@@ -90,17 +90,20 @@ func (n *Node) open() (_ *instance, err error) {
 			in.transport.Close()
 		}
 	}()
-	history, err := raftnet.NewHistory(snapshots, cached, in.machine.Position())
+	if err := in.machine.CatchUp(store); err != nil {
+		return nil, err
+	}
+	history, err := raftnet.NewHistory(snapshots, logs, in.machine.Position())
 	if err != nil {
 		return nil, err
 	}
 	cfg := n.raftConfig(history)
 	cfg.Logger = log
 	stable := n.cfg.Disk.Stable(store)
-	if err := n.bootstrap(cfg, cached, stable, snapshots, in.transport); err != nil {
+	if err := n.bootstrap(cfg, logs, stable, snapshots, in.transport); err != nil {
 		return nil, err
 	}
-	if in.Raft, err = raft.NewRaft(cfg, in.machine, cached, stable, history, in.transport); err != nil {
+	if in.Raft, err = raft.NewRaft(cfg, in.machine, logs, stable, history, in.transport); err != nil {
 		return nil, fmt.Errorf("starting the consensus: %w", err)
 	}
 	return in, nil
@@ -119,6 +122,7 @@ func (n *Node) raftConfig(h *raftnet.History) *raft.Config {
 	// Snapshots are triggered by the size of the log, not by its entries.
 	cfg.SnapshotInterval, cfg.SnapshotThreshold = 24*time.Hour, math.MaxUint64
 	cfg.NoSnapshotRestoreOnStart = h.Held
+	cfg.RestoreCommittedLogs = true // raftnet.Logs says what of it is used
 	return cfg
 }
 

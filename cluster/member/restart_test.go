@@ -133,7 +133,7 @@ func TestAStartBeginsBehindTheState(t *testing.T) {
 		c := clustertest.New(t, clustertest.Options{Define: withWords})
 		n := c.Found()
 		say(t, n, 0, 200)
-		n.Kill()
+		n.Stop() // all of the state is on the disk
 		if torn := tear(t, n, 190); torn < 100 {
 			t.Fatalf("only %d entries were torn", torn)
 		}
@@ -181,6 +181,79 @@ func TestAStartAppliesWhatTheStateLacks(t *testing.T) {
 		}
 		n.Start()
 		c.Await("the state has all of the log", func() bool { return said(n, 120) })
+	})
+}
+
+// applied is how far the state is that a node has on its disk.
+func applied(t *testing.T, n *clustertest.Node) (rev uint64) {
+	t.Helper()
+	e, err := kv.OpenBolt(filepath.Join(n.Dir, "meta.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = e.Read(func(c kv.Content) error { rev = kv.Applied(c); return nil })
+	if err := errors.Join(err, e.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return rev
+}
+
+// When all nodes lose their power, what was acknowledged is in their logs and need
+// not be in their states. One that comes back alone, and hears from nobody what is
+// committed, serves all that was acknowledged when it last wrote its log.
+func TestASurvivorServesWhatWasAcknowledged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{Define: withWords})
+		nodes := c.Grow(3)
+		const words = 40
+		say(t, c.Leader(), 0, words)
+		c.Blackout()
+		behind := 0
+		for _, n := range nodes {
+			state, there := applied(t, n), 0
+			var newest uint64
+			for i, l := range entries(t, n) {
+				if l.Type == raft.LogCommand && bytes.Contains(l.Data, []byte("word\x00")) {
+					there++
+					newest = max(newest, i)
+				}
+			}
+			if there < words-1 {
+				t.Fatalf("%s has %d words in its log", n.Name, there)
+			}
+			if state < newest-1 {
+				behind++
+			}
+			n.Start()
+			// The last may have been acknowledged after it was written here.
+			if !said(n, there-1) {
+				t.Errorf("%s, at %d of %d, does not serve %d words", n.Name, state, newest, there-1)
+			}
+			n.Kill()
+		}
+		if behind == 0 {
+			t.Error("no state was behind its log")
+		}
+		for _, n := range nodes {
+			n.Start()
+		}
+		c.Await("nothing is lost", func() bool { return said(nodes[0], words) && said(nodes[1], words) && said(nodes[2], words) })
+	})
+}
+
+// A lone voter needs nobody to know what is committed: all that it acknowledged.
+func TestALoneNodeLosesNothingAcknowledged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{Define: withWords})
+		n := c.Found()
+		for round := range 4 {
+			say(t, n, 10*round, 10*(round+1))
+			c.Blackout()
+			n.Start()
+			if !said(n, 10*(round+1)) {
+				t.Errorf("words are missing after round %d", round)
+			}
+		}
 	})
 }
 

@@ -114,16 +114,7 @@ func TestRealDiskFills(t *testing.T) {
 	}
 	logs := r.Logs(store)
 	random := rand.NewChaCha8([32]byte{1}) // nothing that could be compressed
-	entry := func(index uint64) *raft.Log {
-		value := make([]byte, 8<<10)
-		_, _ = random.Read(value) // never fails
-		txn := kv.Txn{ID: kv.NewID(), Base: index - 1, Ops: []kv.Op{{Kind: kv.Put, Key: fmt.Appendf(nil, "key%08d", index), Value: value}}}
-		data, err := txn.Encode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return &raft.Log{Index: index, Term: 1, Type: raft.LogCommand, Data: data}
-	}
+	entry := func(index uint64) *raft.Log { return bulky(t, random, index) }
 	var acknowledged uint64
 	write := func() error {
 		e := entry(acknowledged + 1)
@@ -201,6 +192,104 @@ func TestRealDiskFills(t *testing.T) {
 		t.Fatal(err)
 	}
 	verify(t, dir, acknowledged)
+}
+
+// bulky is an entry of 8 KiB.
+func bulky(t *testing.T, random *rand.ChaCha8, index uint64) *raft.Log {
+	t.Helper()
+	value := make([]byte, 8<<10)
+	_, _ = random.Read(value) // never fails
+	txn := kv.Txn{ID: kv.NewID(), Base: index - 1, Ops: []kv.Op{{Kind: kv.Put, Key: fmt.Appendf(nil, "key%08d", index), Value: value}}}
+	data, err := txn.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &raft.Log{Index: index, Term: 1, Type: raft.LogCommand, Data: data}
+}
+
+// A state whose disk is full when what it has in memory is to be written: that
+// waits, what was applied is read and goes on being applied, and a node that stops
+// meanwhile loses nothing, since the log has it.
+func TestTheStateIsBehindOnAFullDisk(t *testing.T) {
+	dir := onSmallDisk(t, "24m")
+	if dir == "" {
+		return
+	}
+	r, err := reserve.Open(reserve.Path(dir), statfs{dir}, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(stand func(kv.Engine) kv.Engine) (*kv.Log, kv.Engine, *kv.Machine) {
+		store, err := kv.OpenLog(filepath.Join(dir, "log.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		bolt, err := kv.OpenBolt(filepath.Join(dir, "state.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		engine := kv.WriteBehind(stand(bolt))
+		machine, err := kv.NewMachine(engine, kv.Hooks{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return store, engine, machine
+	}
+	store, engine, machine := start(r.Engine)
+	const first, last = 20, 420
+	random := rand.NewChaCha8([32]byte{2})
+	var logs []*raft.Log
+	for i := range uint64(last) {
+		logs = append(logs, bulky(t, random, i+1))
+	}
+	machine.ApplyBatch(logs[:first])
+	store.Stage(last)
+	if err := errors.Join(engine.Sync(), store.StoreLogs(logs)); err != nil {
+		t.Fatal(err)
+	}
+	giveBack := eat(t, dir)
+	for i, answer := range machine.ApplyBatch(logs[first:]) {
+		if _, ok := answer.(kv.Result); !ok {
+			t.Fatalf("entry %d on a full disk: %v", first+i+1, answer)
+		}
+	}
+	limit, tick := time.NewTimer(30*time.Second), time.NewTicker(20*time.Millisecond)
+	defer limit.Stop()
+	defer tick.Stop()
+	for what := []string{}; len(what) == 0; what, _ = r.Waiting() {
+		select {
+		case <-tick.C:
+		case <-limit.C:
+			t.Fatal("the state does not wait for room")
+		}
+	}
+	if err := engine.Read(func(c kv.Content) error {
+		if _, ok := kv.ReadRow(c, fmt.Appendf(nil, "key%08d", last)); !ok || kv.Applied(c) != last {
+			t.Errorf("while the state waits for room it reads as of %d", kv.Applied(c))
+		}
+		return nil
+	}); err != nil || machine.Err() != nil {
+		t.Fatal(err, machine.Err())
+	}
+	r.Stop()
+	if err := engine.Close(); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("closed while it waits: %v", err)
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	store, engine, machine = start(func(e kv.Engine) kv.Engine { return e })
+	if at := machine.Applied(); at < first || at >= last {
+		t.Errorf("the state on the disk is at %d", at)
+	}
+	giveBack()
+	if err := machine.CatchUp(store); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(engine.Close(), store.Close()); err != nil {
+		t.Fatal(err)
+	}
+	verify(t, dir, last)
 }
 
 // awaitApply waits for an entry to be applied; when the state waits for room, it

@@ -1,0 +1,392 @@
+package kv
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"iter"
+	"sync"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/kv/treap"
+)
+
+const (
+	// flushPause is the least time between two flushes.
+	flushPause = 20 * time.Millisecond
+	// flushShare: a flush is followed by a pause of so many times its own length,
+	// so that a slow disk is not kept busy by flushes alone; at most flushPauseMost.
+	flushShare     = 3
+	flushPauseMost = time.Second
+	// layerBytes and layerUpdates are when a layer is full. Two of them are the
+	// most that there is.
+	layerBytes   = 8 << 20
+	layerUpdates = 4096
+	// layerPair is about what a pair takes in a layer beside its key and value.
+	layerPair = 96
+)
+
+// behind is an Engine that answers an Update when it is in memory and moves what
+// was written into the Engine below soon after, many Updates in one. Raft's log is
+// durable before anything is applied, and a start goes on from what the Engine
+// below holds.
+//
+// What was written and is not below yet lies in two layers over it: the active one,
+// which Updates go to, and the frozen one, which is on its way. A layer holds what
+// was set, and nil for what was unset.
+type behind struct {
+	below Engine
+	pause time.Duration
+	most  layerSize
+
+	writing sync.Mutex // one Update or Replace at a time; taken before mu
+
+	// mu: the layers and the state below change together, so that who holds it
+	// finds them at one point in time. The frozen layer may be below already, and
+	// over itself changes nothing.
+	mu             sync.RWMutex
+	active, frozen *layer      // never nil, never changed in place
+	work           *sync.Cond  // of mu: wakes the flusher
+	free           *sync.Cond  // of mu: wakes who waits for the flusher
+	updating       bool        // an Update stands on the active layer
+	wanted         bool        // the flusher waits for it to end
+	hurry          bool        // flush now, not after the pause
+	rested         bool        // the pause is over
+	rest           *time.Timer // ends the pause; nil before the first
+	closing        bool
+	err            error       // of a flush; for good
+	fails          func(error) // is told of it; may be nil
+	made, kept     uint64      // Updates, and those of them that are below
+	ended          chan struct{}
+}
+
+// layer is immutable.
+type layer struct {
+	roots
+	layerSize
+	upto uint64 // the last of all Updates that is in it
+}
+
+type layerSize struct{ bytes, updates int }
+
+func (l *layer) empty() bool { return l.updates == 0 }
+
+// WriteBehind gives an Engine that is durable some milliseconds after an Update,
+// or after Sync or Close, and costs the Engine below one Update for all that were
+// made meanwhile. When one of those fails, no more Updates are taken: the state
+// goes on being read, the error comes back from every other call, and a Machine on
+// the Engine halts.
+func WriteBehind(below Engine) Engine {
+	return newBehind(below, flushPause, layerSize{layerBytes, layerUpdates})
+}
+
+func newBehind(below Engine, pause time.Duration, most layerSize) *behind {
+	e := &behind{below: below, pause: pause, most: most, active: &layer{}, frozen: &layer{}, rested: true, ended: make(chan struct{})}
+	e.work, e.free = sync.NewCond(&e.mu), sync.NewCond(&e.mu)
+	go e.run()
+	return e
+}
+
+func (e *behind) Read(fn func(Content) error) error {
+	s, err := e.Open()
+	if err != nil {
+		return err
+	}
+	defer s.Release()
+	return fn(s)
+}
+
+func (e *behind) Open() (Snapshot, error) {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	if e.closing {
+		return nil, ErrClosed
+	}
+	return e.open()
+}
+
+// open is for who holds mu.
+func (e *behind) open() (Snapshot, error) {
+	below, err := e.below.Open()
+	if err != nil || e.active.empty() && e.frozen.empty() {
+		return below, err
+	}
+	return &layered{below, [2]roots{e.active.roots, e.frozen.roots}}, nil
+}
+
+func (e *behind) Update(fn func(Writer) error) error {
+	e.writing.Lock()
+	defer e.writing.Unlock()
+	base, below, err := e.begin()
+	if err != nil {
+		return err
+	}
+	next := base
+	defer func() {
+		below.Release()
+		e.end(next)
+	}()
+	tx := &layeredEdit{below: below, edit: editRoots(base.roots), size: base.layerSize}
+	if err := fn(tx); err != nil {
+		return err
+	}
+	tx.size.updates++
+	next = &layer{tx.edit.roots(), tx.size, e.made + 1}
+	return nil
+}
+
+// begin waits until there is room, and gives the active layer and what is below
+// it. While an Update stands on the active layer it is not frozen.
+func (e *behind) begin() (*layer, Snapshot, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for e.err == nil && !e.closing && (e.active.bytes >= e.most.bytes || e.active.updates >= e.most.updates) {
+		e.hasten()
+		e.free.Wait()
+	}
+	switch {
+	case e.closing:
+		return nil, nil, ErrClosed
+	case e.err != nil:
+		return nil, nil, e.err
+	}
+	below, err := e.below.Open()
+	if err != nil {
+		return nil, nil, err
+	}
+	e.updating = true
+	if e.frozen.empty() {
+		return e.active, below, nil
+	}
+	return e.active, &layered{below, [2]roots{{}, e.frozen.roots}}, nil
+}
+
+// end puts the next layer in place of the active one.
+func (e *behind) end(next *layer) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.updating = false
+	e.active, e.made = next, max(e.made, next.upto)
+	switch {
+	case e.wanted && !next.empty():
+		e.freeze()
+	case e.rested || e.hurry || e.closing:
+		e.work.Signal()
+	}
+}
+
+// freeze is for who holds mu, with no Update under way.
+func (e *behind) freeze() {
+	e.active, e.frozen = &layer{}, e.active
+	e.wanted, e.hurry = false, false
+	e.work.Signal()
+	e.free.Broadcast() // there is room
+}
+
+// hasten is for who holds mu.
+func (e *behind) hasten() {
+	e.hurry = true
+	e.work.Signal()
+}
+
+// run is the flusher. It ends at Close, or with a flush that fails.
+func (e *behind) run() {
+	defer close(e.ended)
+	for e.due() {
+		start := time.Now()
+		err := e.below.Update(e.frozen.writeTo) // nobody else changes frozen
+		if fails, err := e.flushed(err, time.Since(start)); err != nil {
+			if fails != nil {
+				fails(err)
+			}
+			return
+		}
+	}
+}
+
+// OnFailure names who is told, once, that a flush has failed.
+func (e *behind) OnFailure(fails func(error)) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.fails = fails
+}
+
+// due waits until there is something to flush, and time, and freezes it; false
+// when there is nothing left at Close.
+func (e *behind) due() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for e.frozen.empty() {
+		switch ready := e.rested || e.hurry || e.closing; {
+		case !e.active.empty() && ready && !e.updating:
+			e.freeze()
+			continue
+		case !e.active.empty() && ready:
+			e.wanted = true
+		case e.closing && !e.updating:
+			return false
+		}
+		e.work.Wait()
+	}
+	return true
+}
+
+// flushed tells all that the frozen layer is below, or why not.
+func (e *behind) flushed(err error, took time.Duration) (fails func(error), _ error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	defer e.free.Broadcast()
+	if err != nil {
+		e.err = fmt.Errorf("keep the state on disk: %w", err)
+		return e.fails, e.err
+	}
+	e.kept, e.frozen = e.frozen.upto, &layer{}
+	e.rested = false
+	e.rest = time.AfterFunc(max(e.pause, min(flushShare*took, flushPauseMost)), func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.rested = true
+		e.work.Signal()
+	})
+	return nil, nil
+}
+
+// writeTo gives the engine below a layer, in the order of keys.
+func (l *layer) writeTo(w Writer) error {
+	for s, m := range l.roots {
+		for k, v := range m.Ascend(nil, nil) {
+			var err error
+			if v == nil {
+				err = w.Unset(Space(s), k)
+			} else {
+				err = w.Set(Space(s), k, v)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Sync waits until all Updates that were made are below.
+func (e *behind) Sync() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for made := e.made; e.kept < made; e.free.Wait() {
+		if e.err != nil {
+			return e.err
+		}
+		if e.frozen.upto < made {
+			e.hasten()
+		}
+	}
+	return nil
+}
+
+// Replace first moves the layers below: when it fails, all that there was stays.
+func (e *behind) Replace(fill func(batch func(func(Writer) error) error) error) error {
+	e.writing.Lock()
+	defer e.writing.Unlock()
+	if err := e.Sync(); err != nil {
+		return err
+	}
+	return e.below.Replace(fill)
+}
+
+func (e *behind) Size() int64 { return e.below.Size() }
+
+// Close makes all durable first.
+func (e *behind) Close() error {
+	e.mu.Lock()
+	e.closing = true
+	if e.rest != nil {
+		e.rest.Stop()
+	}
+	e.work.Signal()
+	e.free.Broadcast()
+	e.mu.Unlock()
+	<-e.ended
+	return errors.Join(e.err, e.below.Close())
+}
+
+// layered is a state below with an active and a frozen layer over it.
+type layered struct {
+	Snapshot
+	layers [2]roots
+}
+
+func (l *layered) Lookup(s Space, key []byte) []byte {
+	for i := range l.layers {
+		if v, ok := l.layers[i][s].Get(key); ok {
+			return v
+		}
+	}
+	return l.Snapshot.Lookup(s, key)
+}
+
+func (l *layered) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
+	return over(l.layers[0][s], over(l.layers[1][s], l.Snapshot.Ascend(s, from, to), from, to), from, to)
+}
+
+// over gives a layer's pairs and those below that it says nothing of, in order.
+func over(layer treap.Map, below iter.Seq2[[]byte, []byte], from, to []byte) iter.Seq2[[]byte, []byte] {
+	if layer.Empty() {
+		return below
+	}
+	return func(yield func([]byte, []byte) bool) {
+		c := layer.Seek(from)
+		// give yields the layer's pairs below a key; a nil key means all.
+		give := func(key []byte) bool {
+			for ; c.Valid() && (key == nil || bytes.Compare(c.Key(), key) < 0); c.Next() {
+				if c.Value() != nil && !yield(c.Key(), c.Value()) {
+					return false
+				}
+			}
+			return true
+		}
+		for k, v := range below {
+			if !give(k) {
+				return
+			}
+			if c.Valid() && bytes.Equal(c.Key(), k) {
+				continue // the layer knows better
+			}
+			if !yield(k, v) {
+				return
+			}
+		}
+		give(to)
+	}
+}
+
+// layeredEdit is an active layer to be, over what is below it.
+type layeredEdit struct {
+	below Snapshot
+	edit  memoryEdit
+	size  layerSize
+}
+
+func (t *layeredEdit) Lookup(s Space, key []byte) []byte {
+	if v, ok := t.edit[s].Get(key); ok {
+		return v
+	}
+	return t.below.Lookup(s, key)
+}
+
+func (t *layeredEdit) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
+	return over(t.edit[s].Map(), t.below.Ascend(s, from, to), from, to)
+}
+
+func (t *layeredEdit) Set(s Space, key, value []byte) error {
+	t.size.bytes += len(key) + len(value) + layerPair
+	return t.edit.Set(s, key, value)
+}
+
+func (t *layeredEdit) Unset(s Space, key []byte) error {
+	if t.Lookup(s, key) != nil {
+		t.size.bytes += len(key) + layerPair
+		t.edit[s].Set(key, nil)
+	}
+	return nil
+}
