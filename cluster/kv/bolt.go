@@ -146,7 +146,6 @@ func (e *bolt) Update(fn func(Writer) error) error {
 
 func (e *bolt) update(db *bbolt.DB, growths *growths, fn func(Writer) error) error {
 	return db.Update(func(tx *bbolt.Tx) error {
-		defer e.mapped.rest(tx)
 		t := e.newTx(tx)
 		t.growths = growths
 		return fn(t)
@@ -234,59 +233,64 @@ func (e *bolt) Close() error {
 	}
 	err := db.Close()
 	e.closing.Wait()
+	e.mapped.close()
 	return err
 }
 
-// mappedPages keeps what of the engine's file is mapped within bounds. A fault
-// maps 16 pages, so that scattered reads soon have all of a large file mapped. The
-// pages are the kernel's cache and cost nothing more by being mapped, but they count
-// as the process's memory: for who looks at it, for limits that look at the
+// mappedPages keeps what of a file is mapped within bounds. A fault maps 16
+// pages, so that scattered reads soon have all of a large file mapped. The pages
+// are the kernel's cache and cost nothing more by being mapped, but they count as
+// the process's memory: for who looks at it, for limits that look at the
 // working set, and for the kernel when it chooses what to kill.
 //
-// To map them again costs as much as all the rest of a lookup. So they are
-// taken from lookups every mappedEvery only, and at once from a walk over many
-// keys, which does not come back to them.
+// All of them are taken from the process when it has grown to residentMost. What
+// was in use is mapped again then, which is little beside what scattered reads map
+// anew in any case; so the bound is as high as it may be, and a small state never
+// comes to it.
 type mappedPages struct {
-	most    int64         // bytes that may be mapped beyond those that stay
-	every   time.Duration // between two looks
-	opened  time.Time
-	next    atomic.Int64 // look after so many nanoseconds from opened on
+	most    int64 // bytes that the process may have in memory in all
+	least   int64 // bytes that may be mapped beyond those that stay, however large the rest is
+	touched atomic.Int64
 	looking sync.Mutex
+	memory  *memoryFile
 	stay    int64 // bytes of files that are mapped whatever is done here
 }
 
 const (
-	mappedMost  = 48 << 20
-	mappedEvery = 10 * time.Second
-	mappedWalk  = 4096 // keys of a walk from one look to the next
+	residentMost = 112 << 20
+	mappedLeast  = 16 << 20
+	// touchStep is how many keys are read or written from one look to the next. Each
+	// maps 64 KiB or two, so that as much as 16 MiB may come on top.
+	touchStep = 128
 )
 
 func newMappedPages() *mappedPages {
-	return &mappedPages{most: mappedMost, every: mappedEvery, opened: time.Now()}
+	return &mappedPages{most: residentMost, least: mappedLeast, memory: openMemoryFile()}
 }
 
-// rest looks when it is time to.
-func (m *mappedPages) rest(tx *bbolt.Tx) {
-	if now := time.Since(m.opened); int64(now) >= m.next.Load() {
-		m.next.Store(int64(now + m.every))
+// touch is told of keys that were read or written, each some pages.
+func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
+	if now := m.touched.Add(int64(keys)); now/touchStep != (now-int64(keys))/touchStep {
 		m.look(tx)
 	}
 }
 
-// look takes all pages from the process when too many are mapped. tx keeps the
-// mapping where it is.
+// look takes all pages from the process when it has too many in memory. tx keeps
+// the mapping where it is.
 func (m *mappedPages) look(tx *bbolt.Tx) {
 	if !m.looking.TryLock() {
 		return
 	}
 	defer m.looking.Unlock()
-	now, ok := mappedNow()
-	if !ok || now <= m.stay+m.most {
+	resident, files, ok := m.memory.read()
+	if !ok || resident <= m.most || files <= m.stay+m.least {
 		return
 	}
 	unmapPages(tx.DB().Info().Data, tx.Size())
-	m.stay, _ = mappedNow()
+	_, m.stay, _ = m.memory.read()
 }
+
+func (m *mappedPages) close() { m.memory.close() }
 
 // boltTx is a bbolt transaction with the buckets that were used so far at hand:
 // most reads need two of them, and opening one costs as much as reading a row.
@@ -296,7 +300,7 @@ type boltTx struct {
 	groups  []group
 	growths *growths // nil unless it writes
 	mapped  *mappedPages
-	walked  int // keys that Ascend gave
+	touched int // keys that mapped was not told of yet
 }
 
 func (e *bolt) newTx(tx *bbolt.Tx) *boltTx { return &boltTx{tx: tx, mapped: e.mapped} }
@@ -317,12 +321,13 @@ func (t *boltTx) bucket(s Space) *bbolt.Bucket {
 
 func (t *boltTx) Release() {
 	if t.tx.DB() != nil { // not released before
-		t.mapped.rest(t.tx)
+		t.mapped.touch(t.tx, t.touched)
 	}
 	_ = t.tx.Rollback() // fails only when already released
 }
 
 func (t *boltTx) Lookup(s Space, key []byte) []byte {
+	t.step()
 	if s == rows {
 		return t.lookupRow(key)
 	}
@@ -344,14 +349,16 @@ func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
 	}
 }
 
-// step counts a key that a walk gave.
+// step counts a key that was read or written.
 func (t *boltTx) step() {
-	if t.walked++; t.walked%mappedWalk == 0 {
-		t.mapped.look(t.tx)
+	if t.touched++; t.touched >= touchStep {
+		t.mapped.touch(t.tx, t.touched)
+		t.touched = 0
 	}
 }
 
 func (t *boltTx) Set(s Space, key, value []byte) error {
+	t.step()
 	if s == rows {
 		return t.setRow(key, value)
 	}
@@ -359,6 +366,7 @@ func (t *boltTx) Set(s Space, key, value []byte) error {
 }
 
 func (t *boltTx) Unset(s Space, key []byte) error {
+	t.step()
 	if s == rows {
 		return t.unsetRow(key)
 	}

@@ -72,6 +72,7 @@ type Log struct {
 	db        *bbolt.DB
 	pack      *zstd.Encoder
 	unpack    *zstd.Decoder
+	mapped    *mappedPages
 	committed atomic.Uint64 // is written with the next entries
 }
 
@@ -112,7 +113,7 @@ func newLog(db *bbolt.DB) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{db: db, pack: pack, unpack: unpack}, nil
+	return &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages()}, nil
 }
 
 // prepareLog makes the buckets of a new file and checks the format of an old one.
@@ -143,6 +144,7 @@ func prepareLog(tx *bbolt.Tx) error {
 // Close waits for reads and writes under way to end.
 func (l *Log) Close() error {
 	err := l.db.Close()
+	l.mapped.close()
 	l.unpack.Close()
 	return err
 }
@@ -167,6 +169,7 @@ func (l *Log) end(find func(*bbolt.Cursor) ([]byte, []byte)) (index uint64, err 
 // there.
 func (l *Log) GetLog(index uint64, out *raft.Log) error {
 	return l.db.View(func(tx *bbolt.Tx) error {
+		defer l.mapped.touch(tx, 1)
 		stored := tx.Bucket(logBucket).Get(be64(index))
 		if stored == nil {
 			return raft.ErrLogNotFound
@@ -190,6 +193,7 @@ func (l *Log) StoreLogs(logs []*raft.Log) error {
 		stored[i] = l.encode(entry)
 	}
 	return l.db.Update(func(tx *bbolt.Tx) error {
+		defer l.mapped.touch(tx, len(logs))
 		b := tx.Bucket(logBucket)
 		b.FillPercent = fillLog
 		for i, entry := range logs {
@@ -230,6 +234,7 @@ func (l *Log) DeleteRange(first, last uint64) error {
 			if err := c.Delete(); err != nil {
 				return err
 			}
+			l.mapped.touch(tx, 1)
 		}
 		return nil
 	})

@@ -1,22 +1,50 @@
 package kv
 
 import (
+	"bytes"
 	"os"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// mappedNow is how many bytes of files this process has mapped and in memory.
-func mappedNow() (int64, bool) {
-	data, err := os.ReadFile("/proc/self/statm")
-	fields := strings.Fields(string(data))
-	if err != nil || len(fields) < 3 {
-		return 0, false
+// memoryFile is where the kernel says how much memory this process has. It stays
+// open: to open it anew costs more than to read it.
+type memoryFile struct{ file *os.File }
+
+func openMemoryFile() *memoryFile {
+	f, err := os.Open("/proc/self/statm")
+	if err != nil {
+		return &memoryFile{}
 	}
-	pages, err := strconv.ParseInt(fields[2], 10, 64)
-	return pages * int64(os.Getpagesize()), err == nil
+	return &memoryFile{f}
+}
+
+// read gives the bytes that are in memory, and those of them that are of mapped
+// files.
+func (m *memoryFile) read() (resident, files int64, ok bool) {
+	if m.file == nil {
+		return 0, 0, false
+	}
+	var buf [128]byte
+	n, _ := m.file.ReadAt(buf[:], 0) // it is shorter, so there is always an error
+	_, rest, _ := bytes.Cut(buf[:n], []byte(" "))
+	second, rest, _ := bytes.Cut(rest, []byte(" "))
+	third, _, ok := bytes.Cut(rest, []byte(" "))
+	page := int64(os.Getpagesize())
+	return decimal(second) * page, decimal(third) * page, ok
+}
+
+func (m *memoryFile) close() {
+	if m.file != nil {
+		m.file.Close()
+	}
+}
+
+func decimal(digits []byte) (n int64) {
+	for _, d := range digits {
+		n = 10*n + int64(d-'0')
+	}
+	return n
 }
 
 // unmapPages takes the pages of a mapped file from the process. They stay in the

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"path/filepath"
 	"testing"
-	"time"
 )
 
 // However much of a file is read, not much of it stays mapped, and what is read is
@@ -35,18 +34,17 @@ func TestMappedPagesStayBounded(t *testing.T) {
 		t.Fatalf("the file has %d bytes", size)
 	}
 	m := e.(*bolt).mapped
-	m.every = time.Hour
-	m.next.Store(int64(time.Hour))
+	m.most = 0 // whatever is beyond least is too much
 	var before, peak int64
 	look := func() {
-		now, ok := mappedNow()
+		_, now, ok := m.memory.read()
 		if !ok {
 			t.Fatal("the kernel does not say how much is mapped")
 		}
 		peak = max(peak, now-before)
 	}
 	walk := func(most int64) int64 {
-		m.most = most
+		m.least = most
 		before, peak = unmapAll(t, e.(*bolt)), 0
 		n := 0
 		if err := e.Read(func(c Content) error {
@@ -68,12 +66,15 @@ func TestMappedPagesStayBounded(t *testing.T) {
 		return peak
 	}
 	scattered := func(most int64) int64 {
-		m.most = most
+		m.least = most
 		before, peak = unmapAll(t, e.(*bolt)), 0
 		if err := e.Read(func(c Content) error {
 			for i := range rowsEach * batches {
 				if !bytes.Equal(c.Lookup(rows, key(i*7919%(rowsEach*batches))), value) {
 					t.Fatalf("row %d is another", i)
+				}
+				if i%100 == 0 {
+					look()
 				}
 			}
 			look()
@@ -90,16 +91,13 @@ func TestMappedPagesStayBounded(t *testing.T) {
 	if bounded := walk(2 << 20); bounded > 13<<20 {
 		t.Errorf("a walk had %d bytes mapped at once", bounded)
 	}
+	// Each key maps 64 KiB or two, and 128 are read from one look to the next.
+	if all, bounded := scattered(1<<40), scattered(2<<20); all < 15<<20 || bounded > 13<<20 {
+		t.Errorf("scattered lookups had %d bytes mapped at once, and %d without a bound", bounded, all)
+	}
+	m.most = 1 << 40 // the process is small
 	if all := scattered(2 << 20); all < 15<<20 {
-		t.Errorf("lookups were disturbed before the time: %d bytes are mapped", all)
-	}
-	m.next.Store(0) // it is time
-	if err := e.Read(func(Content) error { return nil }); err != nil {
-		t.Fatal(err)
-	}
-	peak = 0
-	if look(); peak > 8<<20 {
-		t.Errorf("%d bytes are mapped after the time for lookups is over", peak)
+		t.Errorf("pages were taken from a small process: %d bytes are mapped", all)
 	}
 }
 
@@ -113,7 +111,7 @@ func unmapAll(t *testing.T, e *bolt) int64 {
 	}
 	defer tx.Rollback()
 	unmapPages(tx.DB().Info().Data, tx.Size())
-	now, _ := mappedNow()
+	_, now, _ := e.mapped.memory.read()
 	e.mapped.stay = now
 	return now
 }
