@@ -96,7 +96,7 @@ bench-long: build
 
 # What the consensus costs beside raw raft, and how long a killed leader is missed.
 bench-cluster: build
-	go run ./scripts/bench -only cluster -write docs/benchmarks.md
+	go run ./scripts/bench -only cluster,failover -write docs/benchmarks.md
 
 testdeps:
 	scripts/testdeps $(TOOLS)

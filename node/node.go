@@ -34,6 +34,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
 	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/identity"
 	"github.com/atoll-registry/atoll/node/telemetry"
@@ -359,6 +360,13 @@ func (n *Node) Run(ctx context.Context) error {
 	case ctx.Err() != nil && errors.Is(err, context.Cause(ctx)):
 		return nil // told to stop before it served
 	}
+	return err
+}
+
+// Push admits a manifest as that of a client is, once its bytes are here: it is for
+// programs that have a node in their process. It fails until the node serves.
+func (n *Node) Push(ctx context.Context, p catalog.Push) error {
+	_, err := n.rooms.catalog.Put(ctx, p)
 	return err
 }
 

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,9 +15,11 @@ import (
 )
 
 const (
-	txnBytes = 800 // what the transaction of a manifest and its tag takes in the log
-	kills    = 50  // of the leader
-	commits  = 1500
+	kills = 50 // of the leader
+	// commits are measured in each turn, by one client and by manyClients.
+	commits     = 200
+	manyCommits = 2000
+	manyClients = 32
 )
 
 // site is nodes of Atoll on loopback ports.
@@ -129,73 +130,127 @@ func (s *site) settled(ctx context.Context) error {
 	return nil
 }
 
-// cluster measures what the consensus costs and how long a dead leader is missed.
+// cluster measures what the consensus costs.
 func (b *bench) cluster(ctx context.Context) error {
+	payloads, err := b.payloads(ctx)
+	if err != nil {
+		return err
+	}
 	for _, nodes := range []int{1, 3} {
+		if err := b.shares(ctx, nodes, payloads); err != nil {
+			return err
+		}
 		s, err := b.launchSite(ctx, nodes)
 		if err != nil {
 			return err
 		}
 		err = b.rates(ctx, s)
-		if err == nil && nodes == 3 {
-			err = b.failovers(ctx, s)
-		}
 		s.stop()
 		if err != nil {
 			return err
 		}
 	}
-	return nil
+	return b.device(ctx, payloads)
 }
 
-// rates compares manifests committed a second with what raft alone commits, pair by
-// pair, and gives the time of one commit as a client sees it.
-func (b *bench) rates(ctx context.Context, s *site) error {
-	raw, err := startRaw(b.dir, len(s.nodes))
+// failover measures how long a dead leader is missed.
+func (b *bench) failover(ctx context.Context) error {
+	s, err := b.launchSite(ctx, 3)
+	if err != nil {
+		return err
+	}
+	defer s.stop()
+	return b.failovers(ctx, s)
+}
+
+// rate runs n pieces of work by so many clients and gives how many a second and how
+// long each took, in ms.
+func rate(clients, n int, work func(i int) error) (perSecond float64, took []float64, err error) {
+	took = make([]float64, n)
+	start := time.Now()
+	err = together(clients, n, func(i int) error {
+		began := time.Now()
+		err := work(i)
+		took[i] = time.Since(began).Seconds() * 1e3
+		return err
+	})
+	return float64(n) / time.Since(start).Seconds(), took, err
+}
+
+func commitsOf(clients int) int {
+	if clients == 1 {
+		return commits
+	}
+	return manyCommits
+}
+
+// shares compares the manifests that a node in this process commits in a second with
+// what raft alone commits, pair by pair: the same log store, the same transactions,
+// callers in the same process.
+func (b *bench) shares(ctx context.Context, nodes int, payloads [][]byte) error {
+	raw, err := startRaw(filepath.Join(b.dir, fmt.Sprint("raw", nodes)), nodes, idleMachine)
 	if err != nil {
 		return err
 	}
 	defer raw.stop()
-	payload := make([]byte, txnBytes)
-	_, _ = rand.Read(payload) // never fails
-	var number atomic.Int64
-	for _, clients := range []int{1, 32} {
-		n := commits
-		if clients == 1 {
-			n /= 5
-		}
+	s, err := b.startInside(ctx, nodes)
+	if err != nil {
+		return err
+	}
+	defer s.stop()
+	for _, clients := range []int{1, manyClients} {
+		n := commitsOf(clients)
 		var ours, floors, shares, took []float64
-		for range b.pairs {
-			each := make([]float64, n)
-			start := time.Now()
-			if err := together(clients, n, func(i int) error {
-				at := int(number.Add(1))
-				data, err := manifest(at)
-				if err != nil {
-					return err
-				}
-				began := time.Now()
-				err = s.nodes[at%len(s.nodes)].putManifest(ctx, large, tagOf(at), data)
-				each[i] = time.Since(began).Seconds() * 1e3
-				return err
-			}); err != nil {
+		for turn := range b.pairs + 1 {
+			rateOurs, each, err := rate(clients, n, func(int) error { return s.push(ctx) })
+			if err != nil {
 				return err
 			}
-			ours = append(ours, float64(n)/time.Since(start).Seconds())
-			took = append(took, each...)
-			start = time.Now()
-			if err := together(clients, n, func(int) error { return raw.commit(payload) }); err != nil {
+			rateFloor, _, err := rate(clients, n, func(i int) error { return raw.commit(payloads[i%len(payloads)]) })
+			if err != nil {
 				return err
 			}
-			floors = append(floors, float64(n)/time.Since(start).Seconds())
-			shares = append(shares, 100*ours[len(ours)-1]/floors[len(floors)-1])
+			if turn == 0 {
+				continue // both are warm now
+			}
+			ours, floors, took = append(ours, rateOurs), append(floors, rateFloor), append(took, each...)
+			shares = append(shares, 100*rateOurs/rateFloor)
 		}
-		name := fmt.Sprintf("%d_nodes_%d_clients", len(s.nodes), clients)
+		name := fmt.Sprintf("%d_nodes_%d_clients", nodes, clients)
 		b.print("commits_"+name, median(ours), "manifests/s")
 		b.print("commits_raw_raft_"+name, median(floors), "entries/s")
 		b.judge(line{"commits_share_" + name, median(shares), "% of raw raft"}, ">=", 40)
 		b.print("commit_p50_"+name, quantile(took, 0.5), "ms")
 		b.print("commit_p99_"+name, quantile(took, 0.99), "ms")
+	}
+	return nil
+}
+
+// rates gives what clients over HTTP, of all nodes, get.
+func (b *bench) rates(ctx context.Context, s *site) error {
+	var number atomic.Int64
+	for _, clients := range []int{1, manyClients} {
+		var rates, took []float64
+		for turn := range b.pairs/2 + 2 {
+			perSecond, each, err := rate(clients, commitsOf(clients), func(int) error {
+				at := int(number.Add(1))
+				data, err := manifest(at)
+				if err != nil {
+					return err
+				}
+				return s.nodes[at%len(s.nodes)].putManifest(ctx, large, tagOf(at), data)
+			})
+			if err != nil {
+				return err
+			}
+			if turn > 0 {
+				rates, took = append(rates, perSecond), append(took, each...)
+			}
+		}
+		name := fmt.Sprintf("%d_nodes_%d_clients", len(s.nodes), clients)
+		b.print("http_commits_"+name, median(rates), "manifests/s")
+		b.print("http_commit_p50_"+name, quantile(took, 0.5), "ms")
+		b.print("http_commit_p99_"+name, quantile(took, 0.99), "ms")
 	}
 	return nil
 }

@@ -97,6 +97,7 @@ func groups() []group {
 		{"million", (*bench).million},
 		{"cluster", (*bench).cluster},
 		{"repair", (*bench).repair},
+		{"failover", (*bench).failover},
 	}
 }
 
@@ -124,7 +125,7 @@ func (b *bench) run(ctx context.Context) error {
 	}
 	defer func() { b.fleet.stop() }()
 	for _, g := range groups() {
-		if b.only != "" && !slices.Contains(strings.Split(b.only, ","), g.name) || b.only == "" && (g.name == "cluster" || g.name == "repair") {
+		if b.only != "" && !slices.Contains(strings.Split(b.only, ","), g.name) || b.only == "" && slices.Contains([]string{"cluster", "repair", "failover"}, g.name) {
 			continue // sites of several nodes have a run of their own
 		}
 		if err := g.run(b, ctx); err != nil {

@@ -10,16 +10,34 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+
+	"github.com/atoll-registry/atoll/cluster/kv"
 )
 
-// rawRaft is the floor of the cluster's rows: raft with the same log store and
-// payloads of the same size, over plain TCP, and a state machine that does
-// nothing. Its nodes share this process, so it pays for no second scheduler.
+// rawRaft is the floor of the cluster's rows: raft with the log store of a node and
+// the transactions of its pushes, over plain TCP, and a state machine that does
+// nothing. Its nodes share this process, as those that it is compared with do.
 type rawRaft struct {
 	nodes  []*raft.Raft
 	stores []io.Closer
 	leader *raft.Raft
+}
+
+// machineIn makes the state machine of a raft in a directory.
+type machineIn func(home string) (raft.FSM, io.Closer, error)
+
+// idleMachine does nothing.
+func idleMachine(string) (raft.FSM, io.Closer, error) { return nothing{}, nil, nil }
+
+// stateMachine is that of a node.
+func stateMachine(home string) (raft.FSM, io.Closer, error) {
+	bolt, err := kv.OpenBolt(filepath.Join(home, "meta.db"))
+	if err != nil {
+		return nil, nil, err
+	}
+	engine := kv.WriteBehind(bolt)
+	machine, err := kv.NewMachine(engine, kv.Hooks{})
+	return machine, engine, err
 }
 
 // nothing is the state machine.
@@ -34,7 +52,7 @@ func (nothing) ApplyBatch(logs []*raft.Log) []any { return make([]any, len(logs)
 func (r *rawRaft) commit(payload []byte) error    { return r.leader.Apply(payload, time.Minute).Error() }
 
 // startRaw starts so many nodes and waits for their leader.
-func startRaw(dir string, count int) (r *rawRaft, err error) {
+func startRaw(dir string, count int, machine machineIn) (r *rawRaft, err error) {
 	r = &rawRaft{}
 	defer func() {
 		if err != nil {
@@ -48,11 +66,18 @@ func startRaw(dir string, count int) (r *rawRaft, err error) {
 			return r, err
 		}
 		log := hclog.NewNullLogger()
-		store, err := raftboltdb.New(raftboltdb.Options{Path: filepath.Join(home, "log.db")})
+		store, err := kv.OpenLog(filepath.Join(home, "log.db"))
 		if err != nil {
 			return r, err
 		}
 		r.stores = append(r.stores, store)
+		fsm, state, err := machine(home)
+		if state != nil {
+			r.stores = append(r.stores, state)
+		}
+		if err != nil {
+			return r, err
+		}
 		transport, err := raft.NewTCPTransportWithLogger("127.0.0.1:0", nil, 3, 10*time.Second, log)
 		if err != nil {
 			return r, err
@@ -63,7 +88,7 @@ func startRaw(dir string, count int) (r *rawRaft, err error) {
 		if err != nil {
 			return r, err
 		}
-		node, err := raft.NewRaft(cfg, nothing{}, cached, store, raft.NewDiscardSnapshotStore(), transport)
+		node, err := raft.NewRaft(cfg, fsm, cached, store, raft.NewDiscardSnapshotStore(), transport)
 		if err != nil {
 			return r, err
 		}

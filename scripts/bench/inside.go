@@ -1,0 +1,313 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/raft"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/atoll-registry/atoll/cluster/kv"
+	"github.com/atoll-registry/atoll/node"
+	"github.com/atoll-registry/atoll/node/catalog"
+)
+
+// inside is a site of Atoll whose nodes run in this process, as those of raw raft
+// do: what they are asked is not sent, but all else is as it is in production.
+type inside struct {
+	nodes  []*node.Node
+	ended  []chan error
+	cancel context.CancelFunc
+	lead   *node.Node
+	number atomic.Int64
+}
+
+// startInside starts a site of so many nodes, all of which vote.
+func (b *bench) startInside(ctx context.Context, count int) (*inside, error) {
+	return b.startInsideAt(ctx, filepath.Join(b.dir, fmt.Sprint("inside", count)), count)
+}
+
+func (b *bench) startInsideAt(ctx context.Context, dir string, count int) (s *inside, err error) {
+	run, cancel := context.WithCancel(ctx)
+	s = &inside{cancel: cancel}
+	defer func() {
+		if err != nil {
+			s.stop()
+		}
+	}()
+	at := &site{client: newClient(place{dir: dir, atoll: b.atoll}), binary: b.atoll}
+	var first string
+	for i := range count {
+		c := node.Config{
+			Data: filepath.Join(dir, fmt.Sprint(i)), Listen: "127.0.0.1:0", PeerListen: "127.0.0.1:0", Name: fmt.Sprint("node", i),
+			AdminPassword: password, Log: slog.New(slog.DiscardHandler),
+		}
+		if i == 0 {
+			c.Init = true
+		} else {
+			token, err := exec.CommandContext(ctx, b.atoll, "token", "create", "--data", filepath.Join(dir, "0")).Output()
+			if err != nil {
+				return s, fmt.Errorf("a join token: %w", err)
+			}
+			c.Join, c.Token = []string{first}, strings.TrimSpace(string(token))
+		}
+		serves := make(chan node.Started, 1)
+		c.Started = func(st node.Started) { serves <- st }
+		n, err := node.New(ctx, c)
+		if err != nil {
+			return s, err
+		}
+		done := make(chan error, 1)
+		go func() { done <- n.Run(run) }()
+		s.nodes, s.ended = append(s.nodes, n), append(s.ended, done)
+		select {
+		case st := <-serves:
+			user := &registry{base: strings.TrimSuffix(st.URL, "/"), http: at.client}
+			at.nodes = append(at.nodes, &server{nil, &program{dir: c.Data}, user, c.Name, user})
+			if i == 0 {
+				first = st.PeerAddr
+				if err := errors.Join(user.login(ctx), user.config(ctx, large)); err != nil {
+					return s, err
+				}
+			}
+		case err := <-done:
+			done <- nil
+			return s, fmt.Errorf("node %d ended: %w", i, err)
+		}
+	}
+	return s, s.settled(ctx, at)
+}
+
+// settled waits until all nodes vote, and finds the one that leads.
+func (s *inside) settled(ctx context.Context, at *site) error {
+	limit, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		st, err := at.state(limit, at.nodes[0])
+		voters := 0
+		for _, m := range st.Nodes {
+			if m.Voter && m.Up {
+				voters++
+			}
+		}
+		if err == nil && voters == len(s.nodes) && st.Quorum {
+			for i, n := range s.nodes {
+				for _, m := range st.Nodes {
+					if m.ID == st.Leader && m.Name == at.nodes[i].name {
+						s.lead = n
+						return nil
+					}
+				}
+			}
+		}
+		if again := pause(limit, 50*time.Millisecond); again != nil {
+			return fmt.Errorf("%d of %d nodes vote: %w", voters, len(s.nodes), errors.Join(err, again))
+		}
+	}
+}
+
+// push commits a manifest that no other is like, with a tag of its own, on the node
+// that leads, where raw raft's are committed.
+func (s *inside) push(ctx context.Context) error {
+	at := int(s.number.Add(1))
+	data, err := manifest(at)
+	if err != nil {
+		return err
+	}
+	project, repository, _ := strings.Cut(large, "/")
+	return s.lead.Push(ctx, catalog.Push{
+		Project: project, Repository: repository, Tag: tagOf(at), MediaType: v1.MediaTypeImageManifest, Bytes: data,
+		Carrier: catalog.Client, Actor: "admin", At: time.Now(), Copies: len(s.nodes),
+	})
+}
+
+func (s *inside) stop() {
+	s.cancel()
+	for _, done := range s.ended {
+		<-done // why is of no interest any more
+	}
+}
+
+// payloads are transactions of pushes, as they are in the log of a node.
+func (b *bench) payloads(ctx context.Context) (txns [][]byte, err error) {
+	dir := filepath.Join(b.dir, "payloads")
+	s, err := b.startInsideAt(ctx, dir, 1)
+	if err != nil {
+		return nil, err
+	}
+	err = together(1, 64, func(int) error { return s.push(ctx) })
+	s.stop()
+	if err != nil {
+		return nil, err
+	}
+	log, err := kv.OpenLog(filepath.Join(dir, "0", "raft", "log.db"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	last, err := log.LastIndex()
+	for at := last; err == nil && at > 0 && len(txns) < 48; at-- {
+		var l raft.Log
+		if err = log.GetLog(at, &l); err != nil || l.Type != raft.LogCommand {
+			continue
+		}
+		t, unread := kv.DecodeTxn(l.Data)
+		if unread == nil && strings.Contains(string(l.Data), "org.example.number") && len(t.Ops) > 4 {
+			txns = append(txns, l.Data)
+		}
+	}
+	if err == nil && len(txns) < 48 {
+		err = fmt.Errorf("only %d pushes are in the log", len(txns))
+	}
+	return txns, err
+}
+
+// disk is a file system on a device of its own, so that what is written to it is
+// written by nobody else.
+type disk struct {
+	dir  string
+	stat string // of the device
+	free func()
+}
+
+const diskBytes = 2 << 30
+
+func (b *bench) newDisk() (*disk, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("bytes and flushes on a device need root: a loop device is made and mounted")
+	}
+	file, dir := filepath.Join(b.dir, "device.img"), filepath.Join(b.dir, "device")
+	f, err := os.Create(file)
+	if err == nil {
+		err = errors.Join(f.Truncate(diskBytes), f.Close(), os.Mkdir(dir, 0o700))
+	}
+	if err == nil {
+		_, err = tool("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", file)
+	}
+	if err != nil {
+		return nil, err
+	}
+	loop, err := tool("losetup", "--find", "--show", file)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Mount(loop, dir, "ext4", syscall.MS_NOATIME, ""); err != nil {
+		_, detached := tool("losetup", "-d", loop)
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", loop, err), detached)
+	}
+	return &disk{dir, filepath.Join("/sys/block", filepath.Base(loop), "stat"), func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: unmount", dir+":", err)
+		}
+		if _, err := tool("losetup", "-d", loop); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+		}
+	}}, nil
+}
+
+func tool(name string, args ...string) (string, error) {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// written gives the bytes and the flushes that the device has had so far.
+func (d *disk) written() (bytes, flushes float64, err error) {
+	data, err := os.ReadFile(d.stat)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, 0, fmt.Errorf("the kernel does not count what is written to a loop device: %w", err)
+	}
+	fields := strings.Fields(string(data))
+	if err == nil && len(fields) < 16 {
+		err = fmt.Errorf("the kernel counts no flushes in %s", d.stat)
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	var sectors float64
+	_, err = fmt.Sscan(fields[6]+" "+fields[15], &sectors, &flushes)
+	return 512 * sectors, flushes, err
+}
+
+// device counts what one commit writes: transactions of one row, then pushes.
+func (b *bench) device(ctx context.Context, payloads [][]byte) error {
+	d, err := b.newDisk()
+	if err != nil {
+		return err
+	}
+	defer d.free()
+	one, err := startRaw(filepath.Join(d.dir, "one-row"), 1, stateMachine)
+	if err != nil {
+		return err
+	}
+	oneRow := func(i int) error {
+		t := kv.Txn{ID: kv.NewID(), Base: one.leader.AppliedIndex(), Ops: []kv.Op{{
+			Kind: kv.Put, Key: fmt.Appendf(nil, "row\x00%08d", i*7919%1000003), Value: payloads[0][:200],
+		}}}
+		data, err := t.Encode()
+		if err != nil {
+			return err
+		}
+		return one.commit(data)
+	}
+	err = b.wear("txn_of_one_row", d, oneRow, map[int][2]float64{1: {46e3, 4.2}, manyClients: {10e3, 0.35}})
+	one.stop()
+	if err != nil {
+		return err
+	}
+	s, err := b.startInsideAt(ctx, filepath.Join(d.dir, "site"), 1)
+	if err != nil {
+		return err
+	}
+	defer s.stop()
+	return b.wear("push", d, func(int) error { return s.push(ctx) }, nil)
+}
+
+// wear prints what each piece of work writes to the device, by one client and by
+// many.
+func (b *bench) wear(name string, d *disk, work func(i int) error, goals map[int][2]float64) error {
+	at := 0
+	for _, clients := range []int{1, manyClients} {
+		n := 2 * commitsOf(clients)
+		for turn := range 2 {
+			bytes, flushes, err := d.written()
+			if err != nil {
+				return err
+			}
+			from := at
+			if err := together(clients, n, func(i int) error { return work(from + i) }); err != nil {
+				return err
+			}
+			at += n
+			if turn == 0 {
+				continue // the files have some size now
+			}
+			after, flushed, err := d.written()
+			if err != nil {
+				return err
+			}
+			perBytes, perFlush := (after-bytes)/float64(n), (flushed-flushes)/float64(n)
+			label := fmt.Sprintf("%s_%d_clients", name, clients)
+			if goal, ok := goals[clients]; ok {
+				b.judge(line{"device_bytes_" + label, perBytes, "bytes"}, "<=", goal[0])
+				b.judge(line{"device_flushes_" + label, perFlush, "flushes"}, "<=", goal[1])
+			} else {
+				b.print("device_bytes_"+label, perBytes, "bytes")
+				b.print("device_flushes_"+label, perFlush, "flushes")
+			}
+		}
+	}
+	return nil
+}
