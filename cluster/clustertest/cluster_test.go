@@ -242,12 +242,12 @@ func TestSecondCopyOfTwo(t *testing.T) {
 		nodes := c.Grow(2)
 		lead, other := nodes[0], nodes[1]
 		c.Await("the second copy counts", func() bool {
-			if err := lead.write(t.Context(), "a", "1"); err != nil {
-				t.Fatal(err)
-			}
 			s, err := lead.Status(t.Context())
-			return err == nil && len(s.Members) == 2 && s.Members[1].Lag == 0 && len(lead.Live()) == 2
+			return err == nil && len(s.Members) == 2 && s.Members[0].Lag == 0 && s.Members[1].Lag == 0 && len(lead.Live()) == 2
 		})
+		if err := lead.write(t.Context(), "a", "1"); err != nil {
+			t.Fatal(err)
+		}
 		// On its disk is not yet in its state: it learns with the next message
 		// that the entry is committed.
 		other.want("a", "1")
