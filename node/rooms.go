@@ -35,6 +35,7 @@ import (
 	"github.com/atoll-registry/atoll/node/sites"
 	"github.com/atoll-registry/atoll/node/storage"
 	"github.com/atoll-registry/atoll/node/telemetry"
+	"github.com/atoll-registry/atoll/node/traffic"
 	"github.com/atoll-registry/atoll/node/upgrade"
 	"github.com/atoll-registry/atoll/node/watch"
 )
@@ -47,6 +48,7 @@ type rooms struct {
 	journal   *journal.Journal
 	projects  *project.Projects
 	identity  *identity.Identity
+	traffic   *traffic.Traffic
 	peers     *peers.Peers
 	endpoints *peers.Endpoints
 	catalog   *catalog.Catalog
@@ -106,14 +108,20 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	}); err != nil {
 		return nil, err
 	}
+	if r.traffic, err = traffic.New(traffic.Config{
+		Dir: g.config.Data, Roster: g.member, Owners: owners{g.db, r.records}, Settings: r.settings, Log: g.log, Registerer: g.metrics, Clock: g.config.clock,
+	}); err != nil {
+		return nil, err
+	}
 	policy := peers.DefineSettings(r.settings)
 	policy.Projects = r.projects
 	if r.peers, err = peers.New(peers.Config{
 		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
-		Policy: policy, Cache: cacheOf(g.config), Log: g.log, Registerer: g.metrics,
+		Policy: policy, Cache: cacheOf(g.config), Limiter: r.traffic, Meter: r.traffic, Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}
+	r.traffic.Meet(r.peers)
 	g.member.Resealers(r.journal.Reseal)
 	r.endpoints = peers.NewEndpoints(g.db, g.member, g.url, !loopback(g.config.Listen), g.log)
 	if r.catalog, err = catalog.New(catalog.Config{
@@ -149,7 +157,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r.peers.Archive(r.lastBackup)
 	if r.registry, err = registry.New(registry.Config{
 		NodeID: g.member.Self(), DB: g.db, Catalog: r.catalog, Projects: r.projects, Journal: r.journal, Store: r.store, Records: r.records,
-		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Teller: r.peers, Guardian: r.scrub, Log: g.log, Registerer: g.metrics,
+		Auth: r.identity, Copies: r.peers, Fetcher: r.peers, Forwarder: r.peers, Teller: r.peers, Guardian: r.scrub, Egress: egress{r.traffic}, Log: g.log, Registerer: g.metrics,
 		Settings: registry.DefineSettings(r.settings), Redirect: g.config.Redirect,
 	}); err != nil {
 		return nil, err
@@ -183,6 +191,7 @@ func (r *rooms) register(g ground) {
 	r.adopt.Operations(r.kernel)
 	r.backup.Operations(r.kernel)
 	r.watch.Operations(r.kernel)
+	r.traffic.Operations(r.kernel)
 	upgrade.Operations(r.kernel, upgrade.Config{DB: g.db, Cluster: g.member, Version: g.config.Version})
 }
 

@@ -32,6 +32,7 @@ func newWatch(g ground, r *rooms, lowWater func() int64) (*watch.Watch, error) {
 	return watch.New(watch.Config{
 		Cluster: g.member, Disk: disk, Ballast: g.reserve, LowWater: lowWater, Certificates: certificates(g),
 		Backup:   func() (last, founded time.Time) { return r.backedUp(g) },
+		Further:  r.further,
 		Settings: r.settings, Log: g.log, Registerer: g.metrics, Clock: g.config.clock,
 	})
 }
@@ -66,6 +67,15 @@ func (r *rooms) lastBackup(v *table.View) (*peers.LastBackup, error) {
 		At: time.Unix(record.At, 0).UTC(), Node: record.Node, Revision: record.Revision,
 		Recipients: append([]string{}, record.Recipients...), Blobs: record.Blobs, Missing: record.Missing,
 	}, nil
+}
+
+// further are the conditions that rooms have found which know nothing of the watch.
+func (r *rooms) further() []watch.Condition {
+	var out []watch.Condition
+	for _, n := range r.traffic.Notices() {
+		out = append(out, watch.Condition{Code: n.Code, Subject: n.Subject, Severity: watch.Warning, Text: n.Text, Remedy: n.Remedy})
+	}
+	return out
 }
 
 // certificates lists those whose end would be noticed.

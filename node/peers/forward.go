@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/bundle/entry"
+	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -85,6 +86,9 @@ func (p *Peers) peerHandler() http.Handler {
 	mux.HandleFunc("POST /peer/v1/reached", func(w http.ResponseWriter, r *http.Request) {
 		serveMessage(p, w, r, p.reached)
 	})
+	for name, answer := range p.answers {
+		mux.HandleFunc("POST /peer/v1/"+name, func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, answer) })
+	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		principal, err := decodePrincipal(r.Header.Get(principalHeader))
 		if err != nil {
@@ -255,6 +259,29 @@ func (p *Peers) Tell(ctx context.Context, revision uint64) {
 			if err != nil {
 				p.Log.Debug("a node does not say that it knows of a deletion", "node", m.ID, "revision", revision, "err", err)
 			}
+		})
+	}
+	wait.Wait()
+}
+
+// Answer sets what this node says when another one asks it by a name that no other
+// message has. It must be called before Run.
+func (p *Peers) Answer(name string, answer func(ctx context.Context, question json.RawMessage) (any, error)) {
+	p.answers[name] = answer
+}
+
+// AskAll asks the other nodes that are live in parallel and calls each, one call at
+// a time, with what a node says or why it says nothing.
+func (p *Peers) AskAll(ctx context.Context, name string, question any, each func(node member.Member, answer json.RawMessage, err error)) {
+	var wait sync.WaitGroup
+	var mu sync.Mutex
+	for _, m := range p.others() {
+		wait.Go(func() {
+			var answer json.RawMessage
+			err := p.call(ctx, m.ID, name, question, &answer)
+			mu.Lock()
+			defer mu.Unlock()
+			each(m, answer, err)
 		})
 	}
 	wait.Wait()

@@ -19,6 +19,7 @@ package peers
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -34,6 +35,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/peernet"
 	"github.com/atoll-registry/atoll/transfer/stream"
 )
@@ -79,16 +81,19 @@ type Cluster interface {
 	RenewAll(ctx context.Context) error
 }
 
-// Config of Peers. All fields are needed.
+// Config of Peers. All fields are needed but Limiter and Meter.
 type Config struct {
-	DB         *table.DB
-	Roster     Roster
-	Cluster    Cluster
-	Network    Network
-	Store      *blobs.Store
-	Records    *blobs.Records
-	Policy     Policy
-	Cache      Cache // the zero value: this node is none
+	DB      *table.DB
+	Roster  Roster
+	Cluster Cluster
+	Network Network
+	Store   *blobs.Store
+	Records *blobs.Records
+	Policy  Policy
+	Cache   Cache // the zero value: this node is none
+	// Limiter is asked before bytes go out, Meter told of what moved; nil: nobody is.
+	Limiter    transfer.Limiter
+	Meter      transfer.Meter
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -105,6 +110,7 @@ type Peers struct {
 	unreadable func(d digest.Digest, file blobs.File, cause error) // may be nil
 	conditions Conditions                                          // may be nil
 	archive    func(v *table.View) (*LastBackup, error)            // may be nil
+	answers    map[string]func(context.Context, json.RawMessage) (any, error)
 
 	mu      sync.Mutex
 	failing map[string]bool // nodes that could not take their last copy
@@ -135,7 +141,7 @@ type metrics struct {
 
 // New makes the room.
 func New(c Config) (*Peers, error) {
-	p := &Peers{Config: c, tables: newPieceTables(c.Store), failing: map[string]bool{}}
+	p := &Peers{Config: c, tables: newPieceTables(c.Store), failing: map[string]bool{}, answers: map[string]func(context.Context, json.RawMessage) (any, error){}}
 	p.metrics = metrics{
 		underReplicated: prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_underreplicated_blobs", Help: "Blobs that this node sees to and that are on fewer nodes than they should be: the sum over the nodes is that of the site."}),
 		leaving:         prometheus.NewGauge(prometheus.GaugeOpts{Name: "atoll_peers_leaving_blobs", Help: "Blobs that this node, which is being drained, must still hand over."}),
@@ -170,14 +176,25 @@ func New(c Config) (*Peers, error) {
 			return c.Network.Dial(ctx, addr, peernet.ServiceBlob)
 		},
 		Hooks: stream.Hooks{
-			Moved:  func(_ string, n int64) { p.metrics.received.Add(float64(n)) },
-			Served: func(_ string, n int64) { p.metrics.served.Add(float64(n)) },
+			Moved:  func(peer string, n int64) { p.metrics.received.Add(float64(n)); p.metered(peer, n, true) },
+			Served: func(peer string, n int64) { p.metrics.served.Add(float64(n)); p.metered(peer, n, false) },
 			Dropped: func(_ string, _ digest.Digest, why stream.Reason) {
 				p.metrics.dropped.WithLabelValues(string(why)).Inc()
 			},
 		},
 	})
 	return p, err
+}
+
+// metered has what moved counted, until the engine itself says what it was.
+func (p *Peers) metered(peer string, n int64, in bool) {
+	switch f := (transfer.Flow{Peer: peer}); {
+	case p.Meter == nil:
+	case in:
+		p.Meter.Received(f, int(n))
+	default:
+		p.Meter.Sent(f, int(n))
+	}
 }
 
 // dialNode connects to the API service of the node whose id is the host of addr

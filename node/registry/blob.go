@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -47,6 +48,11 @@ func (g *Registry) getBlob(c *call) error {
 	if sent, err := g.sendElsewhere(c, d); sent || err != nil {
 		return err
 	}
+	end, err := g.pace(c, d, row)
+	if err != nil {
+		return err
+	}
+	defer end()
 	h.Set("Content-Type", "application/octet-stream")
 	file, err := g.openHeld(d, row)
 	switch {
@@ -62,6 +68,36 @@ func (g *Registry) getBlob(c *call) error {
 		return nil
 	}
 	return g.sendRemote(c, d, row)
+}
+
+// pace has the answer to a request for more than a small blob keep to what may be
+// sent.
+func (g *Registry) pace(c *call, d digest.Digest, row blobs.Blob) (end func(), err error) {
+	if g.egress == nil || c.r.Method != http.MethodGet || row.Size <= smallBlob {
+		return func() {}, nil
+	}
+	ctx, name := c.r.Context(), c.route.Name
+	paced, err := g.egress.Begin(ctx, Outgoing{Digest: d, Size: row.Size, Project: name.Project, Repository: name.Repository, Client: c.client()})
+	if err != nil {
+		return nil, err
+	}
+	c.w.capped = paced.Capped
+	c.w.pay = func(n int) error {
+		for {
+			wait := paced.Take(n)
+			if wait <= 0 {
+				return nil
+			}
+			timer := time.NewTimer(wait)
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+				timer.Stop()
+				return context.Cause(ctx)
+			}
+		}
+	}
+	return paced.End, nil
 }
 
 // admitBlob refuses a blob that only manifests name which a gate holds back.

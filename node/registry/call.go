@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"strconv"
@@ -18,6 +19,9 @@ const (
 	// sendChunk is how much is handed to the kernel between two looks at the
 	// clock: with the default of Idle, a client must take about 2 KB/s.
 	sendChunk = 256 << 10
+	// cappedChunk is the same where a cap may hold it back: a client should not get
+	// what it may have in bursts.
+	cappedChunk = 64 << 10
 	// drainBytes and drainTime bound what is still read of a request that has
 	// been refused, so that a client that reads only after writing hears why.
 	drainBytes = 128 << 20
@@ -63,6 +67,19 @@ func (c *call) release() {
 	if c.body != nil && !c.body.ended && !c.body.pace.stream && c.body.pace.idle > 0 {
 		_ = c.w.control.SetReadDeadline(time.Now().Add(c.body.pace.idle))
 	}
+}
+
+// client names who asks: USER@ADDRESS.
+func (c *call) client() string {
+	host, _, err := net.SplitHostPort(c.r.RemoteAddr)
+	if err != nil {
+		host = c.r.RemoteAddr
+	}
+	user := c.who.Name
+	if user == "" {
+		user = "anonymous"
+	}
+	return user + "@" + host
 }
 
 // method is a handler with the request method that it answers.
@@ -207,7 +224,10 @@ type writer struct {
 	status  int
 	written int64
 	failed  error // why ReadFrom ended early
-	buffer  []byte
+	// pay waits until so many bytes of a blob may go; nil: nothing bounds them.
+	pay    func(n int) error
+	capped func() bool // with pay: whether it may have to wait
+	buffer []byte
 }
 
 func (w *writer) begun() bool { return w.status != 0 }
@@ -258,6 +278,14 @@ func (w *writer) sendAtHand(src *io.LimitedReader) (total int64, err error) {
 	chunk := &io.LimitedReader{R: src.R}
 	for src.N > 0 {
 		chunk.N = min(src.N, sendChunk)
+		if w.pay != nil {
+			if w.capped() {
+				chunk.N = min(chunk.N, cappedChunk)
+			}
+			if err := w.pay(int(chunk.N)); err != nil {
+				return total, err
+			}
+		}
 		want := chunk.N
 		w.move()
 		n, err := io.Copy(w.ResponseWriter, chunk)
@@ -274,7 +302,14 @@ func (w *writer) sendAtHand(src *io.LimitedReader) (total int64, err error) {
 // stepWriter is a writer without ReadFrom.
 type stepWriter struct{ w *writer }
 
-func (s stepWriter) Write(p []byte) (int, error) { return s.w.Write(p) }
+func (s stepWriter) Write(p []byte) (int, error) {
+	if s.w.pay != nil {
+		if err := s.w.pay(len(p)); err != nil {
+			return 0, err
+		}
+	}
+	return s.w.Write(p)
+}
 
 func (w *writer) move() {
 	if deadline, due := w.due(); due {

@@ -72,6 +72,31 @@ type Forwarder interface {
 	Forward(node string, w http.ResponseWriter, r *http.Request) error
 }
 
+// Outgoing is a blob that a client is about to be sent.
+type Outgoing struct {
+	Digest     digest.Digest
+	Size       int64
+	Project    string
+	Repository string // relative to the project
+	Client     string // USER@ADDRESS
+}
+
+// Egress bounds what clients are sent. Safe for concurrent use.
+type Egress interface {
+	// Begin waits until one more answer may begin; an error is the context's.
+	Begin(ctx context.Context, o Outgoing) (Paced, error)
+}
+
+// Paced is one answer on its way.
+type Paced interface {
+	// Take asks to send n bytes. 0: they may go. Else it is asked again after so long.
+	Take(n int) time.Duration
+	// Capped says whether any cap is in force, so that it pays to send small steps.
+	Capped() bool
+	// End is called once, when the answer has ended.
+	End()
+}
+
 // Teller makes a change known.
 type Teller interface {
 	// Tell returns when every node that is live has the revision, or does not answer.
@@ -103,6 +128,7 @@ type Config struct {
 	Forwarder  Forwarder
 	Teller     Teller
 	Guardian   Guardian // nil: nobody is told
+	Egress     Egress   // nil: nothing bounds what is sent
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	Settings   *Settings
@@ -133,6 +159,7 @@ type Registry struct {
 	forwarder Forwarder
 	teller    Teller
 	guardian  Guardian
+	egress    Egress
 	log       *slog.Logger
 
 	settings  *Settings
@@ -163,7 +190,7 @@ func New(c Config) (*Registry, error) {
 	}
 	g := &Registry{
 		node: c.NodeID, db: c.DB, catalog: c.Catalog, projects: c.Projects, journal: c.Journal, store: c.Store,
-		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, teller: c.Teller, guardian: c.Guardian, log: c.Log,
+		records: c.Records, auth: c.Auth, copies: c.Copies, fetcher: c.Fetcher, forwarder: c.Forwarder, teller: c.Teller, guardian: c.Guardian, egress: c.Egress, log: c.Log,
 		settings: c.Settings, redirect: c.Redirect, idle: c.Idle, uploadTTL: c.UploadTTL,
 		uploads: uploads{byUser: map[string]map[string]bool{}}, pacers: pacers{all: map[string]*pacer{}},
 		large: make(chan struct{}, largeManifests),

@@ -64,7 +64,7 @@ type Certificate struct {
 	Within time.Duration
 }
 
-// Config of a Watch. All fields are needed but Clock.
+// Config of a Watch. All fields are needed but Further and Clock.
 type Config struct {
 	Cluster Cluster
 	Disk    Disk
@@ -74,7 +74,10 @@ type Config struct {
 	Certificates func() []Certificate
 	// Backup is when the site was last backed up, zero when it never was, and when
 	// it was founded, zero when that is not known.
-	Backup     func() (last, founded time.Time)
+	Backup func() (last, founded time.Time)
+	// Further are conditions that other parts of the node have found; nil: there are
+	// none.
+	Further    func() []Condition
 	Settings   *settings.Settings
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -194,6 +197,9 @@ func (w *Watch) judge(ctx context.Context) {
 	w.mu.Lock()
 	found = append(found, w.site...)
 	w.mu.Unlock()
+	if w.Further != nil {
+		found = append(found, w.Further()...)
+	}
 	for _, c := range w.board.show(found, now) {
 		level := slog.LevelWarn
 		if c.gone {

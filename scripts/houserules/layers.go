@@ -101,6 +101,8 @@ var layers = [...]layer{
 	{folder: "node/offline", may: under3, tests: helpers},
 	{folder: "node/sites", may: under3, tests: helpers},
 	{folder: "node/peers", may: under3, tests: helpers},
+	{folder: "node/traffic", may: under3, tests: helpers},
+	{folder: "node/prefetch", may: under3, tests: helpers},
 	{folder: "node/scrub", may: under3, tests: helpers},
 	{folder: "node/watch", may: under3, tests: helpers},
 	{folder: "node/search", may: under3, tests: helpers},

@@ -1,0 +1,111 @@
+package traffic
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atoll-registry/atoll/transfer"
+)
+
+// Content is a blob that a client is about to be sent.
+type Content struct {
+	Digest     digest.Digest
+	Size       int64
+	Project    string
+	Repository string // relative to the project
+	Client     string // USER@ADDRESS
+}
+
+// Answer is a blob on its way to a client: a pull like that of a node, under the
+// same caps. It is for one goroutine.
+type Answer struct {
+	t   *Traffic
+	key flowKey
+	c   Content
+}
+
+// places bounds the answers under way.
+type places struct {
+	mu    sync.Mutex
+	taken int
+	freed chan struct{} // closed when one is given back
+}
+
+// Begin waits for a place for an answer; the caller ends it. An error is ctx's.
+func (t *Traffic) Begin(ctx context.Context, c Content) (*Answer, error) {
+	if err := t.board.places.take(ctx, t.set.answers.Value); err != nil {
+		return nil, err
+	}
+	a := &Answer{t: t, c: c, key: flowKey{blob: c.Digest, client: c.Client}}
+	t.board.open(t.now(), a.key, a.facts())
+	return a, nil
+}
+
+func (a *Answer) facts() flowFacts {
+	return flowFacts{class: transfer.Pull, size: a.c.Size, repository: a.c.Project + "/" + a.c.Repository}
+}
+
+// Take asks to send n bytes. 0: they are counted as sent and may go. Else nothing is
+// counted, and the same is asked again after about so long.
+func (a *Answer) Take(n int) time.Duration {
+	t := a.t
+	if t.capped.Load() {
+		wait, by, kind := t.decide(ask{client: a.c.Client, class: transfer.Pull, project: a.c.Project, n: n})
+		if wait > 0 {
+			t.board.held(t.now(), a.key, a.facts(), wait, by)
+			t.metrics.hold(kind, transfer.Pull, wait)
+			return wait
+		}
+	}
+	t.board.moved(t.now(), a.key, a.facts(), n)
+	t.metrics.count(false, transfer.Pull, "", n)
+	return 0
+}
+
+// Capped says whether any cap is in force at all, so that it pays to send in small
+// steps.
+func (a *Answer) Capped() bool { return a.t.capped.Load() }
+
+// End gives the place back. It may be called once.
+func (a *Answer) End() {
+	a.t.board.close(a.key)
+	a.t.board.places.give()
+}
+
+func (p *places) take(ctx context.Context, most func() int) error {
+	for {
+		p.mu.Lock()
+		if p.taken < most() {
+			p.taken++
+			p.mu.Unlock()
+			return nil
+		}
+		if p.freed == nil {
+			p.freed = make(chan struct{})
+		}
+		freed := p.freed
+		p.mu.Unlock()
+		again := time.NewTimer(time.Second) // the setting may have been raised
+		select {
+		case <-freed:
+		case <-again.C:
+		case <-ctx.Done():
+			again.Stop()
+			return context.Cause(ctx)
+		}
+		again.Stop()
+	}
+}
+
+func (p *places) give() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.taken--
+	if p.freed != nil {
+		close(p.freed)
+		p.freed = nil
+	}
+}

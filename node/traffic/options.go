@@ -1,0 +1,81 @@
+package traffic
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/atoll-registry/atoll/node/settings"
+)
+
+// options are what an operator may change while transfers run.
+type options struct {
+	nodeOut, nodeIn, site *settings.Setting[rates]
+	links, projects       *settings.Setting[*rules]
+	budgets               *settings.Setting[*budgets]
+	zone                  *settings.Setting[*time.Location]
+	jitter                *settings.Setting[int]
+	answers               *settings.Setting[int]
+}
+
+// rates is a schedule with the text that it was read from.
+type rates struct {
+	schedule
+	text string
+}
+
+func defineOptions(s *settings.Settings) options {
+	schedules := settings.Kind[rates]{Parse: func(text string) (rates, error) {
+		s, err := parseSchedule(text)
+		return rates{s, text}, err
+	}}
+	lists := func(links bool) settings.Kind[*rules] {
+		return settings.Kind[*rules]{Parse: func(text string) (*rules, error) { return parseRules(text, links) }}
+	}
+	one := func(name, summary string) *settings.Setting[rates] {
+		return settings.Define(s, settings.Spec[rates]{Name: name, Default: "0", Kind: schedules, Summary: summary})
+	}
+	return options{
+		nodeOut: one("traffic.node", "bytes a second that each node sends to nodes and clients, by the hour if wanted: Mo-Fr 08:00-18:00 2MiB; else 20MiB; 0 is no limit"),
+		nodeIn:  one("traffic.node-in", "bytes a second that each node asks other nodes for, in the same form"),
+		site:    one("traffic.site", "bytes a second that all nodes of this site together send to nodes and clients, in the same form"),
+		links: settings.Define(s, settings.Spec[*rules]{
+			Name: "traffic.links", Default: "", Kind: lists(true),
+			Summary: "bytes a second over a link, all nodes together: FROM>TO: RATE | ..., where an end is a node, LABEL=VALUE or *, and <> means both directions; RATE as in traffic.node",
+		}),
+		projects: settings.Define(s, settings.Spec[*rules]{
+			Name: "traffic.projects", Default: "", Kind: lists(false),
+			Summary: "bytes a second that all nodes together send of a project: PROJECT: RATE | ...",
+		}),
+		budgets: settings.Define(s, settings.Spec[*budgets]{
+			Name: "traffic.budgets", Default: "", Kind: settings.Kind[*budgets]{Parse: parseBudgets},
+			Summary: "how much may go over a metered link: FROM<>TO: 10GiB/day | node: 200GiB/month hard; at its end prefetch and repair stop, with hard everything",
+		}),
+		zone: settings.Define(s, settings.Spec[*time.Location]{
+			Name: "traffic.timezone", Default: "Local", Kind: settings.Kind[*time.Location]{Parse: parseZone},
+			Summary: "the time zone of hours, days and months, such as Europe/Berlin; Local is each node's own",
+		}),
+		jitter: settings.Define(s, settings.Spec[int]{
+			Name: "traffic.jitter", Default: "120", Kind: settings.Count(0, 3600),
+			Summary: "seconds over which nodes spread the moment at which they take up a higher rate; a lower one counts at once",
+		}),
+		answers: settings.Define(s, settings.Spec[int]{
+			Name: "traffic.answers", Default: "1024", Kind: settings.Count(1, 1<<16),
+			Summary: "how many blobs a node sends to clients at once, each of which takes a file and a connection; more wait",
+		}),
+	}
+}
+
+func parseZone(text string) (*time.Location, error) {
+	zone, err := time.LoadLocation(text)
+	if err != nil || text == "" {
+		return nil, fmt.Errorf("%.40q is no time zone that this node knows; UTC, Local, or a name such as Europe/Berlin is wanted", text)
+	}
+	return zone, nil
+}
+
+// texts are those that tell whether the caps have changed.
+func (o options) texts() [5]string {
+	return [5]string{
+		o.nodeOut.Value().text + "\n" + o.nodeIn.Value().text, o.site.Value().text, o.links.Value().text, o.projects.Value().text, o.budgets.Value().text,
+	}
+}
