@@ -35,8 +35,9 @@ func Restore(ctx context.Context, r backup.Restoring) (out backup.Restored, err 
 }
 
 // Recover makes the node of a data directory, alone, the whole of its site. A
-// fault Conflict says why it is not done.
-func Recover(ctx context.Context, data string, log *slog.Logger) (out recovery.Recovered, err error) {
+// fault Conflict says why it is not done. clusterKey is for a node that had no vote:
+// see recovery.Survivor.
+func Recover(ctx context.Context, data string, clusterKey []byte, log *slog.Logger) (out recovery.Recovered, err error) {
 	err = locked(data, func() error {
 		who, err := member.LoadIdentity(data)
 		if err != nil {
@@ -46,7 +47,7 @@ func Recover(ctx context.Context, data string, log *slog.Logger) (out recovery.R
 		if err != nil {
 			return err
 		}
-		out, err = recovery.Recover(ctx, recovery.Survivor{Dir: data, Answers: answers, Prepare: backup.NewLife(data), Log: log})
+		out, err = recovery.Recover(ctx, recovery.Survivor{Dir: data, Answers: answers, Prepare: backup.NewLife(data), ClusterKey: clusterKey, Log: log})
 		return refused(err)
 	})
 	return out, err
@@ -80,7 +81,7 @@ func Wipe(data string) (removed []string, err error) {
 // refused gives the reasons why nothing was done the kind that decides the exit
 // code.
 func refused(err error) error {
-	for _, reason := range []error{recovery.ErrAnswers, recovery.ErrNotNeeded, recovery.ErrNotFenced, epoch.ErrFenced, member.ErrEmpty} {
+	for _, reason := range []error{recovery.ErrAnswers, recovery.ErrNotNeeded, recovery.ErrNotFenced, recovery.ErrNoKey, epoch.ErrFenced, member.ErrEmpty} {
 		if errors.Is(err, reason) {
 			return fault.New(fault.Conflict, "%v", err)
 		}

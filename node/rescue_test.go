@@ -240,16 +240,16 @@ func TestRecoverAndWelcomeBack(t *testing.T) {
 		return ""
 	})
 	third := nodes[2]
-	if _, err := Recover(t.Context(), third.Data, quiet); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "another node runs") {
+	if _, err := Recover(t.Context(), third.Data, nil, quiet); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "another node runs") {
 		t.Errorf("recovering a node that runs: %v", err)
 	}
 	nodes[1].stop()
 	third.stop()
-	if _, err := Recover(t.Context(), third.Data, quiet); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), nodes[0].PeerAddr) {
+	if _, err := Recover(t.Context(), third.Data, nil, quiet); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), nodes[0].PeerAddr) {
 		t.Errorf("recovering while a voter answers: %v", err)
 	}
 	nodes[0].stop()
-	out, err := Recover(t.Context(), third.Data, quiet)
+	out, err := Recover(t.Context(), third.Data, nil, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -123,6 +123,8 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	}
 	r.traffic.Meet(r.peers)
 	g.member.Resealers(r.journal.Reseal)
+	r.journal.Delegate(g.member.Ask)
+	g.member.Duties(journal.SignDuty, r.journal.SignFor)
 	r.endpoints = peers.NewEndpoints(g.db, g.member, g.url, !loopback(g.config.Listen), g.log)
 	if r.catalog, err = catalog.New(catalog.Config{
 		DB: g.db, Records: r.records, Journal: r.journal, Projects: r.projects, Big: bigManifests{r, g.db},

@@ -29,7 +29,7 @@ func content(seed uint64, n int) []byte {
 }
 
 // join starts one more node of a site.
-func join(t *testing.T, via *running, name string) *running {
+func join(t *testing.T, via *running, name string, change ...func(*Config)) *running {
 	t.Helper()
 	token, err := via.member.CreateToken(t.Context(), time.Hour, 1)
 	if err != nil {
@@ -37,6 +37,9 @@ func join(t *testing.T, via *running, name string) *running {
 	}
 	c := config(t)
 	c.Init, c.Join, c.Token, c.Name, c.AdminPassword = false, []string{via.PeerAddr}, token, name, ""
+	for _, f := range change {
+		f(&c)
+	}
 	n := start(t, c)
 	if n.Founded || n.PasswordFile != "" {
 		t.Errorf("a node that joined started as %+v", n.Started)

@@ -17,7 +17,9 @@ import (
 
 // joinServer serves the nodes that have no valid certificate.
 func (n *Node) joinServer() *http.Server {
-	return joining.Server(joining.Strangers(), map[string]joining.Handler{pathJoin: n.admit, pathRenew: n.renewal, pathStanding: n.standing}, n.log)
+	return joining.Server(joining.Strangers(), map[string]joining.Handler{
+		pathJoin: n.entrusted(pathJoin), pathRenew: n.entrusted(pathRenew), pathStanding: n.standing,
+	}, n.log)
 }
 
 // applicant is a joinRequest that was checked.
@@ -115,7 +117,7 @@ func (n *Node) admit(ctx context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	n.log.Info("a node joined", "node", a.Node, "name", a.Name, "address", a.Addr)
-	return joinAnswer{Site: id.SiteID, CA: signer.trusted, Links: signer.links, Renewal: signer.renewals, Cert: cert, ClusterKey: id.ClusterKey, Epoch: n.cfg.Epoch.Wire()}, nil
+	return joinAnswer{Site: id.SiteID, CA: signer.trusted, Links: signer.links, Renewal: signer.renewals, Cert: cert, Epoch: n.cfg.Epoch.Wire()}, nil
 }
 
 // redeem takes one use of the applicant's token; known when this very key has

@@ -8,10 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"path/filepath"
 	"time"
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -87,38 +90,100 @@ func (n *Node) localSigner() (s signer, err error) {
 	return s, err
 }
 
-// ServerCertificate issues a certificate for the public listener, good for the
-// DNS names and IP addresses given. It lives for pki.ServerLife. A node that
-// has just joined waits here until it has caught up with the site's authority.
+// serverAsk and serverAnswer are the duty of a certificate for the public listener.
+type serverAsk struct {
+	CSR  []byte   `json:"csr"`
+	SANs []string `json:"sans"`
+}
+
+type serverAnswer struct {
+	Chain []byte `json:"chain"` // PEM: the certificate, its authority's, links
+}
+
+func (n *Node) issueServer(_ context.Context, body []byte) (any, error) {
+	var ask serverAsk
+	if err := joining.Decode(body, &ask); err != nil {
+		return nil, err
+	}
+	request, err := pki.ParseCSR(ask.CSR)
+	if err != nil {
+		return nil, joining.Refuse(joining.CodeMalformed, "%v", err)
+	}
+	authority, err := n.localSigner()
+	if err != nil {
+		return nil, err
+	}
+	cert, err := authority.IssueServer(request.PublicKey, ask.SANs, n.Now())
+	if err != nil {
+		return nil, err
+	}
+	return serverAnswer{Chain: bytes.Join([][]byte{cert, authority.CertPEM(), authority.links}, nil)}, nil
+}
+
+// serverFile is the newest certificate of the public listener and its key: what a node
+// serves with that has no vote and finds nobody who has one.
+const serverFile = "server.json"
+
+type serverJSON struct {
+	Chain []byte `json:"chain"`
+	Key   []byte `json:"key"` // PEM, PKCS #8
+}
+
+// ServerCertificate gives a certificate for the public listener, good for the DNS
+// names and IP addresses given. It lives for pki.ServerLife. While no node can issue
+// one, it is the last that this node had, if that is still good. A node that has just
+// joined waits here until it has caught up with the site's authority.
 func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certificate, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	row := n.db.Watch(ctx, "site_authority")
-	authority, err := n.localSigner()
-	for errors.Is(err, errNoAuthority) {
-		select {
-		case <-row:
-		case <-ctx.Done():
-			return tls.Certificate{}, fmt.Errorf("%w (%w)", err, ctx.Err())
-		}
-		authority, err = n.localSigner()
-	}
-	if err != nil {
-		return tls.Certificate{}, err
-	}
 	key, err := pki.NewKey()
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	cert, err := authority.IssueServer(key.Public(), sans, n.Now())
+	csr, err := pki.NewCSR(key)
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	keyPEM, err := pki.MarshalKey(key)
-	if err != nil {
-		return tls.Certificate{}, err
+	for {
+		var answer serverAnswer
+		err := n.Ask(ctx, dutyCertificate, serverAsk{CSR: csr, SANs: sans}, &answer)
+		if err == nil {
+			keyPEM, err := pki.MarshalKey(key)
+			if err != nil {
+				return tls.Certificate{}, err
+			}
+			if err := atomicfile.WriteJSON(filepath.Join(n.cfg.Dir, serverFile), serverJSON{answer.Chain, keyPEM}); err != nil {
+				n.log.Warn("the certificate of the registry's address is not kept for the next start", "error", err)
+			}
+			return tls.X509KeyPair(answer.Chain, keyPEM)
+		}
+		if kept, ok := n.keptServer(); ok {
+			return kept, nil
+		}
+		if passes := interface{ Unavailable() bool }(nil); !errors.As(err, &passes) {
+			return tls.Certificate{}, err
+		}
+		tick := time.NewTimer(n.cfg.Timings.Ping)
+		select {
+		case <-row:
+		case <-tick.C:
+		case <-ctx.Done():
+			tick.Stop()
+			return tls.Certificate{}, fmt.Errorf("%w (%w)", err, ctx.Err())
+		}
+		tick.Stop()
 	}
-	return tls.X509KeyPair(bytes.Join([][]byte{cert, authority.CertPEM(), authority.links}, nil), keyPEM)
+}
+
+// keptServer is the last certificate of the public listener, if it is still good.
+func (n *Node) keptServer() (tls.Certificate, bool) {
+	var kept serverJSON
+	if err := atomicfile.ReadJSON(filepath.Join(n.cfg.Dir, serverFile), &kept); err != nil {
+		return tls.Certificate{}, false
+	}
+	cert, err := tls.X509KeyPair(kept.Chain, kept.Key)
+	return cert, err == nil && n.Now().Before(cert.Leaf.NotAfter)
 }
 
 // CreateToken makes a token by which uses nodes may join within ttl. Its text

@@ -11,9 +11,14 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/url"
 	"time"
 
+	"github.com/hashicorp/raft"
+
+	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/kv"
+	"github.com/atoll-registry/atoll/cluster/table"
 )
 
 // The control service is HTTP/1.1 between members:
@@ -22,7 +27,8 @@ import (
 //	GET  /v1/index  a read index; to the leader
 //	GET  /v1/term   the term of this node
 //	GET  /v1/ping   a sign of life
-//	GET  /v1/key    the cluster key ?id=; to members
+//	GET  /v1/key    the cluster key ?id=; to members that are entrusted with it
+//	POST /v1/duty   what takes the cluster key, ?of=; to members
 //	POST /v1/lead   hand the leadership to the voter ?node=; to the leader
 //
 // Nothing is passed on: a node that does not lead says so.
@@ -33,11 +39,13 @@ const (
 	pathPing  = "/v1/ping"
 	pathLead  = "/v1/lead"
 	pathKey   = "/v1/key"
+	pathDuty  = "/v1/duty"
 )
 
 // maxAnswer bounds what is read of an answer. The longest is a Result with a
-// number for each of kv.MaxParts operations.
-const maxAnswer = 128 << 10
+// number for each of kv.MaxParts operations, or the certificates of an authority that
+// changed often.
+const maxAnswer = 256 << 10
 
 // ping is a sign of life.
 type ping struct {
@@ -83,6 +91,7 @@ func (n *Node) controlServer() *http.Server {
 	mux.HandleFunc("GET "+pathPing, n.servePing)
 	mux.HandleFunc("POST "+pathLead, n.serveLead)
 	mux.HandleFunc("GET "+pathKey, n.serveKey)
+	mux.HandleFunc("POST "+pathDuty, n.serveDuty)
 	return &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -276,5 +285,113 @@ func (n *Node) newClient() *http.Client {
 			IdleConnTimeout:     time.Minute,
 			DisableCompression:  true,
 		},
+	}
+}
+
+// A Duty is what only a node that holds the cluster key can do. It answers with what
+// encoding/json takes.
+type Duty = joining.Handler
+
+// maxDuty bounds what is read of a request. The longest is a statement over a bundle.
+const maxDuty = 16 << 20
+
+// dutyCertificate is the duty of issuing certificates for the public listeners.
+const dutyCertificate = "certificate"
+
+// Duties adds one that a room has. It must be called before Run.
+func (n *Node) Duties(name string, do Duty) { n.duties[name] = do }
+
+// Ask has a duty done, by this node if it holds the cluster key, else by one that
+// votes and is up. Its errors pass (Unavailable) while none of those answers; what is
+// not granted is a *joining.Refusal.
+func (n *Node) Ask(ctx context.Context, duty string, ask, answer any) error {
+	body, err := json.Marshal(ask)
+	if err != nil {
+		return err
+	}
+	text, err := n.delegate(ctx, duty, body)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(text, answer)
+}
+
+func (n *Node) delegate(ctx context.Context, duty string, body []byte) (json.RawMessage, error) {
+	if _, err := n.sealing(); err == nil {
+		v, err := n.duties[duty](ctx, body)
+		if err != nil {
+			return nil, err
+		}
+		return json.Marshal(v)
+	}
+	in := n.raft.Load()
+	if in == nil {
+		return nil, errStarting
+	}
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.LeaderWait)
+	defer cancel()
+	silent := []error{errNoKey}
+	for _, s := range in.servers() {
+		if s.Suffrage != raft.Voter || s.ID == in.self || !n.live(string(s.ID)) {
+			continue
+		}
+		status, text, err := n.call(ctx, http.MethodPost, string(s.Address), pathDuty+"?of="+url.QueryEscape(duty), bytes.NewReader(body))
+		if err == nil && status == http.StatusOK {
+			return text, nil
+		}
+		var no joining.Refusal
+		if err == nil && status == http.StatusForbidden && json.Unmarshal(text, &no) == nil && no.Code != "" {
+			return nil, &no
+		}
+		if err == nil {
+			err = fmt.Errorf("it answered %d: %.200s", status, text)
+		}
+		silent = append(silent, fmt.Errorf("the node at %s: %w", s.Address, err))
+	}
+	return nil, errors.Join(silent...)
+}
+
+// entrusted is a duty that strangers ask of any node.
+func (n *Node) entrusted(duty string) joining.Handler {
+	return func(ctx context.Context, body []byte) (any, error) { return n.delegate(ctx, duty, body) }
+}
+
+func (n *Node) serveDuty(w http.ResponseWriter, r *http.Request) {
+	peer, _ := r.Context().Value(peerKey{}).(string)
+	var m Member
+	var ok bool
+	// Without a leader what is known here decides: certificates have to be renewed.
+	_, err := n.db.Confirmed(r.Context(), func(v *table.View) (err error) {
+		m, _, ok, err = n.rows.members.Get(v, peer)
+		return err
+	})
+	if err != nil || !ok || m.Removed != 0 {
+		http.Error(w, "you are not a member of the site as far as this node knows", http.StatusUnauthorized)
+		return
+	}
+	do, known := n.duties[r.URL.Query().Get("of")]
+	if _, err := n.sealing(); err != nil || !known {
+		http.Error(w, "this node does not hold the site's cluster key, or does not know the duty", http.StatusServiceUnavailable)
+		return
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxDuty))
+	if err != nil {
+		http.Error(w, "reading the request: "+err.Error(), http.StatusBadRequest)
+		return
+	}
+	v, err := do(r.Context(), body)
+	var no *joining.Refusal
+	switch {
+	case errors.As(err, &no):
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusForbidden)
+		if err := json.NewEncoder(w).Encode(no); err != nil {
+			n.log.Debug("answering a member", "error", err)
+		}
+	case err != nil:
+		n.log.Info("could not do what a member asked for, which takes the cluster key", "node", m.ID, "name", m.Name, "duty", r.URL.Query().Get("of"), "error", err)
+		http.Error(w, "the node could not answer; its log says why", http.StatusServiceUnavailable)
+	default:
+		n.reply(w, v)
 	}
 }

@@ -26,7 +26,7 @@ import (
 // so that it can be kept elsewhere; it is in no snapshot and in no backup.
 const (
 	identityFile   = "identity.json"
-	clusterKeyFile = "cluster.key"
+	ClusterKeyFile = "cluster.key"
 	foundingFile   = "founding.json" // until the site's first rows are committed
 	joiningFile    = "joining.json"  // until the node that joined has begun its log
 )
@@ -38,7 +38,7 @@ const MachineFile = "machine.json"
 // Files are the names of the files that make a directory that of a node, the
 // identity first.
 func Files() []string {
-	return []string{identityFile, clusterKeyFile, foundingFile, joiningFile, MachineFile, version.StampFile}
+	return []string{identityFile, ClusterKeyFile, serverFile, foundingFile, joiningFile, MachineFile, version.StampFile}
 }
 
 // identityFormat is the version of identity.json.
@@ -61,7 +61,8 @@ type Identity struct {
 	// with: see Node.TokenKey.
 	TokenKey []byte
 	// ClusterKey are the keys that seal the site's secrets, of pki.ClusterKeySize
-	// bytes each, one after the other: more than one while the site changes its key.
+	// bytes each, one after the other: more than one while the site changes its key,
+	// none in a node that has no vote.
 	ClusterKey []byte
 }
 
@@ -100,12 +101,15 @@ func LoadIdentity(dir string) (Identity, error) {
 	if stored.Format != identityFormat {
 		return Identity{}, fmt.Errorf("%s has format %d, this version of Atoll reads %d: run the version that wrote it, or a newer one", filepath.Join(dir, identityFile), stored.Format, identityFormat)
 	}
-	key, err := os.ReadFile(filepath.Join(dir, clusterKeyFile))
-	if err != nil {
-		return Identity{}, fmt.Errorf("reading the cluster key, without which the site's secrets stay sealed: %w", err)
+	key, err := os.ReadFile(filepath.Join(dir, ClusterKeyFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return Identity{}, fmt.Errorf("reading the cluster key: %w", err)
 	}
-	if len(key) == 0 || len(key)%pki.ClusterKeySize != 0 {
-		return Identity{}, fmt.Errorf("%s has %d bytes instead of %d or a multiple: restore it from another node of the site", filepath.Join(dir, clusterKeyFile), len(key), pki.ClusterKeySize)
+	if bytes.Count(key, []byte{0}) == len(key) {
+		key = nil // it was being forgotten
+	}
+	if len(key)%pki.ClusterKeySize != 0 {
+		return Identity{}, fmt.Errorf("%s has %d bytes instead of %d or a multiple: restore it from another node of the site", filepath.Join(dir, ClusterKeyFile), len(key), pki.ClusterKeySize)
 	}
 	id := Identity{
 		SiteID: stored.Site, NodeID: stored.Node, Name: stored.Name,
@@ -147,7 +151,12 @@ func (id Identity) save(dir string) error {
 	if err := version.Mark(dir, "", 0); err != nil {
 		return err
 	}
-	if err := atomicfile.Write(filepath.Join(dir, clusterKeyFile), id.ClusterKey); err != nil {
+	keys := filepath.Join(dir, ClusterKeyFile)
+	if len(id.ClusterKey) == 0 {
+		if err := atomicfile.Erase(keys); err != nil {
+			return err
+		}
+	} else if err := atomicfile.WriteSecret(keys, id.ClusterKey); err != nil {
 		return err
 	}
 	return atomicfile.WriteJSON(filepath.Join(dir, identityFile), identityJSON{

@@ -55,13 +55,12 @@ type joinRequest struct {
 
 // joinAnswer makes the asker a member.
 type joinAnswer struct {
-	Site       string `json:"site"`
-	CA         []byte `json:"ca"`
-	Cert       []byte `json:"cert"`
-	ClusterKey []byte `json:"cluster_key"`
-	Epoch      string `json:"epoch,omitempty"` // of the last recovery
-	Links      []byte `json:"links,omitempty"`
-	Renewal    int    `json:"renewal,omitempty"`
+	Site    string `json:"site"`
+	CA      []byte `json:"ca"`
+	Cert    []byte `json:"cert"`
+	Epoch   string `json:"epoch,omitempty"` // of the last recovery
+	Links   []byte `json:"links,omitempty"`
+	Renewal int    `json:"renewal,omitempty"`
 }
 
 // renewRequest asks for a new certificate of the key that the row names.
@@ -131,7 +130,7 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	}
 	id := Identity{
 		SiteID: answer.Site, NodeID: pending.Node, Name: cfg.Name, CA: answer.CA, Links: answer.Links, Renewal: answer.Renewal, Cert: answer.Cert,
-		Key: []byte(pending.Key), ClusterKey: answer.ClusterKey,
+		Key: []byte(pending.Key),
 	}
 	if err := id.check(token.Pin); err != nil {
 		return Identity{}, fmt.Errorf("the site's answer: %w", err)
@@ -153,9 +152,6 @@ func (id Identity) check(pin []byte) error {
 		return err
 	} else if !known {
 		return ErrOtherSite
-	}
-	if len(id.ClusterKey) == 0 || len(id.ClusterKey)%pki.ClusterKeySize != 0 {
-		return errors.New("it holds no cluster key")
 	}
 	cert, err := id.Certificate()
 	if err != nil {

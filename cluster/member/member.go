@@ -181,7 +181,8 @@ type Node struct {
 	metrics  *metrics
 	report   atomic.Pointer[Report]        // nil is a node that is well
 	reseal   []func(context.Context) error // see Resealers
-	altering sync.Mutex                    // held while the identity on disk changes; taken before mu
+	duties   map[string]Duty
+	altering sync.Mutex // held while the identity on disk changes; taken before mu
 	begun    time.Time
 	run      string // of this process: two that run as one node differ in it
 	ready    chan struct{}
@@ -217,6 +218,7 @@ func New(cfg Config, identity Identity) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	n.duties = map[string]Duty{pathJoin: n.admit, pathRenew: n.renewal, dutyCertificate: n.issueServer}
 	n.token = ed25519.NewKeyFromSeed(identity.TokenKey)
 	if err := n.become(identity); err != nil {
 		return nil, err

@@ -58,7 +58,16 @@ func (n *Node) Find(r table.Reader, ref string) (Member, error) {
 // says when; a second time changes nothing. Copies of blobs are the caller's
 // concern. Errors: ErrNoMember; ErrQuorum when too few of the voters that stay are
 // live, or none stays.
-func (n *Node) Remove(ctx context.Context, id string) error {
+func (n *Node) Remove(ctx context.Context, id string) error { return n.dismiss(ctx, id, false) }
+
+// Betray is Remove of a node that strangers may have in their hands, and has
+// replaced what it held: the join tokens, the authority that its certificate is of,
+// and the cluster key if it had that. One Txn says so, and whoever leads does it while
+// the site runs on; Status tells how far that is. What the rooms keep is theirs: see
+// Resealers. Safe to repeat. Errors are those of Remove.
+func (n *Node) Betray(ctx context.Context, id string) error { return n.dismiss(ctx, id, true) }
+
+func (n *Node) dismiss(ctx context.Context, id string, stolen bool) error {
 	in, err := n.settled(ctx)
 	if err != nil {
 		return err
@@ -70,11 +79,18 @@ func (n *Node) Remove(ctx context.Context, id string) error {
 			return err
 		case !ok:
 			return fmt.Errorf("%w: %q", ErrNoMember, id)
-		case m.Removed != 0:
-			return nil
+		case m.Removed == 0:
+			if err := n.spare(tx, in, m); err != nil {
+				return err
+			}
 		}
-		if err := n.spare(tx, in, m); err != nil {
-			return err
+		if stolen && m.Stolen == 0 {
+			m.Stolen = time.Now().Unix()
+			if err := n.forsake(tx, m); err != nil {
+				return err
+			}
+		} else if m.Removed != 0 {
+			return nil
 		}
 		return n.expel(tx, m)
 	})
@@ -83,7 +99,7 @@ func (n *Node) Remove(ctx context.Context, id string) error {
 	}
 	wait, cancel := context.WithTimeout(ctx, n.cfg.Timings.LeaderWait)
 	defer cancel()
-	for in.serves(id) && sleep(wait, n.cfg.Timings.Ping/10) {
+	for (in.serves(id) || stolen && n.revoking()) && sleep(wait, n.cfg.Timings.Ping/10) {
 	}
 	return ctx.Err()
 }
@@ -112,7 +128,9 @@ func (n *Node) expel(tx *table.Tx, m Member) error {
 			return err
 		}
 	}
-	m.Removed = time.Now().Unix()
+	if m.Removed == 0 {
+		m.Removed = time.Now().Unix()
+	}
 	return n.rows.members.Put(tx, m, m.ID)
 }
 
@@ -343,48 +361,6 @@ func removedOn(at int64) error {
 	return fmt.Errorf("%w on %s", ErrRemoved, time.Unix(at, 0).UTC().Format(time.DateOnly))
 }
 
-// Betray removes a node that strangers may have in their hands, and replaces what
-// it held: join tokens are revoked at once; the cluster key and the site's authority
-// change while the site runs on, and Status tells how far that is. What the rooms
-// keep is theirs: see Resealers. Safe to repeat. Errors are those of Remove.
-func (n *Node) Betray(ctx context.Context, id string) error {
-	for _, step := range []func(context.Context) error{
-		func(ctx context.Context) error { return n.Remove(ctx, id) },
-		n.closeFounders, n.revokeTokens, n.rotateKey, n.RotateAuthority,
-	} {
-		if err := step(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (n *Node) revokeTokens(ctx context.Context) error {
-	const page = 100
-	for found := page; found == page; {
-		_, err := n.db.Update(ctx, func(tx *table.Tx) error {
-			var ids []string
-			for row, err := range n.rows.tokens.Scan(tx, table.Range{Limit: page}) {
-				if err != nil {
-					return err
-				}
-				ids = append(ids, row.Key[0])
-			}
-			found = len(ids)
-			for _, id := range ids {
-				if err := n.rows.tokens.Delete(tx, id); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return fmt.Errorf("revoking the join tokens: %w", err)
-		}
-	}
-	return nil
-}
-
 // maxLinks bounds the certificates by which nodes that were away during that many
 // changes of the authority, two certificates each, find back.
 const maxLinks = 4
@@ -392,7 +368,8 @@ const maxLinks = 4
 // Rotation is how far a change of the site's certificates is. It is read from rows,
 // so any node can tell and any leader goes on with it.
 type Rotation struct {
-	// Phase is "" when nothing is under way; "trust" until all live members trust
+	// Phase is "" when nothing is under way; "begin" until there is a new authority,
+	// "trust" until all live members trust
 	// the new authority, "renew" until all have a certificate of it or are as new
 	// as they were told to be.
 	Phase string
@@ -400,9 +377,26 @@ type Rotation struct {
 	Waiting []string
 }
 
-// RotateAuthority begins to replace the site's authority. When that is under way
-// already it changes nothing. The leader does the rest: see advance.
+// RotateAuthority has the site's authority replaced. When that is under way already it
+// changes nothing. The leader does it: see replaceSecrets and advance.
 func (n *Node) RotateAuthority(ctx context.Context) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		rows, err := n.authorities(tx)
+		if err != nil || len(rows) > 1 {
+			return err
+		}
+		row, err := n.secret(tx)
+		if err != nil || row.Authority {
+			return err
+		}
+		row.Authority = true
+		return n.rows.secrets.Put(tx, row, theSecret)
+	})
+	return err
+}
+
+// makeAuthority makes the authority that is to follow, as the leader.
+func (n *Node) makeAuthority(ctx context.Context) error {
 	id := n.Identity()
 	next, err := pki.NewAuthority(id.SiteID, n.Now())
 	if err != nil {
@@ -421,11 +415,13 @@ func (n *Node) RotateAuthority(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if _, under := rows[nextAuthority]; under {
-			return nil
+		secret, err := n.secret(tx)
+		if err != nil || !secret.Authority || len(rows) > 1 {
+			return err // one that is under way comes to its end first
 		}
-		if _, under := rows[formerAuthority]; under {
-			return nil
+		secret.Authority = false
+		if err := n.rows.secrets.Put(tx, secret, theSecret); err != nil {
+			return err
 		}
 		now, err := n.signer(tx)
 		if err != nil {
@@ -527,35 +523,38 @@ func (n *Node) rotation() (rows map[string]authorityRow, r Rotation, err error) 
 	if err != nil {
 		return rows, r, err
 	}
-	ready := func(p ping) bool { return p.Issuer == pin && p.Renewal >= signs.Renewals }
+	ready := func(_ Member, p ping) bool { return p.Issuer == pin && p.Renewal >= signs.Renewals }
 	if distributing {
 		if pin, err = hexPin(next.Cert); err != nil {
 			return rows, r, err
 		}
-		ready = func(p ping) bool { return slices.Contains(p.Trusts, pin) }
+		ready = func(_ Member, p ping) bool { return slices.Contains(p.Trusts, pin) }
 	}
 	if r.Waiting, err = n.unready(ready); err != nil {
 		return rows, r, err
 	}
+	secret, err := n.localSecret()
 	switch {
 	case distributing:
 		r.Phase = "trust"
 	case renewing, len(r.Waiting) > 0:
 		r.Phase = "renew"
+	case secret.Authority:
+		r.Phase = "begin"
 	}
-	return rows, r, nil
+	return rows, r, err
 }
 
 // unready are the names of the live members that did not say in their last ping
 // what was asked for.
-func (n *Node) unready(ready func(ping) bool) (names []string, err error) {
+func (n *Node) unready(ready func(Member, ping) bool) (names []string, err error) {
 	members, err := n.roster()
 	for _, m := range members {
 		said := n.peers.of(m.ID).ping
 		if in := n.raft.Load(); m.ID == n.Self() && in != nil {
 			said = n.sign(in)
 		}
-		if n.live(m.ID) && !ready(said) {
+		if n.live(m.ID) && !ready(m, said) {
 			names = append(names, m.Name)
 		}
 	}

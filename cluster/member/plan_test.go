@@ -13,15 +13,19 @@ import (
 type world struct {
 	site
 	dead, behind map[string]bool
+	slow         map[string]bool // to fetch the key that they may have
+	refused      map[string]bool // were told to forget it
 }
 
 func newWorld() *world {
-	w := &world{dead: map[string]bool{}, behind: map[string]bool{}}
+	w := &world{dead: map[string]bool{}, behind: map[string]bool{}, slow: map[string]bool{}, refused: map[string]bool{}}
 	w.self, w.maxVoters = "n1", 5
 	w.live = func(id string) bool { return !w.dead[id] }
 	w.up = w.live
 	w.caught = func(id string) bool { return !w.behind[id] }
+	w.holds = func(id string) bool { return w.row(id).Entrusted != 0 && !w.slow[id] }
 	w.join("n1")
+	w.row("n1").Entrusted = 1
 	w.servers = []raft.Server{{ID: "n1", Address: "n1:1", Suffrage: raft.Voter}}
 	return w
 }
@@ -55,6 +59,17 @@ func (w *world) settle(t *testing.T) []string {
 			t.Fatalf("%v: raft refuses two servers at %s", taken, s.addr)
 		}
 		switch s.kind {
+		case entrust:
+			if w.row(s.id).Entrusted != 0 || w.row(s.id).Removed != 0 {
+				t.Fatalf("%v: twice, or a node that is gone", taken)
+			}
+			w.row(s.id).Entrusted = 1
+		case withdraw:
+			if w.servers[at].Suffrage == raft.Voter {
+				t.Fatalf("%v: took the key from a voter", taken)
+			}
+			w.row(s.id).Entrusted = 0
+			w.refused[s.id] = true
 		case addNonvoter:
 			if at < 0 {
 				w.servers = append(w.servers, raft.Server{ID: raft.ServerID(s.id), Suffrage: raft.Nonvoter})
@@ -64,6 +79,9 @@ func (w *world) settle(t *testing.T) []string {
 		case addVoter:
 			if w.servers[at].Suffrage != raft.Voter && (w.dead[s.id] || w.behind[s.id]) {
 				t.Fatalf("%v: gave %s a vote though it is dead or behind", taken, s.id)
+			}
+			if !w.holds(s.id) {
+				t.Fatalf("%v: gave %s a vote without the key", taken, s.id)
 			}
 			w.servers[at].Suffrage, w.servers[at].Address = raft.Voter, raft.ServerAddress(s.addr)
 		case demote:
@@ -211,7 +229,7 @@ func TestPlanRemoves(t *testing.T) {
 	}
 	w = grown(t, 2)
 	w.row("n1").Removed = 1
-	if taken := w.settle(t); fmt.Sprint(taken) != "[add as voter n2 hand over from n1]" {
+	if taken := w.settle(t); fmt.Sprint(taken) != "[entrust n2 add as voter n2 hand over from n1]" {
 		t.Errorf("the only voter was removed and does %v", taken)
 	}
 	w.self = "n2"
@@ -330,5 +348,71 @@ func TestPlanSettles(t *testing.T) {
 		if w.voters()%2 == 0 {
 			t.Fatalf("%d voters in the end", w.voters())
 		}
+	}
+}
+
+// entrusted are the members that may have the key.
+func (w *world) entrusted() string {
+	var ids []string
+	for _, m := range w.members {
+		if m.Entrusted != 0 && m.Removed == 0 {
+			ids = append(ids, m.ID)
+		}
+	}
+	slices.Sort(ids)
+	return fmt.Sprint(ids)
+}
+
+// TestPlanEntrustsVotersOnly: who has no vote and gets none may not have the key.
+func TestPlanEntrustsVotersOnly(t *testing.T) {
+	w := newWorld()
+	for i := range 7 {
+		w.settle(t)
+		if got := w.entrusted(); got != w.voterIDs() {
+			t.Errorf("%d members: the key is with %s, the voters are %s", len(w.members), got, w.voterIDs())
+		}
+		w.join(fmt.Sprint("n", i+2))
+	}
+	// One that leaves takes others down with it to the next odd number.
+	w = newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.settle(t)
+	w.row("n2").Removed = 1
+	w.settle(t)
+	if got := w.entrusted(); got != "[n1]" || !w.refused["n3"] {
+		t.Errorf("the key is with %s, the voters are %s", got, w.voterIDs())
+	}
+}
+
+// TestPlanWaitsForTheKey: nobody votes before it holds the key, and the others wait.
+func TestPlanWaitsForTheKey(t *testing.T) {
+	w := newWorld()
+	w.join("n2")
+	w.join("n3")
+	w.slow["n3"] = true
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1]" || w.entrusted() != "[n1 n2 n3]" {
+		t.Errorf("with the key missing the voters are %s, entrusted are %s", got, w.entrusted())
+	}
+	delete(w.slow, "n3")
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1 n2 n3]" {
+		t.Errorf("the voters are %s", got)
+	}
+}
+
+// TestPlanDrainedForgets: a node that is drained gives up the key with its vote, and
+// who takes the vote has it before.
+func TestPlanDrainedForgets(t *testing.T) {
+	w := newWorld()
+	for i := range 3 {
+		w.join(fmt.Sprint("n", i+2))
+	}
+	w.settle(t)
+	w.row("n2").Draining = 1
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1 n3 n4]" || w.entrusted() != got || !w.refused["n2"] {
+		t.Errorf("the voters are %s, entrusted are %s", got, w.entrusted())
 	}
 }

@@ -55,7 +55,7 @@ func (n *Node) leadOnce(ctx context.Context, in *instance) error {
 			return err
 		}
 		if done {
-			return errors.Join(n.keepClock(ctx, in), n.advance(ctx), n.rekey(ctx))
+			return errors.Join(n.keepClock(ctx, in), n.advance(ctx), n.replaceSecrets(ctx), n.rekey(ctx))
 		}
 	}
 	return nil
@@ -112,7 +112,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 		self := Member{
 			ID: id.NodeID, Name: n.cfg.Name, Addr: n.cfg.Advertise, API: n.cfg.APIURL,
 			Joined: time.Now().Unix(), Feature: n.cfg.Level, KeyHash: keyHash,
-			Labels: n.cfg.Labels, Cache: n.cfg.Cache, TokenKey: n.tokenPublic(),
+			Labels: n.cfg.Labels, Cache: n.cfg.Cache, TokenKey: n.tokenPublic(), Entrusted: time.Now().Unix(),
 		}
 		if err := n.rows.members.Put(tx, self, self.ID); err != nil {
 			return err
@@ -124,6 +124,9 @@ func (n *Node) foundRows(ctx context.Context) error {
 			return err
 		}
 		if err := n.rows.clock.Put(tx, clockRow{At: n.cfg.Clock().Unix()}, theClock); err != nil {
+			return err
+		}
+		if err := n.rows.secrets.Put(tx, secretRow{Seals: id.keyIDs()[0]}, theSecret); err != nil {
 			return err
 		}
 		return n.rows.authority.Put(tx, authorityRow{Cert: id.CA, SealedKey: sealed}, theAuthority)
@@ -144,7 +147,11 @@ func (n *Node) foundRows(ctx context.Context) error {
 // done when there is none left to take.
 func (n *Node) reconcile(ctx context.Context, in *instance) (done bool, err error) {
 	var members []Member
+	var secret secretRow
 	err = n.db.View(func(v *table.View) error {
+		if secret, err = n.secret(v); err != nil {
+			return err
+		}
 		members, err = n.everMembers(v)
 		return err
 	})
@@ -163,6 +170,7 @@ func (n *Node) reconcile(ctx context.Context, in *instance) (done bool, err erro
 			f := in.progress.Of(id, term)
 			return f.Caught && f.Durable+64 >= last
 		},
+		holds: func(id string) bool { return id == n.Self() || slices.Contains(n.peers.of(id).Keys, secret.Seals) },
 	})
 	if step.kind == nothing {
 		return true, nil
@@ -190,6 +198,8 @@ func (n *Node) take(ctx context.Context, in *instance, s step, index uint64) err
 			return n.rows.members.Put(tx, m, s.id)
 		})
 		return err
+	case entrust, withdraw:
+		return n.entrust(ctx, s.id, s.kind == entrust)
 	case handOver:
 		bounded, cancel := context.WithTimeout(ctx, wait)
 		defer cancel()
@@ -216,10 +226,12 @@ const (
 	remove   // from raft's configuration
 	retire   // mark the row of a node whose replacement has taken its place
 	handOver // the leader itself has to go; addr is the id of its successor
+	entrust  // let the node have the cluster key: it is to vote
+	withdraw // the node has no use for the cluster key any more
 )
 
 func (k stepKind) String() string {
-	return [...]string{"nothing", "add", "add as voter", "demote", "remove", "retire", "hand over from"}[k]
+	return [...]string{"nothing", "add", "add as voter", "demote", "remove", "retire", "hand over from", "entrust", "withdraw the key from"}[k]
 }
 
 type step struct {
@@ -236,11 +248,13 @@ type site struct {
 	up        func(id string) bool // it shows signs of life
 	live      func(id string) bool // it answered the leader's raft just now
 	caught    func(id string) bool // its log has what the leader's has, nearly
+	holds     func(id string) bool // it has the cluster key that seals
 }
 
 // plan gives the next step towards: every member is a server; voters are odd
 // in number, as many as the members allow; a dead member is replaced only by
-// one that has caught up. Steps that bring in or correct nodes come before
+// one that has caught up; who votes has the cluster key, so that whoever leads can
+// open the site's secrets, and nobody else has it. Steps that bring in or correct nodes come before
 // those that take any out.
 func plan(s site) step {
 	rows := make(map[string]Member, len(s.members))
@@ -275,6 +289,8 @@ func (s site) present(servers map[string]raft.Server) step {
 			return step{addVoter, m.ID, m.Addr}
 		case string(srv.Address) != m.Addr:
 			return step{addNonvoter, m.ID, m.Addr}
+		case srv.Suffrage == raft.Voter && m.Entrusted == 0:
+			return step{entrust, m.ID, ""}
 		}
 	}
 	return step{}
@@ -316,8 +332,12 @@ func (s site) succeed(rows map[string]Member) step {
 		return step{} // a voter that stays will be ready again
 	}
 	for _, srv := range s.servers {
-		if id := string(srv.ID); s.stays(rows, id) && s.ready(id) {
+		switch id := string(srv.ID); {
+		case !s.stays(rows, id):
+		case s.ready(id):
 			return step{addVoter, id, string(srv.Address)}
+		case s.able(id) && rows[id].Entrusted == 0:
+			return step{entrust, id, ""}
 		}
 	}
 	return step{}
@@ -348,9 +368,16 @@ func (s site) replaced(servers map[string]raft.Server) step {
 			return step{retire, m.ID, ""}
 		case s.ready(m.ReplacedBy):
 			return step{addVoter, m.ReplacedBy, string(heir.Address)}
+		case s.able(m.ReplacedBy) && s.entrustable(m.ReplacedBy):
+			return step{entrust, m.ReplacedBy, ""}
 		}
 	}
 	return step{}
+}
+
+// entrustable reports whether a member is still to be entrusted with the key.
+func (s site) entrustable(id string) bool {
+	return slices.ContainsFunc(s.members, func(m Member) bool { return m.ID == id && m.Entrusted == 0 })
 }
 
 // inherits reports whether the node that replaces a dead one has its address.
@@ -374,7 +401,7 @@ func (s site) balance(rows map[string]Member) step {
 	target := min(members, s.maxVoters)
 	target -= 1 - target%2
 	staying, up := 0, 0 // voters that are not drained
-	var ready, waiting, drained []raft.Server
+	var ready, able, waiting, drained []raft.Server
 	for _, srv := range s.servers {
 		id := string(srv.ID)
 		drains := rows[id].Draining != 0
@@ -389,6 +416,8 @@ func (s site) balance(rows map[string]Member) step {
 		case drains || rows[id].ReplacedBy != "":
 		case s.ready(id):
 			ready = append(ready, srv)
+		case s.able(id):
+			able, waiting = append(able, srv), append(waiting, srv)
 		case s.live(id), s.up(id):
 			waiting = append(waiting, srv)
 		}
@@ -398,6 +427,8 @@ func (s site) balance(rows map[string]Member) step {
 	case members == 0:
 	case staying < target && len(ready) >= missing:
 		return step{addVoter, string(ready[0].ID), string(ready[0].Address)}
+	case staying < target && len(ready)+len(able) >= missing && s.unentrusted(able[:missing-len(ready)]) != "":
+		return step{entrust, s.unentrusted(able[:missing-len(ready)]), ""}
 	case len(drained) > 0:
 		if (staying >= target || len(waiting) == 0) && up > staying/2 {
 			return s.relieve(rows, drained)
@@ -405,7 +436,23 @@ func (s site) balance(rows map[string]Member) step {
 	case staying > target, staying%2 == 0 && len(ready) == 0 && len(waiting) == 0 && staying > 1:
 		return s.least(rows)
 	}
+	for _, srv := range s.servers {
+		id := string(srv.ID)
+		if m := rows[id]; srv.Suffrage != raft.Voter && m.Removed == 0 && m.Entrusted != 0 && (staying >= target || m.Draining != 0) {
+			return step{withdraw, id, ""}
+		}
+	}
 	return step{}
+}
+
+// unentrusted is the first of the servers that may not have the key yet.
+func (s site) unentrusted(servers []raft.Server) string {
+	for _, srv := range servers {
+		if id := string(srv.ID); s.entrustable(id) {
+			return id
+		}
+	}
+	return ""
 }
 
 // relieve is the step that takes the vote of one of the drained voters. The
@@ -442,7 +489,9 @@ func (s site) least(rows map[string]Member) step {
 	return step{demote, string(pick.ID), ""}
 }
 
-func (s site) ready(id string) bool { return s.live(id) && s.caught(id) }
+// able reports whether a node could vote but for the key, ready whether it could.
+func (s site) able(id string) bool  { return s.live(id) && s.caught(id) }
+func (s site) ready(id string) bool { return s.able(id) && s.holds(id) }
 
 func (s site) voters() int {
 	voters := 0

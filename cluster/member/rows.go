@@ -27,6 +27,13 @@ type Member struct {
 	// TokenKey is the public half of the Ed25519 key that it signs registry tokens
 	// with; nil until it has said so.
 	TokenKey []byte `cbor:"token_key,omitempty"`
+	// Entrusted is since when the node may have the cluster key, in Unix seconds,
+	// because it votes or is about to; 0 while it may not. Knew are the ids of the
+	// keys that it had, or could have had, when that ended.
+	Entrusted int64    `cbor:"entrusted,omitempty"`
+	Knew      []string `cbor:"knew,omitempty"`
+	// Stolen is when it was said to be in the hands of strangers; 0: never.
+	Stolen int64 `cbor:"stolen,omitempty"`
 	// Removed is when the node was removed, 0 while it is a member. The row
 	// stays: a certificate that was once issued is refused by it.
 	Removed int64 `cbor:"removed"`
@@ -116,16 +123,20 @@ const (
 // caKeyName is what the authority's key is sealed as.
 const caKeyName = "site authority key"
 
-// secretRow says which cluster keys are in use, by their ids (keyID). The keys
-// themselves are in no row.
+// secretRow says which cluster keys are in use, by their ids (keyID), and what of the
+// site's secrets is to be replaced: whoever leads does that, and goes on with it. The
+// keys themselves are in no row.
 type secretRow struct {
 	Seals  string `cbor:"seals"`  // what is sealed now is sealed with it
 	Next   string `cbor:"next"`   // "", or the key that is to follow, until all live members hold it
 	Former string `cbor:"former"` // "", or the key before, until nothing is sealed with it
+
+	Tokens    bool `cbor:"tokens,omitempty"`    // the join tokens are to be revoked
+	Key       bool `cbor:"key,omitempty"`       // a new cluster key is to be made
+	Authority bool `cbor:"authority,omitempty"` // a new authority is to be made
 }
 
-// theSecret is the key of the one secret row; there is none until the site changes
-// its key for the first time.
+// theSecret is the key of the one secret row.
 const theSecret = "cluster"
 
 type rows struct {
@@ -311,6 +322,7 @@ func (o *Offline) Alone(ctx context.Context, self Member, e epoch.Epoch) error {
 	rows := o.node.rows
 	now := time.Now().Unix()
 	self.Removed, self.Outcast, self.ReplacedBy = 0, "", ""
+	self.Entrusted, self.Knew = now, nil
 	_, err := o.node.db.Update(ctx, func(tx *table.Tx) error {
 		if err := o.node.gate.Outdated(tx); err != nil {
 			return err

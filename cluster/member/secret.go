@@ -2,6 +2,7 @@ package member
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -41,6 +42,7 @@ func (n *Node) seal(name string, plain []byte) ([]byte, error) {
 // unseal tries the keys that this node holds: there are several only while the site
 // changes its key.
 func (n *Node) unseal(name string, sealed []byte) (plain []byte, err error) {
+	err = errNoKey
 	for key := range slices.Chunk(n.Identity().ClusterKey, pki.ClusterKeySize) {
 		if plain, err = pki.Open(key, name, sealed); err == nil {
 			return plain, nil
@@ -65,16 +67,20 @@ func (n *Node) localSecret() (row secretRow, err error) {
 	return row, err
 }
 
-const errNoKey = failure("this node does not hold the site's cluster key yet: try again in a few seconds, or use another node")
+// errNoKey: the node has no vote, and no node that has one could be asked instead.
+const errNoKey = failure("this takes the site's cluster key, which only the nodes that vote hold, and none of them answers: try again when one is up (atoll cluster status)")
 
-// sealing is the key that secrets are sealed with now.
+// sealing is the key that secrets are sealed with now; errNoKey in a node that does
+// not hold it.
 func (n *Node) sealing() ([]byte, error) {
 	row, err := n.localSecret()
 	id := n.Identity()
 	switch {
 	case err != nil:
 		return nil, err
-	case row.Seals == "":
+	case len(id.ClusterKey) == 0:
+		return nil, errNoKey
+	case row.Seals == "": // the site is being founded
 		return id.ClusterKey[:pki.ClusterKeySize], nil
 	}
 	if key := id.key(row.Seals); key != nil {
@@ -83,8 +89,151 @@ func (n *Node) sealing() ([]byte, error) {
 	return nil, errNoKey
 }
 
-// rotateKey makes a new cluster key. It is on this node's disk before any row names
-// it, and seals nothing before every live member holds it.
+// RotateKey has the site's cluster key replaced, while it runs on: see rekey. When that
+// is about to begin already it changes nothing.
+func (n *Node) RotateKey(ctx context.Context) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		row, err := n.secret(tx)
+		if err != nil || row.Key {
+			return err
+		}
+		row.Key = true
+		return n.rows.secrets.Put(tx, row, theSecret)
+	})
+	return err
+}
+
+// forsake says what a node that was stolen held: its certificate, with which it could
+// pass for the site to nodes that join, perhaps join tokens, and the cluster key if it
+// voted.
+func (n *Node) forsake(tx *table.Tx, m Member) error {
+	row, err := n.secret(tx)
+	if err != nil {
+		return err
+	}
+	row.Tokens, row.Authority = true, true
+	row.Key = row.Key || m.Entrusted != 0 || slices.Contains(m.Knew, cmp.Or(row.Next, row.Seals))
+	return n.rows.secrets.Put(tx, row, theSecret)
+}
+
+// revoking reports whether join tokens are still to be revoked.
+func (n *Node) revoking() bool {
+	row, err := n.localSecret()
+	return err == nil && row.Tokens
+}
+
+// replaceSecrets does, as the leader, what the rows say is to be replaced.
+func (n *Node) replaceSecrets(ctx context.Context) error {
+	row, err := n.localSecret()
+	if err != nil {
+		return err
+	}
+	if row.Seals == "" {
+		err = n.nameKey(ctx)
+	}
+	if err == nil && row.Tokens {
+		err = errors.Join(n.closeFounders(ctx), n.revokeTokens(ctx))
+	}
+	if err == nil && row.Key {
+		err = n.rotateKey(ctx)
+	}
+	if err == nil && row.Authority {
+		err = n.makeAuthority(ctx)
+	}
+	return err
+}
+
+// nameKey writes down which key seals, where no row says so yet.
+func (n *Node) nameKey(ctx context.Context) error {
+	now, err := n.sealing()
+	if err != nil {
+		return err
+	}
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
+		row, err := n.secret(tx)
+		if err != nil || row.Seals != "" {
+			return err
+		}
+		row.Seals = keyID(now)
+		return n.rows.secrets.Put(tx, row, theSecret)
+	})
+	return err
+}
+
+// revokeTokens ends all join tokens.
+func (n *Node) revokeTokens(ctx context.Context) error {
+	const page = 100
+	for found := page; found == page; {
+		_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+			var ids []string
+			for row, err := range n.rows.tokens.Scan(tx, table.Range{Limit: page}) {
+				if err != nil {
+					return err
+				}
+				ids = append(ids, row.Key[0])
+			}
+			found = len(ids)
+			for _, id := range ids {
+				if err := n.rows.tokens.Delete(tx, id); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("revoking the join tokens: %w", err)
+		}
+	}
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		row, err := n.secret(tx)
+		if err != nil || !row.Tokens {
+			return err
+		}
+		row.Tokens = false
+		return n.rows.secrets.Put(tx, row, theSecret)
+	})
+	return err
+}
+
+// entrust lets a member have the cluster key, or no longer.
+func (n *Node) entrust(ctx context.Context, id string, may bool) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		row, err := n.secret(tx)
+		if err != nil {
+			return err
+		}
+		m, _, ok, err := n.rows.members.Get(tx, id)
+		if err != nil || !ok || m.Removed != 0 || may == (m.Entrusted != 0) {
+			return err
+		}
+		if m.Entrusted = 0; may {
+			m.Entrusted = time.Now().Unix()
+		} else {
+			m.Knew = slices.DeleteFunc([]string{row.Seals, row.Next}, func(id string) bool { return id == "" })
+		}
+		return n.rows.members.Put(tx, m, id)
+	})
+	return err
+}
+
+// exposed are the members that had the key which is in use, or is to be next, and may
+// not have it any more.
+func (n *Node) exposed() (names []string, err error) {
+	row, err := n.localSecret()
+	if err != nil {
+		return nil, err
+	}
+	members, err := n.roster()
+	for _, m := range members {
+		if m.Entrusted == 0 && slices.Contains(m.Knew, cmp.Or(row.Next, row.Seals)) {
+			names = append(names, m.Name)
+		}
+	}
+	return names, err
+}
+
+// rotateKey makes a new cluster key, as the leader. It is on this node's disk before
+// any row names it, and seals nothing before every live member that may have it does.
 func (n *Node) rotateKey(ctx context.Context) error {
 	fresh, err := pki.NewClusterKey()
 	if err != nil {
@@ -102,9 +251,10 @@ func (n *Node) rotateKey(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if row.Seals == "" {
-			row.Seals = keyID(now)
+		if !row.Key {
+			return nil // somebody else has done it
 		}
+		row.Key, row.Seals = false, cmp.Or(row.Seals, keyID(now))
 		row.Next = keyID(fresh) // in the place of one that was under way: its only holder may be gone
 		return n.rows.secrets.Put(tx, row, theSecret)
 	})
@@ -119,19 +269,20 @@ func (n *Node) keep(change func(keys [][]byte) [][]byte) error {
 	})
 }
 
-// holdKeys fetches the cluster keys that the rows name, and forgets those that they
-// no longer do.
+// holdKeys fetches the cluster keys that the rows name while this node may have them,
+// and forgets those that they no longer do, or all.
 func (n *Node) holdKeys(ctx context.Context) error {
-	rows := n.db.Watch(ctx, "site_secret")
+	rows, self := n.db.Watch(ctx, "site_secret"), n.db.Watch(ctx, "member", n.Self())
 	for {
 		pause := time.Minute
 		if err := n.holdOnce(ctx); err != nil && ctx.Err() == nil {
-			n.log.Info("this node does not hold the site's new cluster key yet", "error", err)
+			n.log.Info("this node does not hold the cluster keys yet that it should", "error", err)
 			pause = n.cfg.Timings.Ping
 		}
 		tick := time.NewTimer(pause)
 		select {
 		case <-rows:
+		case <-self:
 		case <-tick.C:
 		case <-ctx.Done():
 			tick.Stop()
@@ -145,6 +296,13 @@ func (n *Node) holdOnce(ctx context.Context) error {
 	row, err := n.localSecret()
 	if err != nil || row.Seals == "" {
 		return err
+	}
+	self, ok, err := n.member(n.Self())
+	if err != nil || !ok {
+		return err
+	}
+	if self.Entrusted == 0 {
+		return n.forget(ctx)
 	}
 	for _, id := range []string{row.Seals, row.Next} {
 		if id == "" || n.Identity().key(id) != nil {
@@ -175,6 +333,34 @@ func (n *Node) holdOnce(ctx context.Context) error {
 	})
 }
 
+// forget removes the cluster keys of a node that may not have them any more: not on
+// the word of a state that may be old, and never those that nobody else is known to hold.
+func (n *Node) forget(ctx context.Context) error {
+	if len(n.Identity().ClusterKey) == 0 {
+		return nil
+	}
+	var self Member
+	var row secretRow
+	fresh, err := n.db.Confirmed(ctx, func(v *table.View) (err error) {
+		if row, err = n.secret(v); err == nil {
+			self, _, _, err = n.rows.members.Get(v, n.Self())
+		}
+		return err
+	})
+	if err != nil || fresh.Stale || self.Entrusted != 0 {
+		return err
+	}
+	others := slices.DeleteFunc(n.Live(), func(m Member) bool { return m.ID == self.ID })
+	if !slices.ContainsFunc(others, func(m Member) bool { return slices.Contains(n.peers.of(m.ID).Keys, row.Seals) }) {
+		return errors.New("this node may not have the cluster key any more, but no other node that is up is known to hold it: it is kept until one is")
+	}
+	if err := n.keep(func([][]byte) [][]byte { return nil }); err != nil {
+		return err
+	}
+	n.log.Info("this node has no vote any more: it has erased the site's cluster key")
+	return nil
+}
+
 // fetchKey asks the live members for a cluster key.
 func (n *Node) fetchKey(ctx context.Context, id string) ([]byte, error) {
 	var silent []error
@@ -196,8 +382,8 @@ type keyAnswer struct {
 	Key []byte `json:"key"`
 }
 
-// serveKey gives a cluster key to members; one that was removed is none, and that
-// is asked of the leader, not of a state that may be old.
+// serveKey gives a cluster key to a member that votes or is about to, as its row
+// says: and the leader is asked, not a state that may be old.
 func (n *Node) serveKey(w http.ResponseWriter, r *http.Request) {
 	peer, _ := r.Context().Value(peerKey{}).(string)
 	var m Member
@@ -206,8 +392,8 @@ func (n *Node) serveKey(w http.ResponseWriter, r *http.Request) {
 		m, _, ok, err = n.rows.members.Get(v, peer)
 		return err
 	})
-	if err != nil || fresh.Stale || !ok || m.Removed != 0 {
-		http.Error(w, "you are not a member of the site as far as this node knows", http.StatusForbidden)
+	if err != nil || fresh.Stale || !ok || m.Removed != 0 || m.Entrusted == 0 {
+		http.Error(w, "you are no member of the site that may have its cluster key, as far as this node knows", http.StatusForbidden)
 		return
 	}
 	key := n.Identity().key(r.URL.Query().Get("id"))
@@ -219,29 +405,33 @@ func (n *Node) serveKey(w http.ResponseWriter, r *http.Request) {
 }
 
 // rekey takes the change of the cluster key one step further, as the leader: when
-// every live member holds the next key, it seals; when every live member seals with
-// it, the rows that are sealed with the former are sealed anew, and the former is
+// every live member that may have it holds the next key, it seals; when all of them
+// seal with it, the rows that are sealed with the former are sealed anew, and the former is
 // forgotten.
 func (n *Node) rekey(ctx context.Context) error {
 	row, err := n.localSecret()
 	if err != nil || row.Next == "" && row.Former == "" || time.Since(n.begun) < n.cfg.Timings.Live {
 		return err
 	}
+	if row.Former == "" && !n.known(row.Next) {
+		return n.repeat(ctx, row)
+	}
 	ready := func(p ping) bool { return slices.Contains(p.Keys, row.Next) }
 	if row.Former != "" {
 		ready = func(p ping) bool { return p.Seals == row.Seals }
 	}
-	if waiting, err := n.unready(ready); err != nil || len(waiting) > 0 {
+	if waiting, err := n.unready(func(m Member, p ping) bool { return m.Entrusted == 0 || ready(p) }); err != nil || len(waiting) > 0 {
 		return err
 	}
-	then := secretRow{Seals: row.Next, Former: row.Seals}
+	then := row
+	then.Seals, then.Next, then.Former = row.Next, "", row.Seals
 	if row.Former != "" {
 		for _, reseal := range append([]func(context.Context) error{n.resealAuthority}, n.reseal...) {
 			if err := reseal(ctx); err != nil {
 				return fmt.Errorf("sealing the site's secrets with its new key: %w", err)
 			}
 		}
-		then = secretRow{Seals: row.Seals, Next: row.Next}
+		then.Seals, then.Next, then.Former = row.Seals, row.Next, ""
 	}
 	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
 		if now, err := n.secret(tx); err != nil || now != row {
@@ -252,6 +442,27 @@ func (n *Node) rekey(ctx context.Context) error {
 	if err == nil && row.Former != "" {
 		n.log.Info("the site has changed its cluster key; the former one opens nothing any more")
 	}
+	return err
+}
+
+// known reports whether this node or a live member holds a key.
+func (n *Node) known(key string) bool {
+	return n.Identity().key(key) != nil || slices.ContainsFunc(n.Live(), func(m Member) bool {
+		return m.ID != n.Self() && slices.Contains(n.peers.of(m.ID).Keys, key)
+	})
+}
+
+// repeat has another key made in the place of the next one, which its maker took down
+// with it. Nothing is sealed with it yet.
+func (n *Node) repeat(ctx context.Context, row secretRow) error {
+	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+		if now, err := n.secret(tx); err != nil || now != row {
+			return err
+		}
+		again := row
+		again.Next, again.Key = "", true
+		return n.rows.secrets.Put(tx, again, theSecret)
+	})
 	return err
 }
 

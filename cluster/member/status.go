@@ -38,7 +38,10 @@ type Status struct {
 	Strays   []epoch.Stray
 	Rotation Rotation // of the site's certificates
 	Rekeying bool     // the site is changing its cluster key
-	Upgrade  version.Upgrade
+	// Exposed are the names of nodes that had the cluster key which is in use, and
+	// have no use for it any more: what they kept of it opens the site's secrets.
+	Exposed []string
+	Upgrade version.Upgrade
 }
 
 // MemberStatus is one member as this node sees it.
@@ -111,11 +114,14 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		}
 		s.Members = append(s.Members, ms)
 	}
+	if s.Exposed, err = n.exposed(); err != nil {
+		return s, err
+	}
 	if _, s.Rotation, err = n.rotation(); err != nil {
 		return s, err
 	}
 	secret, err := n.localSecret()
-	s.Rekeying = secret.Next != "" || secret.Former != ""
+	s.Rekeying = secret.Key || secret.Next != "" || secret.Former != ""
 	slices.SortStableFunc(s.Members, func(a, b MemberStatus) int { return int(a.Joined - b.Joined) })
 	return s, err
 }

@@ -313,8 +313,21 @@ func TestSecondOfTwo(t *testing.T) {
 		s.await(second, "a", "before")
 		first.Kill()
 		second.Stop()
-		s.recover(second)
+		// It does not hold the cluster key: the dead node's disk, or a copy, has it.
+		survivor := s.survivor(second)
+		if _, err := Recover(t.Context(), survivor); !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), "--cluster-key") {
+			t.Errorf("without the key: %v", err)
+		}
+		if survivor.ClusterKey, _ = os.ReadFile(filepath.Join(first.Dir, member.ClusterKeyFile)); len(survivor.ClusterKey) == 0 {
+			t.Fatal("the dead voter has no key")
+		}
+		if _, err := Recover(t.Context(), survivor); err != nil {
+			t.Fatal(err)
+		}
 		second.Start()
+		if _, err := second.Seal("x", nil); err != nil {
+			t.Errorf("it does not hold the key now: %v", err)
+		}
 		s.serves(second, "b", "after")
 		first.Start()
 		s.fenced(first)

@@ -16,9 +16,11 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/raftnet"
 )
 
@@ -29,7 +31,10 @@ type Survivor struct {
 	// called for all others at once.
 	Answers func(ctx context.Context, addr, id string) bool
 	Prepare Prepare // may be nil
-	Log     *slog.Logger
+	// ClusterKey opens the site's secrets where the node cannot, because it has no
+	// vote: the content of the file cluster.key of one that has; else nil.
+	ClusterKey []byte
+	Log        *slog.Logger
 
 	// Step is called between the steps of the work; its error ends it there, as a
 	// crash would. For tests; nil otherwise.
@@ -53,6 +58,8 @@ var (
 	ErrNotFenced = errors.New("this node is not fenced")
 	// ErrAnswers: a node of the old site is up.
 	ErrAnswers = errors.New("a node of the site answers")
+	// ErrNoKey: the node does not hold the cluster key, and none was given.
+	ErrNoKey = errors.New("this node had no vote, so it does not hold the cluster key, without which the site's CA and signing keys cannot be opened")
 )
 
 // Recover makes the survivor a site of its own. What its log holds counts as
@@ -89,6 +96,12 @@ func Recover(ctx context.Context, s Survivor) (Recovered, error) {
 	if err := s.refuse(ctx, id, old); err != nil {
 		return out, err
 	}
+	key, given := id.ClusterKey, len(id.ClusterKey) == 0
+	if given {
+		if key = s.ClusterKey; len(key) == 0 || len(key)%pki.ClusterKeySize != 0 {
+			return out, fmt.Errorf("%w. Recover a node that voted instead; or give the file cluster.key of one with --cluster-key FILE, from its disk; or restore a backup (atoll restore); or, when all of these are lost, make a new site of this node's blobs (atoll rebuild)", ErrNoKey)
+		}
+	}
 	if err := b.begin(); err != nil {
 		return out, err
 	}
@@ -100,7 +113,7 @@ func Recover(ctx context.Context, s Survivor) (Recovered, error) {
 		return out, err
 	}
 	var self member.Member
-	err = b.change(ctx, id.ClusterKey, func(ctx context.Context, offline *member.Offline) error {
+	err = b.change(ctx, key, func(ctx context.Context, offline *member.Offline) error {
 		members, err := offline.Members()
 		if err != nil {
 			return err
@@ -129,9 +142,16 @@ func Recover(ctx context.Context, s Survivor) (Recovered, error) {
 	if err := epoch.Save(b.path(), out.Epoch); err != nil {
 		return out, err
 	}
+	names := []string{stateFile, raftDir, epoch.File}
+	if given {
+		if err := atomicfile.Write(b.path(member.ClusterKeyFile), key); err != nil {
+			return out, err
+		}
+		names = append(names, member.ClusterKeyFile)
+	}
 	old.close()
 	out.Kept = fmt.Sprintf(keptDir, out.Epoch.Number)
-	return out, b.commit(plan{Kept: out.Kept, Names: []string{stateFile, raftDir, epoch.File}, Epoch: out.Epoch.Wire(), For: "recover"})
+	return out, b.commit(plan{Kept: out.Kept, Names: names, Epoch: out.Epoch.Wire(), For: "recover"})
 }
 
 // patience bounds how long the other nodes may take to answer.

@@ -17,7 +17,7 @@ import (
 func newCluster() *cobra.Command {
 	return group(&cobra.Command{Use: "cluster", Short: "Look at the nodes of this site and change them"},
 		newClusterStatus(), newClusterLead(), newClusterDrain(), newClusterRemove(), newClusterRecover(), newClusterSalvage(), newClusterUpgrade(),
-		group(&cobra.Command{Use: "rotate", Short: "Give all nodes new certificates"}, newClusterRotate("certificates"), newClusterRotate("ca")))
+		group(&cobra.Command{Use: "rotate", Short: "Replace certificates and keys of the site"}, newClusterRotate("certificates"), newClusterRotate("ca"), newClusterRotate("key")))
 }
 
 func newClusterStatus() *cobra.Command {
@@ -135,6 +135,10 @@ func newClusterRotate(what string) *cobra.Command {
 	if what == "ca" {
 		short = "Replace the site's CA and every certificate of it, without interruption"
 		said = "a new CA is being distributed; give clients what atoll ca prints"
+	}
+	if what == "key" {
+		short = "Replace the cluster key, which seals the site's secrets, without interruption"
+		said = "a new cluster key is being made"
 	}
 	cmd := &cobra.Command{
 		Use:   what,

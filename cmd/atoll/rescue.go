@@ -15,7 +15,7 @@ import (
 )
 
 func newClusterRecover() *cobra.Command {
-	var data, logLevel string
+	var data, clusterKey, logLevel string
 	cmd := &cobra.Command{
 		Use:   "recover --data DIR",
 		Short: "Make this stopped node, alone, the whole site, when most voters are gone for good",
@@ -24,7 +24,8 @@ func newClusterRecover() *cobra.Command {
 Everything that this node knows is kept; what only the lost nodes knew is not
 there. The old state stays beside the new one, in DIR/before-recovery-N. It is
 refused while a voter answers, while this node runs, and on a node that was left
-out of another recovery.
+out of another recovery. A node that had no vote needs the cluster key of one that
+had: see --cluster-key.
 
 Nodes of before that come back with their data are refused from then on. Save what
 they alone have (atoll cluster salvage), wipe them (atoll node wipe) and join them
@@ -35,8 +36,14 @@ again. If the command is cut short, run it again.`,
 			if err != nil {
 				return err
 			}
+			var key []byte
+			if clusterKey != "" {
+				if key, err = os.ReadFile(clusterKey); err != nil {
+					return usageError{err}
+				}
+			}
 			data = dataDir(data)
-			out, err := node.Recover(cmd.Context(), data, log)
+			out, err := node.Recover(cmd.Context(), data, key, log)
 			if err != nil {
 				return err
 			}
@@ -54,6 +61,7 @@ again. If the command is cut short, run it again.`,
 		},
 	}
 	cmd.Flags().StringVar(&data, "data", "", "data directory of the stopped node (default "+node.DefaultDataDir()+")")
+	cmd.Flags().StringVar(&clusterKey, "cluster-key", "", "file cluster.key of a node that voted, for one that did not")
 	cmd.Flags().StringVar(&logLevel, "log-level", "warn", "what to log: debug, info, warn or error")
 	formatFlag(cmd)
 	return cmd

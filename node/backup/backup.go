@@ -127,6 +127,9 @@ func (b *Backup) Write(ctx context.Context, w io.Writer, asked Request) error {
 	// The site may change its key meanwhile: what is sealed in the state opens with
 	// a key of before or of after.
 	before := b.Member.Identity().ClusterKey
+	if len(recipients) > 0 && len(before) == 0 {
+		return fault.New(fault.Precondition, "this node has no vote and does not hold the keys that a backup with recipients has to hold: write it on a node that atoll cluster status shows as a voter")
+	}
 	state, err := b.Engine.Open()
 	if err != nil {
 		return fmt.Errorf("opening the state for a backup: %w", err)

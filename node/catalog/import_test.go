@@ -103,10 +103,10 @@ func TestImportConverges(t *testing.T) {
 
 	// Trees agree, and the origin's checkpoint is kept and relayed.
 	var signed []byte
-	a.view(func(v *table.View) (err error) { signed, err = a.journal.Checkpoint(v, id); return err })
+	a.view(func(v *table.View) (err error) { signed, err = a.journal.Checkpoint(t.Context(), v, id); return err })
 	must(t, b.journal.KeepCheckpoint(ctx, signed))
 	b.view(func(v *table.View) error {
-		kept, err := b.journal.Checkpoint(v, id)
+		kept, err := b.journal.Checkpoint(t.Context(), v, id)
 		if string(kept) != string(signed) {
 			t.Error("another checkpoint came back")
 		}

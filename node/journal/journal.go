@@ -16,6 +16,7 @@
 package journal
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"iter"
@@ -52,8 +53,9 @@ type SeqEntry struct {
 
 // Journal reads and writes logs. It is safe for use by many goroutines.
 type Journal struct {
-	db     *table.DB
-	sealer Sealer
+	db       *table.DB
+	sealer   Sealer
+	delegate func(ctx context.Context, duty string, ask, answer any) error // may be nil
 
 	sites       *table.Table[siteRow]
 	keys        *table.Table[keyRow]

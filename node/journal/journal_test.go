@@ -2,6 +2,9 @@ package journal_test
 
 import (
 	"bytes"
+	"context"
+	"crypto"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
@@ -101,11 +104,82 @@ func TestSiteIsFoundedOnce(t *testing.T) {
 		t.Fatalf("keys are %+v", keys)
 	}
 	view(t, db, func(v *table.View) error {
-		key, signature, err := j.Sign(v, []byte("payload"))
-		if err == nil {
-			err = key.Verify([]byte("payload"), signature)
-		}
+		return signs(j, v, s)
+	})
+}
+
+// signs makes a signature with the site's key and verifies it.
+func signs(j *journal.Journal, v *table.View, s journal.Site) error {
+	key, err := j.Signer(context.Background(), v)
+	if err != nil {
 		return err
+	}
+	signature, err := key.Sign(nil, []byte("payload"), crypto.Hash(0))
+	if err != nil {
+		return err
+	}
+	return s.Online.Verify([]byte("payload"), signature)
+}
+
+// closed is a sealer that opens nothing while it is shut.
+type closed struct {
+	plainSealer
+	shut bool
+}
+
+type noKey struct{}
+
+func (noKey) Error() string     { return "no cluster key" }
+func (noKey) Unavailable() bool { return true }
+
+func (c *closed) Unseal(name string, sealed []byte) ([]byte, error) {
+	if c.shut {
+		return nil, noKey{}
+	}
+	return c.plainSealer.Unseal(name, sealed)
+}
+
+// TestSignElsewhere: a node that cannot open the site's key has another sign, and
+// believes no signature that does not hold.
+func TestSignElsewhere(t *testing.T) {
+	db, sealer := tabletest.Open(t), &closed{}
+	j := journal.New(db, sealer)
+	tabletest.Start(t, db)
+	s, err := j.EnsureSite(t.Context(), "site-a", "a")
+	must(t, err)
+	sealer.shut = true
+	view(t, db, func(v *table.View) error {
+		if err := signs(j, v, s); !fault.Is(err, fault.Unavailable) {
+			t.Errorf("with nobody to ask: %v", err)
+		}
+		return nil
+	})
+	forge := true
+	j.Delegate(func(ctx context.Context, duty string, ask, answer any) error {
+		body, err := json.Marshal(ask)
+		if err != nil || duty != journal.SignDuty {
+			return fmt.Errorf("%s: %w", duty, err)
+		}
+		if forge {
+			return json.Unmarshal([]byte(`{"signature":"AAAA"}`), answer)
+		}
+		sealer.shut = false
+		done, err := j.SignFor(ctx, body)
+		sealer.shut = true
+		if err != nil {
+			return err
+		}
+		if body, err = json.Marshal(done); err != nil {
+			return err
+		}
+		return json.Unmarshal(body, answer)
+	})
+	view(t, db, func(v *table.View) error {
+		if err := signs(j, v, s); err == nil {
+			t.Error("a forged signature was taken")
+		}
+		forge = false
+		return signs(j, v, s)
 	})
 }
 
@@ -123,7 +197,7 @@ func TestCheckpointVerifies(t *testing.T) {
 	db, j, s := open(t, "site-a")
 	id := write(t, db, j, 5)
 	var signed []byte
-	view(t, db, func(v *table.View) (err error) { signed, err = j.Checkpoint(v, id); return err })
+	view(t, db, func(v *table.View) (err error) { signed, err = j.Checkpoint(t.Context(), v, id); return err })
 	c, err := entry.OpenCheckpoint(signed, s.Online)
 	must(t, err)
 	if c.Log != id || c.Size != 5 || c.At != 7 {
@@ -196,14 +270,14 @@ func TestForeignLogsTakeNeitherGapsNorForks(t *testing.T) {
 	}
 
 	var signed []byte
-	view(t, dbA, func(v *table.View) (err error) { signed, err = a.Checkpoint(v, id); return err })
+	view(t, dbA, func(v *table.View) (err error) { signed, err = a.Checkpoint(t.Context(), v, id); return err })
 	if err := j.KeepCheckpoint(t.Context(), signed); !errors.Is(err, journal.ErrGap) {
 		t.Fatalf("a checkpoint over more than is here: %v", err)
 	}
 	must(t, accept(2, values[2:]...))
 	must(t, j.KeepCheckpoint(t.Context(), signed))
 	view(t, db, func(v *table.View) error {
-		kept, err := j.Checkpoint(v, id)
+		kept, err := j.Checkpoint(t.Context(), v, id)
 		if err != nil {
 			return err
 		}
@@ -241,7 +315,7 @@ func TestForkedCheckpointIsAnAlarm(t *testing.T) {
 	})
 	must(t, err)
 	var signed []byte
-	view(t, dbA, func(v *table.View) (err error) { signed, err = a.Checkpoint(v, id); return err })
+	view(t, dbA, func(v *table.View) (err error) { signed, err = a.Checkpoint(t.Context(), v, id); return err })
 	if err := j.KeepCheckpoint(t.Context(), signed); !errors.Is(err, journal.ErrFork) {
 		t.Fatalf("error is %v", err)
 	}

@@ -5,7 +5,10 @@ import (
 	"crypto"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/atoll-registry/atoll/bundle/entry"
@@ -197,12 +200,91 @@ func (j *Journal) KeyChain(r table.Reader) (entry.KeyChain, error) {
 	return site.Chain, err
 }
 
-// Signer opens the online key that signs checkpoints and bundles now.
-func (j *Journal) Signer(r table.Reader) (crypto.Signer, error) {
+// SignDuty is the name of what SignFor does where this node cannot.
+const SignDuty = "site-signature"
+
+// signAsk asks for a signature of the site.
+type signAsk struct {
+	Key     entry.Key `json:"key"` // the online key that is to sign
+	Payload []byte    `json:"payload"`
+}
+
+type signAnswer struct {
+	Signature []byte `json:"signature"`
+}
+
+// Delegate gives a way to nodes that can open the site's keys, for when this one
+// cannot: ask has SignFor done there. It must be called before anything is signed.
+func (j *Journal) Delegate(ask func(ctx context.Context, duty string, ask, answer any) error) {
+	j.delegate = ask
+}
+
+// SignFor signs, with the site's online key, for a node that cannot open it.
+func (j *Journal) SignFor(_ context.Context, body []byte) (any, error) {
+	var ask signAsk
+	if err := json.Unmarshal(body, &ask); err != nil {
+		return nil, fault.Wrap(err, fault.Invalid, "the request for a signature is malformed")
+	}
+	var key crypto.Signer
+	err := j.db.View(func(v *table.View) error {
+		site, err := j.Site(v)
+		if err == nil && site.Online != ask.Key {
+			err = fault.New(fault.Unavailable, "the site signs with another key now; try again in a few seconds")
+		}
+		if err == nil {
+			key, err = j.open(v, site)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	signature, err := key.Sign(rand.Reader, ask.Payload, crypto.Hash(0))
+	return signAnswer{Signature: signature}, err
+}
+
+// Signer is the online key that signs checkpoints and bundles now. A node that cannot
+// open it has those that can sign, while ctx lasts.
+func (j *Journal) Signer(ctx context.Context, r table.Reader) (crypto.Signer, error) {
 	site, err := j.Site(r)
 	if err != nil {
 		return nil, err
 	}
+	key, err := j.open(r, site)
+	var passes interface{ Unavailable() bool }
+	if err == nil || j.delegate == nil || !errors.As(err, &passes) {
+		return key, err
+	}
+	public, err := site.Online.Ed25519()
+	if err != nil {
+		return nil, err
+	}
+	return remote{public, func(payload []byte) ([]byte, error) {
+		var answer signAnswer
+		if err := j.delegate(ctx, SignDuty, signAsk{site.Online, payload}, &answer); err != nil {
+			return nil, err
+		}
+		if !ed25519.Verify(public, payload, answer.Signature) {
+			return nil, errors.New("the signature that another node made does not hold")
+		}
+		return answer.Signature, nil
+	}}, nil
+}
+
+// remote is a key that another node holds.
+type remote struct {
+	public ed25519.PublicKey
+	sign   func(payload []byte) ([]byte, error)
+}
+
+func (k remote) Public() crypto.PublicKey { return k.public }
+
+func (k remote) Sign(_ io.Reader, payload []byte, _ crypto.SignerOpts) ([]byte, error) {
+	return k.sign(payload)
+}
+
+// open gives the online key, if this node can open it.
+func (j *Journal) open(r table.Reader, site Site) (crypto.Signer, error) {
 	j.mu.Lock()
 	opened, ok := j.signers[site.Online]
 	j.mu.Unlock()
@@ -232,18 +314,4 @@ func (j *Journal) Signer(r table.Reader) (crypto.Signer, error) {
 	clear(j.signers) // a rotated key is not kept open
 	j.signers[site.Online] = opened
 	return opened, nil
-}
-
-// Sign signs a payload with the online key and names the key that did.
-func (j *Journal) Sign(r table.Reader, payload []byte) (entry.Key, []byte, error) {
-	key, err := j.Signer(r)
-	if err != nil {
-		return "", nil, err
-	}
-	signature, err := key.Sign(rand.Reader, payload, crypto.Hash(0))
-	if err != nil {
-		return "", nil, fmt.Errorf("sign with the site's key: %w", err)
-	}
-	public, err := entry.KeyOf(key)
-	return public, signature, err
 }

@@ -94,7 +94,7 @@ func (j *Journal) treeAt(v *table.View, id entry.LogID, size uint64) (*entry.Tre
 // Checkpoint commits to a log as the view shows it. An own log's is signed here
 // and now; of another site's log it is the newest that came with it, which may
 // be over fewer entries. A fault NotFound says that there is none.
-func (j *Journal) Checkpoint(v *table.View, id entry.LogID) ([]byte, error) {
+func (j *Journal) Checkpoint(ctx context.Context, v *table.View, id entry.LogID) ([]byte, error) {
 	row, _, known, err := j.logs.Get(v, logKey(id)...)
 	if err != nil {
 		return nil, err
@@ -126,7 +126,7 @@ func (j *Journal) Checkpoint(v *table.View, id entry.LogID) ([]byte, error) {
 			c.At = e.At
 		}
 	}
-	key, err := j.Signer(v)
+	key, err := j.Signer(ctx, v)
 	if err != nil {
 		return nil, err
 	}

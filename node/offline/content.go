@@ -25,14 +25,14 @@ type export struct{ *Offline }
 
 // Logs implements airgap.Journal: without names, the projects that this site
 // owns.
-func (e export) Logs(_ context.Context, names []string) (logs []airgap.Log, err error) {
+func (e export) Logs(ctx context.Context, names []string) (logs []airgap.Log, err error) {
 	err = e.DB.View(func(v *table.View) error {
 		projects, err := e.chosen(v, names)
 		if err != nil {
 			return err
 		}
 		for _, p := range projects {
-			log, err := e.log(v, p)
+			log, err := e.log(ctx, v, p)
 			if err != nil {
 				return fmt.Errorf("export project %s: %w", p.Name, err)
 			}
@@ -43,8 +43,8 @@ func (e export) Logs(_ context.Context, names []string) (logs []airgap.Log, err 
 	return logs, err
 }
 
-func (e export) log(v *table.View, p project.Project) (airgap.Log, error) {
-	signed, err := e.Journal.Checkpoint(v, p.Log)
+func (e export) log(ctx context.Context, v *table.View, p project.Project) (airgap.Log, error) {
+	signed, err := e.Journal.Checkpoint(ctx, v, p.Log)
 	if err != nil {
 		return airgap.Log{}, err
 	}

@@ -162,7 +162,7 @@ func (o *Offline) export(ctx context.Context, w http.ResponseWriter, r *http.Req
 		return err
 	}
 	if err := o.DB.View(func(v *table.View) (err error) {
-		request.Key, err = o.Journal.Signer(v)
+		request.Key, err = o.Journal.Signer(ctx, v)
 		return err
 	}); err != nil {
 		return err

@@ -231,7 +231,7 @@ func TestViewsAreShort(t *testing.T) {
 	must(t, err)
 	request := airgap.ExportRequest{Site: self, Projects: []string{"shop"}}
 	must(t, from.DB.View(func(v *table.View) (err error) {
-		request.Key, err = from.Journal.Signer(v)
+		request.Key, err = from.Journal.Signer(t.Context(), v)
 		return err
 	}))
 	var file bytes.Buffer

@@ -136,11 +136,11 @@ func (p *Peers) Operations(k *rest.Kernel) {
 		Node string `path:"node" max:"64"`
 	}
 	type rotationIn struct {
-		What string `path:"what" enum:"ca,certificates"`
+		What string `path:"what" enum:"ca,certificates,key"`
 	}
 	rest.Register(k, rest.Operation[rotationIn, Status]{
 		ID: "rotate", Method: http.MethodPost, Path: "/api/atoll/v1/cluster/rotations/{what}", Tag: "cluster",
-		Summary: "Give all nodes new certificates, of a new CA or of the present one", Permission: access.NodeManage, Status: http.StatusAccepted,
+		Summary: "Replace the CA, the nodes' certificates, or the cluster key that seals the site's secrets", Permission: access.NodeManage, Status: http.StatusAccepted,
 		Do: func(ctx context.Context, in *rotationIn) (Status, error) { return p.rotate(ctx, in.What) },
 	})
 	for _, op := range []struct {
@@ -180,8 +180,11 @@ func (p *Peers) createToken(ctx context.Context, n NewToken) (JoinToken, error) 
 
 func (p *Peers) rotate(ctx context.Context, what string) (Status, error) {
 	begin := p.Cluster.RenewAll
-	if what == "ca" {
+	switch what {
+	case "ca":
 		begin = p.Cluster.RotateAuthority
+	case "key":
+		begin = p.Cluster.RotateKey
 	}
 	if err := begin(ctx); err != nil {
 		return Status{}, err
@@ -298,8 +301,11 @@ func advise(out Status, s member.Status, now time.Time) []string {
 	if s.Rekeying {
 		advice = append(advice, "the site is changing its cluster key: it is done when all nodes that are up hold the new one")
 	}
+	if len(s.Exposed) > 0 && !s.Rekeying {
+		advice = append(advice, fmt.Sprintf("%s had the cluster key, which seals the site's secrets, and needs it no more; it has erased it, but a disk may keep what was erased: if you do not trust it, replace the key (atoll cluster rotate key)", strings.Join(s.Exposed, ", ")))
+	}
 	if s.Rotation.Phase != "" {
-		doing := map[string]string{"trust": "the site's new CA is being distributed", "renew": "the nodes are getting new certificates"}[s.Rotation.Phase]
+		doing := map[string]string{"begin": "the site is about to make a new CA", "trust": "the site's new CA is being distributed", "renew": "the nodes are getting new certificates"}[s.Rotation.Phase]
 		if len(s.Rotation.Waiting) > 0 {
 			doing += ": waiting for " + strings.Join(s.Rotation.Waiting, ", ")
 		}

@@ -79,6 +79,8 @@ type Cluster interface {
 	// RotateAuthority and RenewAll begin to change the nodes' certificates.
 	RotateAuthority(ctx context.Context) error
 	RenewAll(ctx context.Context) error
+	// RotateKey begins to change the cluster key.
+	RotateKey(ctx context.Context) error
 }
 
 // Config of Peers. All fields are needed but Limiter and Meter.

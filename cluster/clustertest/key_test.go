@@ -1,0 +1,266 @@
+package clustertest
+
+import (
+	"bytes"
+	"context"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
+)
+
+// holding are the names of the nodes that have a key, in memory or anywhere in their
+// directories.
+func (c *Cluster) holding(key []byte) (names []string) {
+	c.t.Helper()
+	for _, n := range c.nodes {
+		found := n.Up() && bytes.Contains(n.Identity().ClusterKey, key)
+		err := filepath.WalkDir(n.Dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			found = found || bytes.Contains(b, key)
+			return err
+		})
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		if found {
+			names = append(names, n.Name)
+		}
+	}
+	return names
+}
+
+func (c *Cluster) voting(via *Node) (names []string) {
+	c.t.Helper()
+	s, err := via.Status(c.t.Context())
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	for _, m := range s.Members {
+		if m.Voter {
+			names = append(names, m.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// TestVotersHoldTheKey: while a site grows to five voters and seven nodes, those that
+// vote have the cluster key and nobody else ever does; one that is drained erases it.
+func TestVotersHoldTheKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		first := c.Found()
+		key := bytes.Clone(first.Identity().ClusterKey)
+		for _, want := range []int{1, 3, 3, 5, 5, 5} {
+			joined := c.Join(first)
+			c.AwaitVoters(want)
+			<-time.After(3 * time.Second)
+			held, votes := c.holding(key), c.voting(first)
+			if !slices.Equal(held, votes) {
+				t.Errorf("with %d nodes %v hold the key and %v vote", len(c.nodes), held, votes)
+			}
+			// What takes the key works everywhere.
+			if err := joined.write(t.Context(), "a", joined.Name); err != nil {
+				t.Error(err)
+			}
+			if _, err := joined.ServerCertificate(t.Context(), []string{"x"}); err != nil {
+				t.Errorf("%s: %v", joined.Name, err)
+			}
+		}
+		through := c.nodes[6] // has no vote
+		c.Join(through)
+		drained := c.Others(c.Leader())[0]
+		if err := first.Drain(t.Context(), drained.Self(), false); err != nil {
+			t.Fatal(err)
+		}
+		c.Await("another votes in its place and it has erased the key", func() bool {
+			held, votes := c.holding(key), c.voting(first)
+			return !slices.Contains(votes, drained.Name) && len(votes) == 5 && slices.Equal(held, votes)
+		})
+		s, err := first.Status(t.Context())
+		if err != nil || !slices.Equal(s.Exposed, []string{drained.Name}) {
+			t.Errorf("exposed: %v, %v", s.Exposed, err)
+		}
+		// It is told nothing more, until it may vote again.
+		drained.Stop()
+		drained.Start()
+		<-time.After(5 * time.Second)
+		if held := c.holding(key); slices.Contains(held, drained.Name) {
+			t.Error("it got the key again")
+		}
+		if err := first.RotateKey(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		c.Await("the key has changed and nobody is exposed", func() bool {
+			s, err := first.Status(t.Context())
+			return err == nil && !s.Rekeying && len(s.Exposed) == 0 && !bytes.Equal(first.Identity().ClusterKey, key)
+		})
+		c.Await("nobody has the former key", func() bool { return len(c.holding(key)) == 0 })
+		if held, votes := c.holding(first.Identity().ClusterKey), c.voting(first); !slices.Equal(held, votes) {
+			t.Errorf("%v hold the new key and %v vote", held, votes)
+		}
+	})
+}
+
+// TestNoVoteWithoutTheKey: a node that cannot get the key gets no vote, and the site
+// goes on; then it gets both.
+func TestNoVoteWithoutTheKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		first := c.Found()
+		second := c.Join(first)
+		c.AwaitVoters(1)
+		// The key can be neither written nor replaced there.
+		wall := filepath.Join(second.Dir, "cluster.key")
+		if err := os.MkdirAll(filepath.Join(wall, "x"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		c.Join(first)
+		<-time.After(20 * time.Second)
+		if votes := c.voting(first); len(votes) != 1 {
+			t.Errorf("%v vote though one of them has no key", votes)
+		}
+		if err := first.write(t.Context(), "a", "1"); err != nil {
+			t.Error(err)
+		}
+		if err := os.RemoveAll(wall); err != nil {
+			t.Fatal(err)
+		}
+		c.AwaitVoters(3)
+		if held := c.holding(first.Identity().ClusterKey); len(held) != 3 {
+			t.Errorf("%v hold the key", held)
+		}
+	})
+}
+
+// TestALoneNodeWithoutAVote: with everybody else dead it serves with the certificate
+// that it had, and knows the keys that tokens are signed with, also after a restart.
+func TestALoneNodeWithoutAVote(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{})
+		first := c.Found()
+		lone := c.Join(first)
+		other, _ := first.TokenKey()
+		had, err := lone.ServerCertificate(t.Context(), []string{"x"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		first.Kill()
+		for range 2 {
+			cert, err := lone.ServerCertificate(t.Context(), []string{"x"})
+			if err != nil || !bytes.Equal(cert.Certificate[0], had.Certificate[0]) {
+				t.Errorf("it does not serve with the certificate that it had: %v", err)
+			}
+			own, _ := lone.TokenKey()
+			for _, kid := range []string{own, other} {
+				if public, err := lone.TokenPublic(kid); public == nil || err != nil {
+					t.Errorf("key %s: %v", kid, err)
+				}
+			}
+			if _, err := lone.Seal("x", nil); err == nil {
+				t.Error("it seals without the cluster key")
+			}
+			lone.Stop()
+			lone.Start()
+		}
+	})
+}
+
+// TestStolenWithoutAVote: it never held the cluster key, so that stays; what it held
+// is replaced all the same.
+func TestStolenWithoutAVote(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{})
+		first := c.Found()
+		for range 5 {
+			c.Join(first)
+		}
+		c.AwaitVoters(5)
+		key, ca, token := bytes.Clone(first.Identity().ClusterKey), first.CA(), first.token()
+		without := c.nodes[slices.IndexFunc(c.nodes, func(n *Node) bool { return !slices.Contains(c.voting(first), n.Name) })]
+		if err := first.Betray(t.Context(), without.Self()); err != nil {
+			t.Fatal(err)
+		}
+		without.ends()
+		c.rotated(ca)
+		if s, err := first.Status(t.Context()); err != nil || s.Rekeying || !bytes.Equal(first.Identity().ClusterKey, key) {
+			t.Errorf("the cluster key changed: %v", err)
+		}
+		if err := c.NewNode().JoinWith(token, first.Addr); err == nil {
+			t.Error("a token from before is good")
+		}
+	})
+}
+
+// TestStolenThroughACrash: the leader dies at once when a node is said to be stolen;
+// the next one does all of it.
+func TestStolenThroughACrash(t *testing.T) {
+	for i := range 4 {
+		synctest.Test(t, func(t *testing.T) {
+			c := New(t, Options{Define: withNotes})
+			nodes := c.Grow(5)
+			leader := c.Leader()
+			others := c.Others(leader)
+			stolen, asked := others[0], others[1]
+			key, ca, token := bytes.Clone(asked.Identity().ClusterKey), asked.CA(), asked.token()
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			id := stolen.Self()
+			go func() { done <- asked.Betray(ctx, id) }()
+			removed := func() bool {
+				for _, m := range members(asked) {
+					if m.ID == id {
+						return false
+					}
+				}
+				return true
+			}
+			c.Await("it is removed", removed)
+			<-time.After(time.Duration(i) * 30 * time.Millisecond)
+			leader.Kill()
+			cancel()
+			<-done
+			c.Leader()
+			stolen.ends()
+			c.rotated(ca)
+			leader.Start()
+			c.rotated(ca)
+			c.Await("the key has changed", func() bool {
+				for _, n := range nodes {
+					if !n.Up() || n == stolen {
+						continue
+					}
+					if s, err := n.Status(t.Context()); err != nil || s.Rekeying || len(n.Identity().ClusterKey) > pki.ClusterKeySize || bytes.Equal(n.Identity().ClusterKey, key) {
+						return false
+					}
+				}
+				return true
+			})
+			if err := c.NewNode().JoinWith(token, asked.Addr); err == nil {
+				t.Error("a join token from before is good")
+			}
+		})
+	}
+}
+
+func members(n *Node) []member.Member {
+	s, err := n.Status(n.cluster.t.Context())
+	if err != nil {
+		n.cluster.t.Fatal(err)
+	}
+	var all []member.Member
+	for _, m := range s.Members {
+		all = append(all, m.Member)
+	}
+	return all
+}
