@@ -126,11 +126,20 @@ func TestFound(t *testing.T) {
 			t.Errorf("founded as %q at %q", bad.name, bad.addr)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(dir, clusterKeyFile), []byte("short"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, ClusterKeyFile), []byte("short"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := LoadIdentity(dir); err == nil || errors.Is(err, ErrEmpty) {
 		t.Errorf("a damaged cluster key gives %v", err)
+	}
+	// A node without a vote has none; one that was cut short while it erased it has zeros.
+	for _, forgotten := range [][]byte{nil, make([]byte, 32)} {
+		if err := os.WriteFile(filepath.Join(dir, ClusterKeyFile), forgotten, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if id, err := LoadIdentity(dir); err != nil || len(id.ClusterKey) != 0 {
+			t.Errorf("without the cluster key: %v, %v", id.ClusterKey, err)
+		}
 	}
 }
 
