@@ -10,7 +10,7 @@ TOOLS    = $(CURDIR)/.cache/bin
 # skipped.
 TESTED   = ATOLL_TESTDEPS=1 PATH="$(TOOLS):$$PATH"
 
-.PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak chaos powerloss demo bench bench-long bench-cluster testdeps clean
+.PHONY: build build-cloud run test test-unit test-race test-e2e test-cloud fuzz faults soak chaos powerloss demo bench bench-long bench-cluster bench-repair testdeps clean
 
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -97,6 +97,13 @@ bench-long: build
 # What the consensus costs beside raw raft, and how long a killed leader is missed.
 bench-cluster: build
 	go run ./scripts/bench -only cluster,failover -write docs/benchmarks.md
+
+# How long a site takes to make its copies again after the loss of a node, as root:
+# REPAIR_GB over a link of REPAIR_LINK MB/s.
+REPAIR_GB ?= 10
+REPAIR_LINK ?= 100
+bench-repair: build
+	go run ./scripts/bench -only repair -gb $(REPAIR_GB) -link $(REPAIR_LINK) -write docs/benchmarks.md
 
 testdeps:
 	scripts/testdeps $(TOOLS)

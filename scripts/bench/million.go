@@ -256,7 +256,7 @@ func (b *bench) size(ctx context.Context, count int) (err error) {
 	}
 	b.judge(line{"start" + name, seconds, "s"}, "<=", 3)
 	b.print("start"+name+"_cpu", cpu, "cpu-s")
-	if err := pause(ctx, 3*time.Second); err != nil {
+	if err := pause(ctx, 20*time.Second); err != nil { // the node hands pages back every 10 s
 		return err
 	}
 	rss, err := s.memory("VmRSS")

@@ -83,6 +83,16 @@ func (b *bench) repair(ctx context.Context) error {
 	if err := lost.Host.Shape(ctx, int64(speed)); err != nil {
 		return err
 	}
+	if err := nodes[0].WaitStatus(ctx, "the loss to be seen", func(s lab.Status) bool {
+		for _, m := range s.Nodes {
+			if m.Name == lost.Host.Name && !m.Up {
+				return s.Quorum // its name may be taken, and somebody decides it
+			}
+		}
+		return false
+	}); err != nil {
+		return err
+	}
 	if err := lost.Join(ctx, nodes[0]); err != nil {
 		return err
 	}

@@ -230,6 +230,7 @@ func (c *client) read(ctx context.Context, node int, tag string) {
 func (c *client) pullAnchor(ctx context.Context, node int) {
 	b := c.site.nodes[node]
 	before, healthy := b.health()
+	began := time.Now()
 	err := c.pull(ctx, node, "anchor")
 	if after, still := b.health(); !healthy || !still || before != after {
 		return
@@ -237,7 +238,7 @@ func (c *client) pullAnchor(ctx context.Context, node int) {
 	c.judged.Add(1)
 	if err != nil {
 		c.failedPulls.Add(1)
-		c.fail("a pull from %s, to which nothing was done: %v", b.Host.Name, err)
+		c.fail("a pull from %s, to which nothing was done, from %s to %s: %v", b.Host.Name, began.Format(time.TimeOnly), time.Now().Format(time.TimeOnly), err)
 	}
 }
 

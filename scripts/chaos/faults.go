@@ -202,17 +202,29 @@ func (a *attack) killMost(ctx context.Context, b *box) error {
 		}
 	}
 	at := slices.Index(a.nodes, b)
-	op, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	if a.judge.push(op, at, "t0") {
+	if err := within(ctx, func(op context.Context) { a.judge.pullAnchor(op, at) }); err != nil {
+		return err
+	}
+	acked := false
+	if err := within(ctx, func(op context.Context) { acked = a.judge.push(op, at, "t0") }); err != nil {
+		return err
+	}
+	if acked {
 		a.judge.fail("%s acknowledged a push while %d of %d nodes were dead", b.Host.Name, len(dead), len(a.nodes))
 	}
-	a.judge.pullAnchor(op, at)
 	var errs []error
 	for _, other := range dead {
 		errs = append(errs, other.Start(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// within gives an operation as long as a client waits; the error is that of ctx.
+func within(ctx context.Context, do func(context.Context)) error {
+	op, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	do(op)
+	return ctx.Err()
 }
 
 func (a *attack) restart(ctx context.Context, b *box) error {

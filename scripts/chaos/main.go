@@ -34,7 +34,6 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
 	r, err := play(ctx, Plan{
 		Binary: *binary, Dir: dir, Nodes: *nodes, Clients: *clients, Seed: *seed,
 		Length: time.Duration(*seconds) * time.Second, Say: log.Printf,
@@ -46,8 +45,10 @@ func main() {
 	}
 	fmt.Print(r)
 	if missed := r.Missed(); len(missed) > 0 {
-		log.Printf("seed %d: missed %v", *seed, missed)
-		os.RemoveAll(dir)
+		log.Printf("seed %d: missed %v; what the nodes held is in %s", *seed, missed, dir)
 		os.Exit(1)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		log.Fatal(err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -110,7 +111,27 @@ func play(ctx context.Context, p Plan) (r *Report, err error) {
 		return nil, err
 	}
 	took := time.Since(began)
-	return judge.judge(ctx, a, took)
+	r, err = judge.judge(ctx, a, took)
+	if err == nil && len(r.Missed()) > 0 {
+		err = s.keep(p)
+	}
+	return r, err
+}
+
+// keep stops the nodes and copies what they hold out of their disks, which go with
+// the site.
+func (s *site) keep(p Plan) error {
+	for _, b := range s.nodes {
+		b.Kill()
+		to := filepath.Join(p.Dir, "kept-"+b.Host.Name)
+		if err := os.CopyFS(to, os.DirFS(b.Data)); err != nil {
+			return err
+		}
+		if err := os.WriteFile(to+".log", []byte(b.Log()), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // judge asks every node for everything.
