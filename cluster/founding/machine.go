@@ -60,6 +60,7 @@ var ErrPromised = errors.New("the machine waits for another founding")
 // machine is one without a site.
 type machine struct {
 	Config
+	id       string // of the promise; it stays
 	mu       sync.Mutex
 	promise  promise
 	proposal *Proposal // alive; nil when this machine proposes nothing
@@ -88,7 +89,7 @@ func Run(ctx context.Context, c Config) (who member.Identity, founded bool, err 
 	}
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
-	m := &machine{Config: c, promise: p, addrs: make(map[string]bool), end: end, odd: make(map[string]string)}
+	m := &machine{Config: c, id: p.Machine, promise: p, addrs: make(map[string]bool), end: end, odd: make(map[string]string)}
 	m.learn(c.Addrs...)
 	server := joining.Server(bounds(), map[string]joining.Handler{pathHello: m.hear, pathPledge: m.pledge}, quiet(c.Log))
 	served := make(chan error, 1)
@@ -131,7 +132,7 @@ func (l levelled) Enabled(ctx context.Context, level slog.Level) bool {
 }
 
 func (m *machine) self() Machine {
-	return Machine{ID: m.promise.Machine, Name: m.Name, Addr: m.Advertise}
+	return Machine{ID: m.id, Name: m.Name, Addr: m.Advertise}
 }
 
 // learn remembers addresses, within bounds.
@@ -191,7 +192,7 @@ func (m *machine) pledge(_ context.Context, body []byte) (any, error) {
 	if ask.Expect != m.Expect {
 		return nil, joining.Refuse(codeExpect, "this machine expects %d machines and that one %d: start all with one --bootstrap-expect", m.Expect, ask.Expect)
 	}
-	if err := ask.Proposal.check(m.promise.Machine, m.Expect); err != nil {
+	if err := ask.Proposal.check(m.id, m.Expect); err != nil {
 		return nil, joining.Refuse(joining.CodeMalformed, "%v", err)
 	}
 	switch mine := m.promise.Pledge; {
@@ -241,11 +242,11 @@ func (m *machine) round(ctx context.Context) (id member.Identity, done bool, err
 			m.waits("no node of the site answers that this machine is joining", "site", before.Site)
 			return id, false, nil
 		}
-		return m.enter(ctx, there)
+		return m.enter(ctx, before.Pledge, there)
 	case before.Pledge != nil:
-		return m.honour(ctx, *before.Pledge, seen, there)
+		return m.honour(ctx, before.Pledge, seen, there)
 	case len(there) > 0:
-		return m.enter(ctx, there)
+		return m.enter(ctx, nil, there)
 	}
 	return m.gather(ctx, seen)
 }
@@ -311,10 +312,10 @@ func (m *machine) waits(text string, args ...any) {
 
 // honour waits for the founder of what this machine has promised. Only the founder,
 // or a node of the site that came of it, says what became of it.
-func (m *machine) honour(ctx context.Context, p Proposal, seen map[string]standing, there []standing) (id member.Identity, done bool, err error) {
+func (m *machine) honour(ctx context.Context, p *Proposal, seen map[string]standing, there []standing) (id member.Identity, done bool, err error) {
 	born := slices.DeleteFunc(slices.Clone(there), func(s standing) bool { return s.Origin != p.ID })
 	if len(born) > 0 {
-		return m.enter(ctx, born)
+		return m.enter(ctx, p, born)
 	}
 	founder, ok := seen[p.Founder.ID]
 	switch {
@@ -356,12 +357,12 @@ func (m *machine) gather(ctx context.Context, seen map[string]standing) (id memb
 	case len(free) < m.Expect:
 		m.waits("not all machines are there", "expected", m.Expect, "seen_besides_this_one", names)
 		return id, false, nil
-	case free[0].ID != m.promise.Machine:
+	case free[0].ID != m.id:
 		m.waits("another machine founds it", "founder", free[0].Name, "address", free[0].Addr)
 		return id, false, nil
 	}
 	p := Proposal{ID: table.NewID(), Founder: free[0], Machines: free[:m.Expect]}
-	if err := p.check(m.promise.Machine, m.Expect); err != nil {
+	if err := p.check(m.id, m.Expect); err != nil {
 		m.waits("two machines are called the same: give each its own --name", "machines", free)
 		return id, false, nil
 	}
@@ -412,8 +413,9 @@ func (m *machine) propose(ctx context.Context, p Proposal) (id member.Identity, 
 	return id, true, nil
 }
 
-// enter joins the site that the nodes are of.
-func (m *machine) enter(ctx context.Context, there []standing) (id member.Identity, done bool, err error) {
+// enter joins the site that the nodes are of, unless this machine has promised
+// something else since it asked them: that founding may count on it.
+func (m *machine) enter(ctx context.Context, pledged *Proposal, there []standing) (id member.Identity, done bool, err error) {
 	slices.SortFunc(there, func(a, b standing) int { return strings.Compare(a.Machine.ID, b.Machine.ID) })
 	addrs := make([]string, len(there))
 	for i, s := range there {
@@ -424,6 +426,10 @@ func (m *machine) enter(ctx context.Context, there []standing) (id member.Identi
 		}
 	}
 	m.mu.Lock()
+	if m.promise.Pledge != pledged {
+		m.mu.Unlock()
+		return id, false, nil
+	}
 	if m.promise.Site != there[0].Site {
 		err = m.save("saw the site", func(p *promise) { p.Site, p.Origin = there[0].Site, there[0].Origin })
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -75,10 +76,13 @@ func (w *world) add(n, expect int, p *pki.Pairing) []*box {
 			Dir: filepath.Join(w.t.TempDir(), "data"), Name: fmt.Sprint("box", i+1), Advertise: addr(i), Addrs: addrs, Expect: expect,
 			Pairing: p, Network: b, Join: b.join, Log: slog.New(slog.NewTextHandler(b.log, nil)),
 			Step: func(name string) error {
-				if w.fault == nil {
+				w.mu.Lock()
+				fault := w.fault
+				w.mu.Unlock()
+				if fault == nil {
 					return nil
 				}
-				return w.fault(b, name)
+				return fault(b, name)
 			},
 		}
 		w.boxes = append(w.boxes, b)
@@ -237,11 +241,13 @@ func (b *box) DialFounding(ctx context.Context, to string) (net.Conn, error) {
 	b.w.mu.Lock()
 	lost := b.w.cut[[2]string{b.config.Advertise, to}]
 	var other *box
+	var theirs *pki.Pairing
 	for _, o := range b.w.boxes {
 		if o.config.Advertise == to {
-			other = o
+			other, theirs = o, o.pairing
 		}
 	}
+	ours := b.pairing
 	b.w.mu.Unlock()
 	if lost {
 		<-ctx.Done()
@@ -250,7 +256,7 @@ func (b *box) DialFounding(ctx context.Context, to string) (net.Conn, error) {
 	if other == nil {
 		return nil, syscall.ECONNREFUSED
 	}
-	cert, err := other.pairing.Certificate()
+	cert, err := theirs.Certificate()
 	if err != nil {
 		return nil, err
 	}
@@ -258,7 +264,7 @@ func (b *box) DialFounding(ctx context.Context, to string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if b.pairing.Verify(leaf) != nil {
+	if ours.Verify(leaf) != nil {
 		return nil, errOtherToken
 	}
 	other.mu.Lock()
@@ -343,8 +349,22 @@ func (w *world) exists(most int) (sites int) {
 	return len(seen)
 }
 
+// faults sets what happens at each step of a machine.
+func (w *world) faults(fault func(b *box, step string) error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fault = fault
+}
+
+// hold gives a machine that does not run another token.
+func (b *box) hold(p *pki.Pairing) {
+	b.w.mu.Lock()
+	defer b.w.mu.Unlock()
+	b.pairing, b.config.Pairing = p, p
+}
+
 func (w *world) end() {
-	w.fault = nil
+	w.faults(nil)
 	for _, b := range w.boxes {
 		b.kill()
 	}
@@ -371,4 +391,10 @@ func (l *lines) last() string {
 		return ""
 	}
 	return l.text[len(l.text)-1]
+}
+
+func (l *lines) all() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Join(l.text, "")
 }
