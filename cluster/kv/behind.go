@@ -13,7 +13,7 @@ import (
 
 const (
 	// flushPause is the least time between two flushes.
-	flushPause = 20 * time.Millisecond
+	flushPause = 100 * time.Millisecond
 	// flushShare: a flush is followed by a pause of so many times its own length,
 	// so that a slow disk is not kept busy by flushes alone; at most flushPauseMost.
 	flushShare     = 3
