@@ -66,8 +66,8 @@ func (tx *Tx) LogLen(log string) (uint64, error) {
 		return 0, err
 	}
 	n := kv.LogLen(tx.view.state, key)
-	if !tx.guarded[sep+log] {
-		tx.guarded[sep+log] = true
+	if !tx.guarded[log] {
+		tx.guarded[log] = true
 		tx.conds = append(tx.conds, kv.Cond{Kind: kv.LenIs, Key: key, Len: n})
 	}
 	for i := range tx.ops {

@@ -107,18 +107,16 @@ func (t *Table[T]) Get(r Reader, key ...string) (v T, meta Meta, ok bool, err er
 	return v, Meta{row.Created, row.Revision}, err == nil, err
 }
 
-// Meta says when a row was written without reading its value: whoever keeps what
-// a value amounts to knows by the Revision whether it still does.
-func (t *Table[T]) Meta(v *View, key ...string) (Meta, bool, error) {
+// Meta says when a row was written without decoding its value: whoever keeps what
+// a value amounts to knows by the Revision whether it still does. In a Tx it guards
+// the row, as Get does.
+func (t *Table[T]) Meta(r Reader, key ...string) (Meta, bool, error) {
 	k, err := rowKey(t.name, key)
 	if err != nil {
 		return Meta{}, false, err
 	}
-	if v.ended {
-		return Meta{}, false, errEnded
-	}
-	row, ok := kv.ReadRevisions(v.state, k)
-	return Meta{row.Created, row.Revision}, ok, nil
+	row, ok, err := r.revisions(k)
+	return Meta{row.Created, row.Revision}, ok, err
 }
 
 func (t *Table[T]) decode(key, value []byte) (v T, err error) {

@@ -14,6 +14,8 @@ import (
 // one goroutine at a time.
 type Reader interface {
 	row(key []byte) (kv.Row, bool, error)
+	// revisions is row for who does not want the value.
+	revisions(key []byte) (kv.Row, bool, error)
 	// rows gives at most limit rows (0: all) with from <= key < to. A Tx fails
 	// after 256.
 	rows(from, to []byte, limit int) iter.Seq2[kv.Row, error]
@@ -41,6 +43,14 @@ func (v *View) row(key []byte) (kv.Row, bool, error) {
 	return row, ok, nil
 }
 
+func (v *View) revisions(key []byte) (kv.Row, bool, error) {
+	if v.ended {
+		return kv.Row{}, false, errEnded
+	}
+	row, ok := kv.ReadRevisions(v.state, key)
+	return row, ok, nil
+}
+
 func (v *View) rows(from, to []byte, limit int) iter.Seq2[kv.Row, error] {
 	return func(yield func(kv.Row, error) bool) {
 		if v.ended {
@@ -64,29 +74,36 @@ func (v *View) rows(from, to []byte, limit int) iter.Seq2[kv.Row, error] {
 type Tx struct {
 	view    *View
 	conds   []kv.Cond
-	guarded map[string]bool // rows that have a RevIs, logs (with a 0x00 before) that have a LenIs
+	read    map[string]readRow // rows of the state that were read, and so have a RevIs
+	guarded map[string]bool    // logs that have a LenIs
 	ops     []kv.Op
 	written map[string]int // the newest operation on a row
 	numbers []*uint64      // one for each Append and Add, in order
 	failed  error          // the first failure of a call that returns none
 }
 
+type readRow struct {
+	kv.Row
+	ok bool
+}
+
 func newTx(v *View) *Tx {
-	return &Tx{view: v, guarded: map[string]bool{}, written: map[string]int{}}
+	return &Tx{view: v, read: map[string]readRow{}, guarded: map[string]bool{}, written: map[string]int{}}
 }
 
 func (tx *Tx) rowCodec() *codec { return tx.view.codec }
 
 // base reads a row of the state below the Tx and guards it.
 func (tx *Tx) base(key []byte) (kv.Row, bool, error) {
+	if read, again := tx.read[string(key)]; again && !tx.view.ended {
+		return read.Row, read.ok, nil
+	}
 	row, ok, err := tx.view.row(key)
 	if err != nil {
 		return kv.Row{}, false, err
 	}
-	if !tx.guarded[string(key)] {
-		tx.guarded[string(key)] = true
-		tx.conds = append(tx.conds, kv.Cond{Kind: kv.RevIs, Key: key, Rev: row.Revision})
-	}
+	tx.read[string(key)] = readRow{row, ok}
+	tx.conds = append(tx.conds, kv.Cond{Kind: kv.RevIs, Key: key, Rev: row.Revision})
 	return row, ok, nil
 }
 
@@ -96,6 +113,8 @@ func (tx *Tx) row(key []byte) (kv.Row, bool, error) {
 	}
 	return tx.base(key)
 }
+
+func (tx *Tx) revisions(key []byte) (kv.Row, bool, error) { return tx.row(key) }
 
 // own gives the row as this Tx has written it; known is false when it has not.
 func (tx *Tx) own(key []byte) (row kv.Row, ok, known bool) {
@@ -107,10 +126,18 @@ func (tx *Tx) own(key []byte) (row kv.Row, ok, known bool) {
 		return kv.Row{}, false, true
 	}
 	row = kv.Row{Key: key, Value: tx.ops[i].Value}
-	if old, ok := kv.ReadRow(tx.view.state, key); ok && (i == 0 || !tx.deletedBefore(key, i)) {
+	if old, ok := tx.below(key); ok && (i == 0 || !tx.deletedBefore(key, i)) {
 		row.Created = old.Created
 	}
 	return row, true, true
+}
+
+// below reads a row of the state below the Tx without a guard.
+func (tx *Tx) below(key []byte) (kv.Row, bool) {
+	if read, again := tx.read[string(key)]; again {
+		return read.Row, read.ok
+	}
+	return kv.ReadRow(tx.view.state, key)
 }
 
 // deletedBefore reports whether an earlier operation removes the row, so that

@@ -18,6 +18,9 @@ const (
 	// backoffStep and backoffMax bound the pause between two tries.
 	backoffStep = time.Millisecond
 	backoffMax  = 64 * time.Millisecond
+	// lookAgain is from how long a run on the conditions are checked once more before
+	// they travel.
+	lookAgain = time.Millisecond
 )
 
 // Commit says where an Update took effect.
@@ -62,6 +65,7 @@ func (db *DB) Update(ctx context.Context, fn func(*Tx) error) (Commit, error) {
 
 // attempt runs fn once; again says that it has to run on a newer state.
 func (db *DB) attempt(ctx context.Context, b Backend, fn func(*Tx) error) (c Commit, again bool, err error) {
+	start := time.Now()
 	tx, err := db.run(fn)
 	if err != nil || len(tx.ops) == 0 {
 		return db.decided(ctx, tx, err)
@@ -71,9 +75,12 @@ func (db *DB) attempt(ctx context.Context, b Backend, fn func(*Tx) error) (c Com
 	if err != nil {
 		return Commit{}, false, tooLarge(err)
 	}
-	// A transaction that is refused costs a log entry on every node.
-	if ok, err := db.stillHolds(tx); err != nil || !ok {
-		return Commit{}, err == nil, err
+	// A transaction that is refused costs a log entry on every node; but the state
+	// that it rests on has hardly moved when it was made at once.
+	if time.Since(start) > lookAgain {
+		if ok, err := db.stillHolds(tx); err != nil || !ok {
+			return Commit{}, err == nil, err
+		}
 	}
 	result, resent, err := db.propose(ctx, b, data)
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"iter"
 	"sync"
+	"sync/atomic"
 
 	"github.com/atoll-registry/atoll/bundle/entry"
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -63,6 +64,7 @@ type Journal struct {
 	checkpoints *table.Table[checkpointRow]
 
 	trees treeCache
+	site  atomic.Pointer[siteAt] // as it was read last
 
 	mu      sync.Mutex
 	signers map[entry.Key]signer // opened private keys of this site
