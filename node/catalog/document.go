@@ -1,10 +1,8 @@
 package catalog
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -142,7 +140,9 @@ func ParseManifest(mediaType string, body []byte) (Document, error) {
 // needs to hear what to change.
 func checkVersion(fields map[string]json.RawMessage, mediaType, named string) error {
 	var version json.Number
-	if raw, ok := fields["schemaVersion"]; ok {
+	if raw, ok := fields["schemaVersion"]; ok && string(raw) == "2" {
+		version = "2"
+	} else if ok {
 		if err := json.Unmarshal(raw, &version); err != nil {
 			return invalidManifest("schemaVersion must be the number 2")
 		}
@@ -211,15 +211,13 @@ func (d *Document) readCommon(fields map[string]json.RawMessage) error {
 	return nil
 }
 
-func isNull(raw json.RawMessage) bool { return bytes.Equal(bytes.TrimSpace(raw), []byte("null")) }
-
 func optionalString(fields map[string]json.RawMessage, name string) (string, error) {
 	raw, ok := fields[name]
 	if !ok || isNull(raw) {
 		return "", nil
 	}
-	var s string
-	if err := json.Unmarshal(raw, &s); err != nil {
+	s, err := textOf(raw)
+	if err != nil {
 		return "", fmt.Errorf("%s must be a string", name)
 	}
 	if len(s) > 255 || strings.ContainsFunc(s, func(r rune) bool { return r < 0x20 || r == 0x7f }) {
@@ -228,30 +226,12 @@ func optionalString(fields map[string]json.RawMessage, name string) (string, err
 	return s, nil
 }
 
-// object splits a JSON object into its fields. A field that equals a known one
-// except for case is refused: Go's own readers would take it for the known one
-// and others would not.
-func object(raw []byte, known ...string) (map[string]json.RawMessage, error) {
-	var fields map[string]json.RawMessage
-	if err := json.Unmarshal(raw, &fields); err != nil || fields == nil {
-		return nil, fmt.Errorf("a manifest and each descriptor in it must be a JSON object")
-	}
-	for name := range fields {
-		for _, k := range known {
-			if name != k && strings.EqualFold(name, k) {
-				return nil, fmt.Errorf("the field %q must be written %q", name, k)
-			}
-		}
-	}
-	return fields, nil
-}
-
 func descriptors(raw json.RawMessage, name string) ([]v1.Descriptor, error) {
 	if len(raw) == 0 {
 		return nil, nil
 	}
-	var list []json.RawMessage
-	if err := json.Unmarshal(raw, &list); err != nil {
+	list, ok := list(raw)
+	if !ok {
 		return nil, fmt.Errorf("%s must be a list", name)
 	}
 	// A few duplicates are normal (an image may repeat a layer); a list far
@@ -285,14 +265,14 @@ func descriptor(raw json.RawMessage, name string) (v1.Descriptor, error) {
 	if d.MediaType == "" {
 		return v1.Descriptor{}, fmt.Errorf("%s has no mediaType", name)
 	}
-	var text string
-	if err := json.Unmarshal(fields["digest"], &text); err != nil {
+	text, err := textOf(fields["digest"])
+	if err != nil {
 		return v1.Descriptor{}, fmt.Errorf("%s has no digest", name)
 	}
 	if d.Digest, err = entry.ParseDigest(text); err != nil {
 		return v1.Descriptor{}, fmt.Errorf("%s: %w", name, err)
 	}
-	if err := json.Unmarshal(fields["size"], &d.Size); err != nil || d.Size < 0 {
+	if d.Size, err = sizeOf(fields["size"]); err != nil || d.Size < 0 {
 		return v1.Descriptor{}, fmt.Errorf("%s has no size in bytes", name)
 	}
 	if p, ok := fields["platform"]; ok && !isNull(p) {
@@ -302,55 +282,4 @@ func descriptor(raw json.RawMessage, name string) (v1.Descriptor, error) {
 		}
 	}
 	return d, nil
-}
-
-// checkJSON walks the body once and refuses what bounded, unambiguous JSON does
-// not have: values nested too deep, the same field twice in an object, and
-// anything after the value.
-func checkJSON(body []byte) error {
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.UseNumber()
-	type level struct {
-		keys  map[string]bool // nil in a list
-		value bool            // in an object: the next token is a value
-	}
-	var open []level
-	for {
-		token, err := dec.Token()
-		if err == io.EOF {
-			return io.ErrUnexpectedEOF
-		}
-		if err != nil {
-			return err
-		}
-		if n := len(open); n > 0 && open[n-1].keys != nil {
-			if key, ok := token.(string); ok && !open[n-1].value {
-				if open[n-1].keys[key] {
-					return fmt.Errorf("the field %.60q is there twice", key)
-				}
-				open[n-1].keys[key] = true
-				open[n-1].value = true
-				continue
-			}
-			open[n-1].value = false
-		}
-		switch token {
-		case json.Delim('{'):
-			open = append(open, level{keys: map[string]bool{}})
-		case json.Delim('['):
-			open = append(open, level{})
-		case json.Delim('}'), json.Delim(']'):
-			open = open[:len(open)-1]
-		}
-		if len(open) > maxDepth {
-			return fmt.Errorf("values are nested deeper than %d", maxDepth)
-		}
-		if len(open) == 0 {
-			break
-		}
-	}
-	if rest := bytes.TrimSpace(body[dec.InputOffset():]); len(rest) > 0 {
-		return fmt.Errorf("%d bytes follow the JSON value", len(rest))
-	}
-	return nil
 }
