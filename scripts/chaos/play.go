@@ -123,6 +123,9 @@ func play(ctx context.Context, p Plan) (r *Report, err error) {
 func (s *site) keep(p Plan) error {
 	for _, b := range s.nodes {
 		b.Kill()
+		if err := os.RemoveAll(filepath.Join(b.Data, "atoll.sock")); err != nil { // no file to copy
+			return err
+		}
 		to := filepath.Join(p.Dir, "kept-"+b.Host.Name)
 		if err := os.CopyFS(to, os.DirFS(b.Data)); err != nil {
 			return err
