@@ -22,7 +22,7 @@ type Way string
 
 const (
 	ByDefault    Way = ""           // as the mover is set up
-	ByStream     Way = "stream"     // ranged requests
+	ByStream     Way = "stream"     // piece by piece, as the planner says
 	ByBitTorrent Way = "bittorrent" // as one of a swarm
 )
 

@@ -116,6 +116,15 @@ func (h *Host) Shape(ctx context.Context, bytesPerSecond int64) error {
 	return runAll(ctx, fmt.Sprintf("tc -n %s qdisc replace dev %s root tbf rate %dbps burst 64kb latency 200ms", h.sw, h.port, bytesPerSecond))
 }
 
+// ShapeOut makes the host send at most so many bytes a second, as an uplink does.
+func (h *Host) ShapeOut(ctx context.Context, bytesPerSecond int64) error {
+	return runAll(ctx, fmt.Sprintf("tc -n %s qdisc replace dev eth0 root tbf rate %dbps burst 64kb latency 200ms", h.space, bytesPerSecond))
+}
+
+// Inside runs fn on a thread of its own that is in the host's network: sockets that fn
+// opens are the host's.
+func (h *Host) Inside(fn func() error) error { return inside(h.space, fn) }
+
 // Deafen loses every packet that other sends to this host; what this host sends
 // still arrives. One Hear ends one Deafen.
 func (h *Host) Deafen(ctx context.Context, other *Host) error {

@@ -442,3 +442,69 @@ func TestSlots(t *testing.T) {
 		t.Error("something is kept of those that left")
 	}
 }
+
+// An asker for which there is nothing to choose keeps its credit until there is.
+func TestCreditWaitsForSomethingToChoose(t *testing.T) {
+	q := NewQueue(Slots{}, seeded())
+	o := q.Offer(2, some(2, 0))
+	a := o.Join("a", transfer.Pull)
+	a.Ask(Ask{Piece: Any})
+	a.Ask(Ask{Piece: Any})
+	if turn := next(t, q, 0); turn.Piece != 0 {
+		t.Fatalf("piece %d, which is not held", turn.Piece)
+	}
+	if turn, _ := q.Next(0, nil); turn != nil {
+		t.Fatalf("piece %d again", turn.Piece)
+	}
+	o.Hold(1)
+	if turn := next(t, q, 0); turn.Piece != 1 {
+		t.Errorf("piece %d", turn.Piece)
+	}
+	a.Ask(Ask{Piece: Any})
+	if turn, _ := q.Next(0, nil); turn != nil {
+		t.Errorf("piece %d, though it has both", turn.Piece)
+	}
+	a.Hear(Note{1, Need})
+	if turn := next(t, q, 0); turn.Piece != 1 {
+		t.Errorf("piece %d, where 1 is needed again", turn.Piece)
+	}
+}
+
+// A piece that is slow to be read does not keep its asker from the next one.
+func TestSlowReadsStandAside(t *testing.T) {
+	q := NewQueue(Slots{}, seeded())
+	a := q.Offer(2, nil).Join("a", transfer.Pull)
+	a.Ask(Ask{Piece: 0})
+	a.Ask(Ask{Piece: 1})
+	slow, _ := q.Next(0, nil)
+	if turn, _ := q.Next(0, nil); turn != nil {
+		t.Fatal("two at once")
+	}
+	q.Aside(slow)
+	turn, _ := q.Next(0, nil)
+	if turn == nil {
+		t.Fatal("the next has no turn")
+	}
+	q.Done(0, slow)
+	a.Ask(Ask{Piece: Any})
+	if other, _ := q.Next(0, nil); other != nil {
+		t.Error("the end of the slow one ends the other's turn")
+	}
+	q.Done(0, turn)
+}
+
+// Holders that do not choose are never left a choice; the engine turns what it is told
+// to ask into what its protocol has.
+func TestSpecific(t *testing.T) {
+	w := NewWant(16, Rules{Specific: true}, seeded())
+	source := w.Join(nil, false)
+	w.Join(some(16, 1), false)
+	for _, a := range all(w, 0, source) {
+		if a.Piece == Any {
+			t.Error("a choice is left to the holder")
+		}
+	}
+	if source.Hears(Skip) || len(w.Notes()) > 0 {
+		t.Error("notes for nobody")
+	}
+}

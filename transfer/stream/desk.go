@@ -74,6 +74,16 @@ func (d *desk) join(s *session, have func() transfer.Bitmap) {
 	})
 }
 
+// askers is how many ask for a blob.
+func (d *desk) askers(dg digest.Digest) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if o := d.offers[dg]; o != nil {
+		return o.Askers()
+	}
+	return 0
+}
+
 // leave takes a session out.
 func (d *desk) leave(s *session) {
 	d.mu.Lock()

@@ -13,8 +13,10 @@ import (
 )
 
 const (
-	// maxAsked candidates take part in one fetch; more would not make it faster.
-	maxAsked = 64
+	// maxAsked candidates take part in one fetch; more would not make it faster. Of more
+	// the first so many are asked, and others at random.
+	maxAsked   = 64
+	firstAsked = 16
 	// maxStrikes failures in a row that are nobody's lie before a holder is dropped.
 	maxStrikes = 4
 	// urgentWindow is how many pieces a reader gets ahead of the rest.
@@ -299,12 +301,24 @@ func (h *hunt) followReaders(ctx context.Context) {
 // for in the same breath of the nearest.
 func (h *hunt) ask(ctx context.Context, first bool) {
 	h.stale = false
-	candidates := h.e.cfg.Peers.Candidates(ctx, h.blob.Digest)
-	for _, p := range candidates[:min(len(candidates), maxAsked)] {
+	for _, p := range h.choice(ctx) {
 		if h.askOne(ctx, p, first && h.want != nil && transfer.Pieces(h.blob.Size) == 1) {
 			first = false
 		}
 	}
+}
+
+// choice is which candidates to ask: of very many the first, who may hold the blob, and
+// any of the others, who may be fetching it, so that not all ask the same.
+func (h *hunt) choice(ctx context.Context) []transfer.Peer {
+	list := h.e.cfg.Peers.Candidates(ctx, h.blob.Digest)
+	if len(list) <= maxAsked {
+		return list
+	}
+	list = slices.Clone(list)
+	rest := list[firstAsked:]
+	rand.Shuffle(len(rest), func(i, j int) { rest[i], rest[j] = rest[j], rest[i] })
+	return list[:maxAsked]
 }
 
 // askOne asks a candidate unless it takes part already.

@@ -23,6 +23,9 @@ const (
 	helloTimeout = 2 * time.Minute
 	// maxService is how many pieces are on their way out at once, whoever takes them.
 	maxService = 32
+	// maxAskers that a node which is still fetching a blob serves it to; the next hear
+	// that it holds nothing. Hundreds would keep it busy with saying what it has.
+	maxAskers = 20
 	// maxSessions that peers may have here at once.
 	maxSessions = 1024
 )
@@ -185,6 +188,9 @@ func (s *session) begin(ctx context.Context) error {
 		if size := fl.arrival.Fetch().Blob().Size; size != s.blob.Size {
 			s.link.send(state{heldPart, uint64(size)}.append)
 			return nil
+		}
+		if e.desk.askers(d) >= maxAskers {
+			break // others have as much
 		}
 		s.flight = fl
 		e.desk.join(s, fl.arrival.Held)

@@ -53,7 +53,7 @@ type Config struct {
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 	// Self is this node's id, to elect who asks beyond a slow link; "": every node does.
 	Self string
-	// Carrier chooses another way to move a blob than ranged requests; nil, and a nil
+	// Carrier chooses another way to move a blob than the frames of this package; nil, and a nil
 	// Carrier, mean none.
 	Carrier func(transfer.Blob, transfer.Way) transfer.Carrier
 	Log     *slog.Logger // discards
