@@ -49,9 +49,12 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 	if len(h.asked) >= depth {
 		return Ask{}, false
 	}
-	if i := w.rarest(h); i >= 0 {
-		w.ask(now, h, i, false)
-		return Ask{Piece: i}, true
+	if !h.dry {
+		if i := w.rarest(h); i >= 0 {
+			w.ask(now, h, i, false)
+			return Ask{Piece: i}, true
+		}
+		h.dry = true
 	}
 	if i := w.slowest(now, h); i >= 0 {
 		r := w.asks[i]

@@ -94,6 +94,7 @@ type Holder struct {
 	complete bool
 	choosing bool
 	far      bool
+	dry      bool // it has nothing that is missing, as was found not long ago
 	gone     bool
 	have     transfer.Bitmap
 	asked    []int         // in order
@@ -170,6 +171,7 @@ func (w *Want) Has(h *Holder, piece int) {
 		return
 	}
 	h.have.Add(piece)
+	h.dry = false
 	if !h.far {
 		w.spread[piece]++
 	}
@@ -192,6 +194,9 @@ func (w *Want) unspread(h *Holder) {
 		if !h.far && h.have.Has(i) {
 			w.spread[i]--
 		}
+	}
+	for _, o := range w.holders {
+		o.dry = false // what a near one had and has no more is asked from afar
 	}
 }
 
@@ -394,9 +399,13 @@ func (w *Want) tell(n Note) {
 }
 
 func (w *Want) miss(i int) {
-	if !w.missing.Has(i) {
-		w.missing.Add(i)
-		w.left++
+	if w.missing.Has(i) {
+		return
+	}
+	w.missing.Add(i)
+	w.left++
+	for _, h := range w.holders {
+		h.dry = false
 	}
 }
 

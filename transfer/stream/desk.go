@@ -162,7 +162,11 @@ func (d *desk) allow(a *plan.Asker, piece int) time.Duration {
 	}
 	s := a.Owner.(*session)
 	_, n := transfer.PieceRange(s.blob.Size, piece)
-	return d.limiter.Take(s.flow(), int(n))
+	wait := d.limiter.Take(s.flow(), int(n))
+	if wait > 0 {
+		s.limited.Store(int64(time.Since(d.began) + wait))
+	}
+	return wait
 }
 
 // aside lets a session have another turn while one is slow to be read.

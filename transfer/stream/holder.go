@@ -24,6 +24,7 @@ type holder struct {
 	rests    time.Time    // not asked for anything before
 	heard    time.Time    // last sign of life
 	moved    time.Time    // last piece, or since when it owes one
+	limited  time.Time    // when a limit last held back what it owes
 	dropped  *failure
 }
 

@@ -43,6 +43,7 @@ const (
 	kindRefuse   kind = 38 // piece (4): it cannot be read, or is not held
 	kindTable    kind = 39 // the piece table
 	kindBeat     kind = 40 // empty: still there
+	kindWait     kind = 41 // empty: still there, and what is asked for is held back by a limit
 )
 
 // held says what a holder has of a blob.
@@ -89,7 +90,7 @@ func limit(k kind, size int64) (int64, error) {
 		return transfer.TableSize(min(size, transfer.MaxSize)), nil
 	case kindClass:
 		return 1, nil
-	case kindTables, kindBye, kindComplete, kindGone, kindBeat:
+	case kindTables, kindBye, kindComplete, kindGone, kindBeat, kindWait:
 		return 0, nil
 	}
 	return 0, fmt.Errorf("frame of the unknown kind %d", k)

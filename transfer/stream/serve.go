@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
@@ -37,7 +38,8 @@ type session struct {
 	blob   transfer.Blob // without a root
 	flight *flight       // nil unless it was arriving when the session began
 
-	beat time.Duration
+	beat    time.Duration
+	limited atomic.Int64 // until when a limit holds it back, since the desk began
 
 	// The desk's.
 	offer *offer
@@ -349,7 +351,11 @@ func (s *session) writer(ctx context.Context) {
 					s.e.desk.aside(last)
 				}
 			case <-beat.C:
-				err = s.link.write(frame(nil, kindBeat))
+				sign := kindBeat
+				if s.limited.Load() > int64(time.Since(s.e.desk.began)) {
+					sign = kindWait
+				}
+				err = s.link.write(frame(nil, sign))
 			}
 		}
 		if err != nil {

@@ -13,6 +13,9 @@ import (
 // time: it reads the whole blob.
 const tablePatience = 10 * time.Minute
 
+// limitPatience bounds how long a peer's limits may hold back what it was asked for.
+const limitPatience = 10 * time.Minute
+
 // deal works with one holder, session after session, until the fetch has ended or the
 // holder is dropped.
 func (h *hunt) deal(ctx context.Context, hd *holder, l *link, st state) {
@@ -145,7 +148,10 @@ func (h *hunt) hear(hd *holder, k kind, body []byte) error {
 	hd.heard = time.Now()
 	var err error
 	switch k {
-	case kindBeat:
+	case kindBeat, kindWait:
+		if k == kindWait {
+			hd.limited = hd.heard
+		}
 		err = h.overdue(hd)
 		h.mu.Unlock()
 		return err
@@ -193,6 +199,8 @@ func (h *hunt) overdue(hd *holder) error {
 	patience := 3 * h.e.cfg.StallTimeout
 	if hd.tabled && !h.ready {
 		patience = tablePatience
+	} else if now.Sub(hd.limited) < patience {
+		patience = limitPatience
 	} else if !h.want.Owes(hd.planned) {
 		hd.moved = now
 	}

@@ -59,7 +59,7 @@ func (h *hunt) pour(ctx context.Context, hd *holder, l *link, st state) error {
 			return &failure{Gone, transfer.ErrNotHeld}
 		case k == kindComplete:
 			complete = true
-		case k != kindHave && k != kindHaves && k != kindBeat:
+		case k != kindHave && k != kindHaves && k != kindBeat && k != kindWait:
 			return fail(Broken, "frame of kind %d and %d bytes from a holder: %w", k, len(body), errFrame)
 		}
 	}
@@ -111,7 +111,7 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 	defer h.e.buffers.give(buf)
 	pieces := transfer.Pieces(h.blob.Size)
 	piece := int(w.off / transfer.PieceSize)
-	asked, moved := piece, time.Now()
+	asked, moved, patience := piece, time.Now(), 3*h.e.cfg.StallTimeout
 	for piece < pieces {
 		var asks []plan.Ask
 		for ; asked < min(pieces, piece+wholeDepth); asked++ {
@@ -130,9 +130,12 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 				return err
 			}
 			piece++
-			moved = time.Now()
-		case kindBeat:
-			if time.Since(moved) > 3*h.e.cfg.StallTimeout {
+			moved, patience = time.Now(), 3*h.e.cfg.StallTimeout
+		case kindBeat, kindWait:
+			if k == kindWait {
+				patience = limitPatience
+			}
+			if time.Since(moved) > patience {
 				return &failure{Stalled, errStalled}
 			}
 		case kindGone:
