@@ -61,26 +61,29 @@ func TestTheCrowdGoesElsewhere(t *testing.T) {
 
 // What a limit holds back is waited for, with a root and without.
 func TestLimitsAreNoStalls(t *testing.T) {
-	for i, root := range []bool{true, false} {
-		c := &crowd{t: t}
-		content, blob := random(4*transfer.PieceSize + i)
-		if !root {
-			blob.Root = nil
-		}
-		source := c.add("00", nil)
-		source.store.Put(content)
-		began := time.Now()
-		source.hold = func(transfer.Flow, int) time.Duration {
-			// Longer than it takes to drop a holder that stalls.
-			return 3*time.Second - time.Since(began)
-		}
-		to := c.add("01", func(cfg *Config) { cfg.StallTimeout = 200 * time.Millisecond })
-		f, err := to.Fetch(t.Context(), blob)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := f.Wait(t.Context()); err != nil {
-			t.Error(err)
-		}
+	for i, name := range []string{"with a root", "without"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := &crowd{t: t}
+			content, blob := random(4*transfer.PieceSize + i)
+			if i == 1 {
+				blob.Root = nil
+			}
+			source := c.add("00", nil)
+			source.store.Put(content)
+			began := time.Now()
+			source.hold = func(transfer.Flow, int) time.Duration {
+				// Longer than it takes to drop a holder that stalls.
+				return 8*time.Second - time.Since(began)
+			}
+			to := c.add("01", func(cfg *Config) { cfg.StallTimeout = time.Second })
+			f, err := to.Fetch(t.Context(), blob)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := f.Wait(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

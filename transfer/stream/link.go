@@ -214,16 +214,20 @@ const idleTimeout = time.Minute
 // out to be dead.
 func (ls *links) get(ctx context.Context, p transfer.Peer) (l *link, old bool, err error) {
 	ls.mu.Lock()
-	for n := len(ls.idle[p]); n > 0; n = len(ls.idle[p]) {
-		r := ls.idle[p][n-1]
-		ls.idle[p] = ls.idle[p][:n-1]
-		if r.expiry.Stop() {
-			ls.mu.Unlock()
-			return r.link, true, nil
+	kept := ls.idle[p]
+	for n := len(kept); n > 0 && l == nil; n = len(kept) {
+		if kept[n-1].expiry.Stop() {
+			l = kept[n-1].link
 		}
+		kept = kept[:n-1]
 	}
-	delete(ls.idle, p)
+	if ls.idle[p] = kept; len(kept) == 0 {
+		delete(ls.idle, p)
+	}
 	ls.mu.Unlock()
+	if l != nil {
+		return l, true, nil
+	}
 	conn, err := ls.dial(ctx, p.Addr)
 	if err != nil {
 		return nil, false, err
