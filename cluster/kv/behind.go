@@ -20,7 +20,7 @@ const (
 	flushPauseMost = time.Second
 	// layerBytes and layerUpdates are when a layer is full. Two of them are the
 	// most that there is.
-	layerBytes   = 8 << 20
+	layerBytes   = 2 << 20
 	layerUpdates = 4096
 	// layerPair is about what a pair takes in a layer beside its key and value.
 	layerPair = 96

@@ -249,16 +249,15 @@ func (e *bolt) Close() error {
 // comes to it.
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
-	least   int64 // bytes that may be mapped beyond those that stay, however large the rest is
+	least   int64 // bytes of files that may be mapped however large the rest is; the program is one of them
 	touched atomic.Int64
 	looking sync.Mutex
 	memory  *memoryFile
-	stay    int64 // bytes of files that are mapped whatever is done here
 }
 
 const (
 	residentMost = 112 << 20
-	mappedLeast  = 16 << 20
+	mappedLeast  = 32 << 20
 	// touchStep is how many keys are read or written from one look to the next. Each
 	// maps 64 KiB or two, so that as much as 16 MiB may come on top.
 	touchStep = 128
@@ -283,11 +282,9 @@ func (m *mappedPages) look(tx *bbolt.Tx) {
 	}
 	defer m.looking.Unlock()
 	resident, files, ok := m.memory.read()
-	if !ok || resident <= m.most || files <= m.stay+m.least {
-		return
+	if ok && resident > m.most && files > m.least {
+		unmapPages(tx.DB().Info().Data, tx.Size())
 	}
-	unmapPages(tx.DB().Info().Data, tx.Size())
-	_, m.stay, _ = m.memory.read()
 }
 
 func (m *mappedPages) close() { m.memory.close() }
