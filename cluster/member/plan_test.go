@@ -416,3 +416,36 @@ func TestPlanDrainedForgets(t *testing.T) {
 		t.Errorf("the voters are %s, entrusted are %s", got, w.entrusted())
 	}
 }
+
+// TestPlanHeirWaitsForTheKey: who is to follow a voter that goes keeps what it was
+// entrusted with until it has it.
+func TestPlanHeirWaitsForTheKey(t *testing.T) {
+	for name, leave := range map[string]func(*world){
+		"removed": func(w *world) { w.row("n1").Removed = 1 },
+		"drained": func(w *world) { w.row("n1").Draining = 1 },
+	} {
+		w := grown(t, 2)
+		w.slow["n2"] = true
+		leave(w)
+		if taken := w.settle(t); fmt.Sprint(taken) != "[entrust n2]" {
+			t.Errorf("%s: %v", name, taken)
+		}
+		delete(w.slow, "n2")
+		if taken := w.settle(t); fmt.Sprint(taken) != "[add as voter n2 hand over from n1]" {
+			t.Errorf("%s, with the key: %v", name, taken)
+		}
+	}
+	w := grown(t, 3)
+	w.join("n4")
+	w.settle(t)
+	w.dead["n3"], w.slow["n4"] = true, true
+	w.row("n3").ReplacedBy = "n4"
+	if taken := w.settle(t); fmt.Sprint(taken) != "[entrust n4]" {
+		t.Errorf("replaced: %v", taken)
+	}
+	delete(w.slow, "n4")
+	w.settle(t)
+	if got := w.voterIDs(); got != "[n1 n2 n4]" || w.entrusted() != got {
+		t.Errorf("the voters are %s, entrusted are %s", got, w.entrusted())
+	}
+}

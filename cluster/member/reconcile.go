@@ -436,9 +436,19 @@ func (s site) balance(rows map[string]Member) step {
 	case staying > target, staying%2 == 0 && len(ready) == 0 && len(waiting) == 0 && staying > 1:
 		return s.least(rows)
 	}
+	return s.withdrawal(rows, staying >= target)
+}
+
+// withdrawal is the step that takes the key back from a node without a vote: one that
+// is drained, or any when the voters are as many as they will be. Who is to follow a
+// voter that goes keeps it.
+func (s site) withdrawal(rows map[string]Member, full bool) step {
+	going := slices.ContainsFunc(s.servers, func(srv raft.Server) bool {
+		return srv.Suffrage == raft.Voter && !s.stays(rows, string(srv.ID))
+	})
 	for _, srv := range s.servers {
 		id := string(srv.ID)
-		if m := rows[id]; srv.Suffrage != raft.Voter && m.Removed == 0 && m.Entrusted != 0 && (staying >= target || m.Draining != 0) {
+		if m := rows[id]; srv.Suffrage != raft.Voter && m.Removed == 0 && m.Entrusted != 0 && (full && !going || m.Draining != 0) {
 			return step{withdraw, id, ""}
 		}
 	}
