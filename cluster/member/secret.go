@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/hashicorp/raft"
+
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -361,21 +363,36 @@ func (n *Node) forget(ctx context.Context) error {
 	return nil
 }
 
-// fetchKey asks the live members for a cluster key.
+// fetchKey asks the voters for a cluster key, also one that is being removed: it may be
+// the only one. Others do not have it.
 func (n *Node) fetchKey(ctx context.Context, id string) ([]byte, error) {
-	var silent []error
-	for _, m := range n.Live() {
-		if m.ID == n.Self() {
+	in := n.raft.Load()
+	if in == nil {
+		return nil, errStarting
+	}
+	silent := []error{errNoKey}
+	for _, s := range in.servers() {
+		if s.Suffrage != raft.Voter || s.ID == in.self {
 			continue
 		}
 		var answer keyAnswer
-		err := n.ask(ctx, m.Addr, pathKey+"?id="+id, &answer)
+		err := n.askShortly(ctx, string(s.Address), pathKey+"?id="+id, &answer)
 		if err == nil && keyID(answer.Key) == id {
 			return answer.Key, nil
 		}
-		silent = append(silent, fmt.Errorf("%s: %w", m.Name, err))
+		if err == nil {
+			err = errors.New("it answered with another key")
+		}
+		silent = append(silent, fmt.Errorf("the node at %s: %w", s.Address, err))
 	}
-	return nil, errors.Join(append(silent, errNoKey)...)
+	return nil, errors.Join(silent...)
+}
+
+// askShortly is ask of a node that may be down.
+func (n *Node) askShortly(ctx context.Context, addr, path string, into any) error {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.Live)
+	defer cancel()
+	return n.ask(ctx, addr, path, into)
 }
 
 type keyAnswer struct {
