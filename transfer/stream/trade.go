@@ -340,7 +340,8 @@ func (h *hunt) pump() {
 		}
 		var asks []plan.Ask
 		owed := h.want.Owes(hd.planned)
-		for {
+		ailing := hd.strikes > 0 // what breaks off soon is asked for one piece at a time
+		for !ailing || !owed && len(asks) == 0 {
 			a, ok := h.want.Next(since, hd.planned)
 			if !ok {
 				break

@@ -114,7 +114,7 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 	asked, moved, patience := piece, time.Now(), 3*h.e.cfg.StallTimeout
 	for piece < pieces {
 		var asks []plan.Ask
-		for ; asked < min(pieces, piece+wholeDepth); asked++ {
+		for ; asked < min(pieces, piece+h.depth(hd)); asked++ {
 			asks = append(asks, plan.Ask{Piece: asked, Urgent: true}) // which keeps their order
 		}
 		if len(asks) > 0 {
@@ -149,6 +149,16 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 		}
 	}
 	return h.weigh()
+}
+
+// depth is how many pieces to have asked of a sender: of one that breaks off soon, one.
+func (h *hunt) depth(hd *holder) int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if hd.strikes > 0 {
+		return 1
+	}
+	return wholeDepth
 }
 
 // pourPiece takes the next piece.
