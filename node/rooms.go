@@ -23,10 +23,12 @@ import (
 	"github.com/atoll-registry/atoll/node/catalog"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/identity"
+	"github.com/atoll-registry/atoll/node/jobs"
 	"github.com/atoll-registry/atoll/node/journal"
 	"github.com/atoll-registry/atoll/node/ledger"
 	"github.com/atoll-registry/atoll/node/offline"
 	"github.com/atoll-registry/atoll/node/peers"
+	"github.com/atoll-registry/atoll/node/prefetch"
 	"github.com/atoll-registry/atoll/node/project"
 	"github.com/atoll-registry/atoll/node/registry"
 	"github.com/atoll-registry/atoll/node/rest"
@@ -49,6 +51,8 @@ type rooms struct {
 	projects  *project.Projects
 	identity  *identity.Identity
 	traffic   *traffic.Traffic
+	jobs      *jobs.Jobs
+	prefetch  *prefetch.Prefetch
 	peers     *peers.Peers
 	endpoints *peers.Endpoints
 	catalog   *catalog.Catalog
@@ -117,7 +121,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	policy.Projects = r.projects
 	if r.peers, err = peers.New(peers.Config{
 		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
-		Policy: policy, Cache: cacheOf(g.config), Limiter: r.traffic, Meter: r.traffic, Log: g.log, Registerer: g.metrics,
+		Policy: policy, Cache: cacheOf(g.config), Limiter: r.traffic, Incoming: r.traffic.Incoming(), Meter: r.traffic, Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}
@@ -132,6 +136,12 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 		return nil, err
 	}
 	r.projects.Attach(r.catalog)
+	r.jobs = jobs.New(jobs.Config{Node: g.member.Self(), DB: g.db, Log: g.log, Clock: g.config.clock, Zone: r.traffic.Zone})
+	r.prefetch = prefetch.New(prefetch.Config{
+		Dir: g.config.Data, Jobs: r.jobs, Content: contents{g.db, r.catalog, r.records}, Store: holding{r.store, r.peers}, Nodes: siblings{r.peers, g.member},
+		Log: g.log, Clock: g.config.clock, Zone: r.traffic.Zone,
+	})
+	r.peers.KeepIf(r.prefetch.Pinned)
 	r.offline = offline.New(offline.Config{
 		DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records,
 		Copies: r.peers, Fetcher: r.peers, Trusts: r.sites, MinFree: minFree.Value, Log: g.log,
@@ -194,6 +204,7 @@ func (r *rooms) register(g ground) {
 	r.backup.Operations(r.kernel)
 	r.watch.Operations(r.kernel)
 	r.traffic.Operations(r.kernel)
+	r.prefetch.Operations(r.kernel)
 	upgrade.Operations(r.kernel, upgrade.Config{DB: g.db, Cluster: g.member, Version: g.config.Version})
 }
 

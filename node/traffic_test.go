@@ -24,6 +24,7 @@ func TestTrafficOfANode(t *testing.T) {
 	path := "/v2/library/app/blobs/" + digest.FromBytes(layer).String()
 	one.set("traffic.node", "128KiB")
 	one.set("traffic.budgets", "node: 1MiB/day")
+	capped(t, 2, one)
 	seen := make(chan traffic.View, 1)
 	go func() {
 		var v traffic.View
@@ -43,7 +44,12 @@ func TestTrafficOfANode(t *testing.T) {
 	if took := time.Since(began); took < 4*time.Second {
 		t.Errorf("768 KiB at 128 KiB/s took %v", took)
 	}
-	v := <-seen
+	var v traffic.View
+	select {
+	case v = <-seen:
+	case <-time.After(20 * time.Second):
+		t.Fatal("the transfer was never shown as held back")
+	}
 	if one := v.Transfers[0]; one.From != "one" || !strings.HasPrefix(one.To, "admin@127.") || one.Repository != "library/app" || one.HeldBack != "node" || one.Class != "pull" {
 		t.Errorf("the other node shows %+v", one)
 	}
@@ -72,4 +78,57 @@ func TestTrafficOfANode(t *testing.T) {
 func (r *running) set(name, value string) {
 	r.t.Helper()
 	r.do("PUT", "/api/atoll/v1/settings/"+name, []byte(`{"value":"`+value+`"}`), "Content-Type", "application/json").want(http.StatusOK)
+}
+
+// What nodes send each other keeps to the cap of its link, at the sender or at the
+// receiver, and is shown with its class.
+func TestTrafficBetweenNodes(t *testing.T) {
+	one := start(t, config(t))
+	two := join(t, one, "two")
+	allLive(t, []*running{one, two})
+	for i, c := range []struct{ setting, value, off, heldBy string }{
+		{"traffic.links", "one>two: 256KiB", "", "link one>two"},
+		{"traffic.node-in", "256KiB", "0", "node-in"},
+	} {
+		one.set(c.setting, c.value)
+		capped(t, 1, one, two)
+		layer := bytes.Repeat([]byte(fmt.Sprint("a layer ", i)), 200<<10) // 1.8 MiB
+		pushed := make(chan time.Duration, 1)
+		go func() {
+			began := time.Now()
+			one.push("library/app", fmt.Sprint("v", i), layer)
+			pushed <- time.Since(began)
+		}()
+		await(t, "the copy is shown, and what holds it back", func() string {
+			var v traffic.View
+			two.do("GET", "/api/atoll/v1/transfers", nil).want(http.StatusOK).decode(&v)
+			for _, x := range v.Transfers {
+				if x.Blob == digest.FromBytes(layer) && x.From == "one" && x.To == "two" && x.Class == "replication" && x.HeldBack == c.heldBy {
+					return ""
+				}
+			}
+			return fmt.Sprintf("%+v", v)
+		})
+		if took := <-pushed; took < 5*time.Second {
+			t.Errorf("%s: the copy of 1.8 MiB at 256 KiB/s took %v", c.setting, took)
+		}
+		if !two.holds(layer) {
+			t.Error("the copy is not there")
+		}
+		one.set(c.setting, c.off)
+		capped(t, 0, one, two)
+	}
+}
+
+// capped waits until so many caps and budgets are in force on nodes.
+func capped(t *testing.T, want int, nodes ...*running) {
+	t.Helper()
+	await(t, "the caps", func() string {
+		for _, n := range nodes {
+			if got := n.rooms.traffic.Capped(); got != want {
+				return fmt.Sprintf("%s has %d", n.config.Name, got)
+			}
+		}
+		return ""
+	})
 }

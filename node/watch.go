@@ -75,6 +75,9 @@ func (r *rooms) further() []watch.Condition {
 	for _, n := range r.traffic.Notices() {
 		out = append(out, watch.Condition{Code: n.Code, Subject: n.Subject, Severity: watch.Warning, Text: n.Text, Remedy: n.Remedy})
 	}
+	for _, n := range r.prefetch.Notices() {
+		out = append(out, watch.Condition{Code: n.Code, Subject: n.Subject, Severity: watch.Warning, Text: n.Text, Remedy: n.Remedy})
+	}
 	return out
 }
 

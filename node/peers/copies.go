@@ -266,6 +266,11 @@ func (p *Peers) Bring(ctx context.Context, d digest.Digest, size int64) error {
 	return p.obtain(ctx, heldBlob{d, size}, transfer.Replication)
 }
 
+// Prefetch is Bring for what nobody has asked for yet.
+func (p *Peers) Prefetch(ctx context.Context, d digest.Digest, size int64) error {
+	return p.obtain(ctx, heldBlob{Digest: d, Size: size}, transfer.Prefetch)
+}
+
 // Belongs reports whether this node is one of those that should hold a blob.
 func (p *Peers) Belongs(d digest.Digest) (belongs bool, err error) {
 	err = p.DB.View(func(v *table.View) error {

@@ -270,6 +270,11 @@ func (p *Peers) Answer(name string, answer func(ctx context.Context, question js
 	p.answers[name] = answer
 }
 
+// Ask puts a question to one node for as long as it is live, and decodes its answer.
+func (p *Peers) Ask(ctx context.Context, node, name string, question, answer any) error {
+	return p.whileLive(ctx, node, func(ctx context.Context) error { return p.call(ctx, node, name, question, answer) })
+}
+
 // AskAll asks the other nodes that are live in parallel and calls each, one call at
 // a time, with what a node says or why it says nothing.
 func (p *Peers) AskAll(ctx context.Context, name string, question any, each func(node member.Member, answer json.RawMessage, err error)) {

@@ -83,7 +83,7 @@ type Cluster interface {
 	RotateKey(ctx context.Context) error
 }
 
-// Config of Peers. All fields are needed but Limiter and Meter.
+// Config of Peers. All fields are needed but Limiter, Incoming and Meter.
 type Config struct {
 	DB      *table.DB
 	Roster  Roster
@@ -93,8 +93,10 @@ type Config struct {
 	Records *blobs.Records
 	Policy  Policy
 	Cache   Cache // the zero value: this node is none
-	// Limiter is asked before bytes go out, Meter told of what moved; nil: nobody is.
+	// Limiter is asked before bytes go out, Incoming before they are taken in, Meter is
+	// told of what moved; nil: nobody is.
 	Limiter    transfer.Limiter
+	Incoming   transfer.Limiter
 	Meter      transfer.Meter
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -111,6 +113,7 @@ type Peers struct {
 
 	unreadable func(d digest.Digest, file blobs.File, cause error) // may be nil
 	conditions Conditions                                          // may be nil
+	pinned     func(d digest.Digest) bool                          // may be nil
 	archive    func(v *table.View) (*LastBackup, error)            // may be nil
 	answers    map[string]func(context.Context, json.RawMessage) (any, error)
 
@@ -174,29 +177,19 @@ func New(c Config) (*Peers, error) {
 	var err error
 	p.engine, err = stream.New(stream.Config{
 		Source: source{p}, Sink: sink{c.Store}, Peers: candidates{p}, Self: c.Roster.Self(), Distance: p.distance, Log: c.Log,
+		Limiter: c.Limiter, Incoming: c.Incoming, Meter: c.Meter,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return c.Network.Dial(ctx, addr, peernet.ServiceBlob)
 		},
 		Hooks: stream.Hooks{
-			Moved:  func(peer string, n int64) { p.metrics.received.Add(float64(n)); p.metered(peer, n, true) },
-			Served: func(peer string, n int64) { p.metrics.served.Add(float64(n)); p.metered(peer, n, false) },
+			Moved:  func(_ string, n int64) { p.metrics.received.Add(float64(n)) },
+			Served: func(_ string, n int64) { p.metrics.served.Add(float64(n)) },
 			Dropped: func(_ string, _ digest.Digest, why stream.Reason) {
 				p.metrics.dropped.WithLabelValues(string(why)).Inc()
 			},
 		},
 	})
 	return p, err
-}
-
-// metered has what moved counted, until the engine itself says what it was.
-func (p *Peers) metered(peer string, n int64, in bool) {
-	switch f := (transfer.Flow{Peer: peer}); {
-	case p.Meter == nil:
-	case in:
-		p.Meter.Received(f, int(n))
-	default:
-		p.Meter.Sent(f, int(n))
-	}
 }
 
 // dialNode connects to the API service of the node whose id is the host of addr
@@ -252,6 +245,10 @@ func (p *Peers) ServeForwarded(api http.Handler) { p.api = api }
 func (p *Peers) Unreadable(tell func(d digest.Digest, file blobs.File, cause error)) {
 	p.unreadable = tell
 }
+
+// KeepIf sets what this node lets go of in no case, though others hold it. It must be
+// called before Run.
+func (p *Peers) KeepIf(pinned func(d digest.Digest) bool) { p.pinned = pinned }
 
 // Run serves the peers, repairs copies and fills in piece roots until ctx ends.
 func (p *Peers) Run(ctx context.Context) error {

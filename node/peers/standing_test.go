@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -347,6 +348,36 @@ func TestCacheEvicts(t *testing.T) {
 		}
 		if f, err := s.nodes[0].Figures(t.Context()); err != nil || f[cache.id].Cache < 5000 || f[cache.id].Cache > 10_500 {
 			t.Errorf("the cache says that it holds %+v, %v", f[cache.id], err)
+		}
+	})
+}
+
+// What was prefetched to a cache stays, however long ago it was read, until it is not
+// to be kept any more.
+func TestCacheKeepsWhatIsPinned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSite(t, 3)
+		cache := s.nodes[2]
+		cache.cache(5_500, "")
+		first := s.put(bytesOf("pinned", 1000), s.nodes...)
+		var released atomic.Bool
+		cache.KeepIf(func(d digest.Digest) bool { return d == first && !released.Load() })
+		s.run()
+		cache.Read(first)
+		for i := range 9 {
+			cache.Read(s.put(bytesOf(fmt.Sprint("blob ", i), 1000), s.nodes...))
+		}
+		pass(t, time.Minute)
+		if f, err := cache.Figures(t.Context()); err != nil || f[cache.id].Cache > 5_500 || !cache.holds(first) {
+			t.Errorf("the cache holds %+v, %v; the pinned blob: %v", f[cache.id], err, cache.holds(first))
+		}
+		released.Store(true)
+		for i := range 9 {
+			cache.Read(s.put(bytesOf(fmt.Sprint("later ", i), 1000), s.nodes...))
+		}
+		pass(t, time.Minute)
+		if cache.holds(first) {
+			t.Error("it is not pinned any more, and stays though it was read longest ago")
 		}
 	})
 }

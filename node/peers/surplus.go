@@ -260,6 +260,9 @@ func (p *Peers) release(ctx context.Context, l layout, rows []row) (released []r
 // go of it; all of them when this node may be a home of others (surplus), and is
 // none of this one, which must be live. It is called under the blob's lock.
 func (p *Peers) keptByHomes(ctx context.Context, d digest.Digest, surplus bool) error {
+	if p.pinned != nil && p.pinned(d) {
+		return fault.New(fault.Precondition, "blob %s stays: it was prefetched", d)
+	}
 	var homes []string
 	var l layout
 	want := 0

@@ -96,9 +96,6 @@ func (b *board) find(now time.Duration, k flowKey, facts flowFacts) *flow {
 }
 
 func (b *board) moved(now time.Duration, k flowKey, facts flowFacts, n int) {
-	if k.blob == "" {
-		return // an engine that does not say what it moves
-	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if f := b.find(now, k, facts); f != nil {

@@ -198,7 +198,7 @@ func TestIncomingIsCapped(t *testing.T) {
 	bubble(t, 2, func(t *testing.T, s *site) {
 		s.set("traffic.node-in", "4MiB")
 		settle()
-		limiter := s.nodes[0].Asking()
+		limiter := s.nodes[0].Incoming()
 		f := func(peer string) *load {
 			flow := transfer.Flow{Blob: transfer.Blob{Digest: blob("x"), Size: 1 << 40}, Peer: peer}
 			return &load{take: func(n int) time.Duration { return limiter.Take(flow, n) }, done: func(n int) { s.nodes[0].Received(flow, n) }}

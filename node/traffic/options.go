@@ -36,7 +36,7 @@ func defineOptions(s *settings.Settings) options {
 	}
 	return options{
 		nodeOut: one("traffic.node", "bytes a second that each node sends to nodes and clients, by the hour if wanted: Mo-Fr 08:00-18:00 2MiB; else 20MiB; 0 is no limit"),
-		nodeIn:  one("traffic.node-in", "bytes a second that each node asks other nodes for, in the same form"),
+		nodeIn:  one("traffic.node-in", "bytes a second that each node takes in from other nodes, in the same form"),
 		site:    one("traffic.site", "bytes a second that all nodes of this site together send to nodes and clients, in the same form"),
 		links: settings.Define(s, settings.Spec[*rules]{
 			Name: "traffic.links", Default: "", Kind: lists(true),

@@ -374,13 +374,14 @@ func (t *Traffic) Take(f transfer.Flow, n int) time.Duration {
 	return t.limit(f, n, false)
 }
 
-// Asking is the Limiter of what this node asks others for, which keeps to the caps
-// of what comes in: it is asked before each piece is asked for.
-func (t *Traffic) Asking() transfer.Limiter { return asking{t} }
+// Incoming is the Limiter of what comes in: it is asked before each piece is taken in,
+// and a sender that is not read sends no more, so that as much as its window is on
+// the way.
+func (t *Traffic) Incoming() transfer.Limiter { return incoming{t} }
 
-type asking struct{ t *Traffic }
+type incoming struct{ t *Traffic }
 
-func (a asking) Take(f transfer.Flow, n int) time.Duration { return a.t.limit(f, n, true) }
+func (a incoming) Take(f transfer.Flow, n int) time.Duration { return a.t.limit(f, n, true) }
 
 func (t *Traffic) limit(f transfer.Flow, n int, in bool) time.Duration {
 	if !t.capped.Load() {
@@ -439,3 +440,16 @@ var (
 	_ transfer.Limiter = (*Traffic)(nil)
 	_ transfer.Meter   = (*Traffic)(nil)
 )
+
+// Capped is how many caps and budgets are in force on this node.
+func (t *Traffic) Capped() (n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for range t.caps.all() {
+		n++
+	}
+	return n + len(t.ledgers)
+}
+
+// Zone is the time zone of hours, days and months.
+func (t *Traffic) Zone() *time.Location { return t.set.zone.Value() }

@@ -88,6 +88,22 @@ func (m *manual) on(n *lab.Node, pairs ...string) step {
 	}
 }
 
+// typed is on for a command whose quoted words hold spaces.
+func (m *manual) typed(n *lab.Node, pairs ...string) step {
+	return func(ctx context.Context, words []string) string {
+		m.t.Helper()
+		var args []string
+		for i, part := range strings.Split(strings.Join(words[1:], " "), "'") {
+			if i%2 == 1 {
+				args = append(args, part)
+			} else {
+				args = append(args, strings.Fields(part)...)
+			}
+		}
+		return m.must(n.Atoll(ctx, with(args, pairs...)...))
+	}
+}
+
 // off runs one that needs no node: the manual names the data directory.
 func (m *manual) off(n *lab.Node, pairs ...string) step {
 	return func(ctx context.Context, words []string) string {
@@ -234,6 +250,12 @@ func TestOperations(t *testing.T) {
 	}
 	img := image(ctx, t, 1<<20)
 	s.pushAll(ctx, one, img, "library/app", "v1")
+
+	m.run(ctx, "Bound what the registry takes of the network", m.on(one), m.typed(one), m.typed(one), m.typed(one), m.on(one))
+	for _, name := range []string{"traffic.links", "traffic.budgets"} {
+		m.must(one.Atoll(ctx, "settings", "reset", name))
+	}
+	m.run(ctx, "Bring images to nodes before the morning", m.typed(one, "NODE", "three"), m.on(one))
 
 	m.run(ctx, "Move the leadership", m.on(one, "NODE", "two"))
 	m.leads(ctx, one, "two")

@@ -62,6 +62,9 @@ type Config struct {
 	// be nil.
 	Limiter transfer.Limiter
 	Meter   transfer.Meter
+	// Incoming is asked before a piece that comes is read, and so how much its sender has
+	// on the way is bounded; nil: never.
+	Incoming transfer.Limiter
 
 	// AskTimeout for a candidate to say whether it holds a blob. 2 s.
 	AskTimeout time.Duration

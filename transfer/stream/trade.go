@@ -247,6 +247,9 @@ func (h *hunt) piece(ctx context.Context, hd *holder, l *link, length int64) err
 		return err
 	}
 	defer h.e.buffers.give(buf)
+	if err := h.admit(ctx, hd, int(n)); err != nil {
+		return err
+	}
 	data := buf[:n]
 	if err := l.read(data, h.e.cfg.StallTimeout, func() { h.progress(hd) }); err != nil {
 		return err
@@ -270,6 +273,38 @@ func (h *hunt) piece(ctx context.Context, hd *holder, l *link, length int64) err
 	}
 	h.arrived(hd, i)
 	return nil
+}
+
+// admit waits until a piece may come in. Its sender is not to blame meanwhile.
+func (h *hunt) admit(ctx context.Context, hd *holder, n int) error {
+	if h.e.cfg.Incoming == nil {
+		return nil
+	}
+	for {
+		wait := h.e.cfg.Incoming.Take(transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency()}, n)
+		if wait <= 0 {
+			return nil
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+			h.excuse(hd)
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		}
+	}
+}
+
+// excuse notes that a holder waits for this node.
+func (h *hunt) excuse(hd *holder) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	hd.heard = time.Now()
+	hd.moved = hd.heard
+	if hd.planned != nil {
+		h.want.Progress(h.now(), hd.planned)
+	}
 }
 
 // begun notes that a piece is on its way from a holder.

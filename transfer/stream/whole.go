@@ -126,6 +126,10 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 		}
 		switch k {
 		case kindPiece:
+			_, size := transfer.PieceRange(h.blob.Size, piece)
+			if err := h.admit(ctx, hd, int(size)); err != nil {
+				return err
+			}
 			if err := h.pourPiece(hd, l, buf, piece, n); err != nil {
 				return err
 			}
