@@ -13,6 +13,9 @@ const (
 	// leastBurst is what a slow one saves up in any case, in bytes: who has to wait for
 	// another cap too comes late.
 	leastBurst = transfer.PieceSize / 2
+	// catchUp is for how long more is saved up while somebody who might go here has to
+	// wait for another cap.
+	catchUp = 500 * time.Millisecond
 	// poll is after how long one is asked again who lets another go first. It is
 	// shorter than burst, or the rate would not be used up meanwhile.
 	poll = 50 * time.Millisecond
@@ -47,6 +50,8 @@ type bucket struct {
 	active  time.Duration // when somebody last asked
 	refused time.Duration // when somebody last had to wait
 	asked   bool          // there was anybody at all
+
+	hindered time.Duration // when somebody last might have gone, but for another cap
 }
 
 // turns is the place in a queue of one who asks again and again.
@@ -71,7 +76,11 @@ func newBucket(kind, name string) *bucket { return &bucket{kind: kind, name: nam
 // refill adds what the time since the last look brings.
 func (b *bucket) refill(now time.Duration) {
 	if now > b.seen {
-		b.room = min(b.room+b.rate*(now-b.seen).Seconds(), max(b.rate*burst.Seconds(), leastBurst))
+		most := max(b.rate*burst.Seconds(), leastBurst)
+		if b.hindered > 0 && now-b.hindered < mostWait {
+			most += b.rate * catchUp.Seconds()
+		}
+		b.room = min(b.room+b.rate*(now-b.seen).Seconds(), most)
 		b.seen = now
 	}
 }

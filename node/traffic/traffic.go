@@ -347,13 +347,16 @@ func (t *Traffic) decide(a ask) (wait time.Duration, by, kind string) {
 	}
 	all := w.caps
 	if p := t.caps.projects[a.project]; p != nil && !a.way.in {
-		all = append(all[:len(all):len(all)], p)
+		all = append([]*capped{p}, all...)
 	}
-	for _, c := range all {
+	for i, c := range all {
 		if c.most == unlimited {
 			continue
 		}
 		if wait := c.check(now, a.class, a.client, a.n); wait > 0 {
+			for _, passed := range all[:i] {
+				passed.hindered = now
+			}
 			return wait, c.name, c.kind
 		}
 	}
