@@ -50,6 +50,8 @@ var layers = [...]layer{
 	{folder: "transfer/plan/plantest", may: []string{"transfer", "transfer/plan"}},
 	{folder: "transfer/stream", may: []string{"transfer", "transfer/plan"}, tests: []string{"transfer/..."}},
 	{folder: "transfer/swarm", may: []string{"transfer", "transfer/plan"}, tests: []string{"transfer/..."}},
+	// Modules of their own that stand in for two that the BitTorrent library names.
+	{folder: "transfer/swarm/without/...", outside: stdOnly},
 	{folder: "transfer/transfertest", may: []string{"transfer/..."}},
 	{folder: "cluster/atomicfile", outside: stdOnly},
 	{folder: "cluster/kv", may: []string{"cluster/kv/treap"}},

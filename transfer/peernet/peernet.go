@@ -34,6 +34,7 @@ const (
 	ServiceAPI     byte = 4 // the public API between nodes, HTTP/1.1
 	ServiceGossip  byte = 5 // who is there, packets in frames
 	ServiceBlob    byte = 7 // blobs and pieces, in the frames of package stream; 3 was HTTP
+	ServiceSwarm   byte = 6 // blobs by BitTorrent
 )
 
 // ALPN protocol names.

@@ -23,7 +23,12 @@ type Parts struct {
 	Peers  transfer.Peers
 	// Dial opens a connection for the blob service at a peer's address.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
-	Log  *slog.Logger
+	// Node is the node's id. DialService and Listen are for engines with a service of
+	// their own beside it.
+	Node        string
+	DialService func(ctx context.Context, addr string, service byte) (net.Conn, error)
+	Listen      func(service byte) net.Listener
+	Log         *slog.Logger
 	// StallTimeout after which a sender without progress is to be replaced. What
 	// else the engine waits for is to be as short.
 	StallTimeout time.Duration
@@ -104,6 +109,9 @@ func (f *fleet) node(id string, store *Store, opts options, asks ...*node) *node
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return port.Dial(ctx, addr, peernet.ServiceBlob)
 		},
+		Node:         id,
+		DialService:  port.Dial,
+		Listen:       port.Listen,
 		Log:          slog.New(slog.DiscardHandler),
 		StallTimeout: f.stall,
 		Moved:        n.noteMoved,
