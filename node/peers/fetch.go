@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -16,6 +18,9 @@ import (
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/transfer"
+	"github.com/atoll-registry/atoll/transfer/peernet"
+	"github.com/atoll-registry/atoll/transfer/stream"
+	"github.com/atoll-registry/atoll/transfer/swarm"
 )
 
 // rootPatience bounds how long a reader waits for a holder to compute the root
@@ -203,4 +208,84 @@ func (p partial) Commit(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", transfer.ErrDigest, err)
 	}
 	return err
+}
+
+// Engine is how blobs move between nodes, as the setting peers.transfer-engine says.
+type Engine string
+
+const (
+	EngineAuto       Engine = "auto"
+	EngineStream     Engine = "stream"
+	EngineBitTorrent Engine = "bittorrent"
+)
+
+func parseEngine(text string) (Engine, error) {
+	switch e := Engine(text); e {
+	case EngineAuto, EngineStream, EngineBitTorrent:
+		return e, nil
+	}
+	return "", fmt.Errorf("one of %s, %s and %s is wanted", EngineAuto, EngineStream, EngineBitTorrent)
+}
+
+// makeEngines makes the mover of blobs and its carriers. Every node serves whichever
+// way a peer has chosen; which one it chooses itself is asked for each fetch.
+func (p *Peers) makeEngines() (err error) {
+	hooks := transfer.Hooks{
+		Moved:  func(_ string, n int64) { p.metrics.received.Add(float64(n)) },
+		Served: func(_ string, n int64) { p.metrics.served.Add(float64(n)) },
+		Dropped: func(_ string, _ digest.Digest, why transfer.Reason) {
+			p.metrics.dropped.WithLabelValues(string(why)).Inc()
+		},
+	}
+	p.swarm, err = swarm.New(swarm.Config{
+		Node: p.Roster.Self(), Source: source{p}, Peers: candidates{p}, Distance: p.distance, Log: p.Log, Hooks: hooks,
+		Limiter: p.Limiter, Meter: p.Meter,
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			return p.Network.Dial(ctx, addr, peernet.ServiceSwarm)
+		},
+		Lacks:    func(err error) bool { return errors.Is(err, peernet.ErrNoService) },
+		Arriving: func(d digest.Digest) (*transfer.Arrival, bool) { return p.engine.Arriving(d) },
+	})
+	if err != nil {
+		return err
+	}
+	p.engine, err = stream.New(stream.Config{
+		Source: source{p}, Sink: sink{p.Store}, Peers: candidates{p}, Self: p.Roster.Self(), Distance: p.distance, Log: p.Log, Hooks: hooks,
+		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter,
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			return p.Network.Dial(ctx, addr, peernet.ServiceBlob)
+		},
+		Carrier: p.carrier,
+	})
+	return err
+}
+
+// carrier chooses how a blob moves: what the fetch asks for, else what the site's
+// setting says.
+func (p *Peers) carrier(_ transfer.Blob, way transfer.Way) transfer.Carrier {
+	if way == transfer.ByDefault && p.Policy.Engine != nil && p.Policy.Engine() == EngineBitTorrent {
+		way = transfer.ByBitTorrent
+	}
+	if way == transfer.ByBitTorrent {
+		return p.swarm
+	}
+	return nil
+}
+
+// runEngines moves and serves blobs until ctx ends. The carriers end after the mover,
+// whose fetches use them.
+func (p *Peers) runEngines(ctx context.Context) error {
+	carrying, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var carriers sync.WaitGroup
+	defer carriers.Wait()
+	defer stop()
+	ln := p.Network.Listen(peernet.ServiceSwarm)
+	defer ln.Close()
+	carriers.Go(func() { _ = p.swarm.Run(carrying) }) // never fails
+	carriers.Go(func() {
+		if err := p.swarm.Serve(ln); !errors.Is(err, net.ErrClosed) {
+			p.Log.Error("blobs are not served by BitTorrent any more", "err", err)
+		}
+	})
+	return p.engine.Run(ctx)
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/table/tabletest"
 	"github.com/atoll-registry/atoll/node/blobs"
+	"github.com/atoll-registry/atoll/transfer/peernet"
 )
 
 // site is several nodes in one process: one table for all of them, a store for
@@ -46,17 +47,18 @@ func (n *number) value() int { return int(n.Load()) }
 // node is one of them; it is the Roster and the Network of its Peers.
 type node struct {
 	*Peers
-	site      *site
-	id, dir   string
-	logs      bytes.Buffer         // under site.mu
-	down      bool                 // under site.mu
-	row       member.Member        // under site.mu
-	sees      func(*member.Member) // changes what this node sees of a row; nil: nothing
-	gone      time.Time            // since when down is what it is
-	suspects  string               // whom it cannot reach itself
-	listeners map[byte]*pipes
-	cancel    context.CancelFunc
-	done      chan error
+	site       *site
+	id, dir    string
+	logs       bytes.Buffer         // under site.mu
+	down       bool                 // under site.mu
+	row        member.Member        // under site.mu
+	sees       func(*member.Member) // changes what this node sees of a row; nil: nothing
+	gone       time.Time            // since when down is what it is
+	suspects   string               // whom it cannot reach itself
+	lacksSwarm bool                 // it does not know the BitTorrent service
+	listeners  map[byte]*pipes
+	cancel     context.CancelFunc
+	done       chan error
 }
 
 func newSite(t testing.TB, n int) *site {
@@ -257,6 +259,9 @@ func (n *node) Dial(ctx context.Context, addr string, service byte) (net.Conn, e
 	n.site.mu.Unlock()
 	if to == nil {
 		return nil, errors.New("no route to " + addr)
+	}
+	if to.lacksSwarm && service == peernet.ServiceSwarm {
+		return nil, peernet.ErrNoService
 	}
 	near, far := net.Pipe()
 	l := to.listener(service)

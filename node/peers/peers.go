@@ -38,6 +38,7 @@ import (
 	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/peernet"
 	"github.com/atoll-registry/atoll/transfer/stream"
+	"github.com/atoll-registry/atoll/transfer/swarm"
 )
 
 // Network is the peer port.
@@ -107,6 +108,7 @@ type Peers struct {
 	Config
 	tables  *pieceTables
 	engine  *stream.Engine
+	swarm   *swarm.Engine
 	client  *http.Client // of the API service: the URL's host is a node id
 	api     http.Handler // what forwarded requests are served by
 	metrics metrics
@@ -174,22 +176,10 @@ func New(c Config) (*Peers, error) {
 		MaxIdleConnsPerHost: 4,
 		IdleConnTimeout:     time.Minute,
 	}}
-	var err error
-	p.engine, err = stream.New(stream.Config{
-		Source: source{p}, Sink: sink{c.Store}, Peers: candidates{p}, Self: c.Roster.Self(), Distance: p.distance, Log: c.Log,
-		Limiter: c.Limiter, Incoming: c.Incoming, Meter: c.Meter,
-		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
-			return c.Network.Dial(ctx, addr, peernet.ServiceBlob)
-		},
-		Hooks: stream.Hooks{
-			Moved:  func(_ string, n int64) { p.metrics.received.Add(float64(n)) },
-			Served: func(_ string, n int64) { p.metrics.served.Add(float64(n)) },
-			Dropped: func(_ string, _ digest.Digest, why stream.Reason) {
-				p.metrics.dropped.WithLabelValues(string(why)).Inc()
-			},
-		},
-	})
-	return p, err
+	if err := p.makeEngines(); err != nil {
+		return nil, err
+	}
+	return p, nil
 }
 
 // dialNode connects to the API service of the node whose id is the host of addr
@@ -258,7 +248,7 @@ func (p *Peers) Run(ctx context.Context) error {
 	// Idle connections would outlive the room, with two goroutines each.
 	defer p.client.CloseIdleConnections()
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return p.engine.Run(ctx) })
+	group.Go(func() error { return p.runEngines(ctx) })
 	group.Go(func() error { return p.tables.run(ctx) })
 	group.Go(func() error { return p.engine.Serve(ctx, p.Network.Listen(peernet.ServiceBlob)) })
 	group.Go(func() error { return p.serveHTTP(ctx, peernet.ServiceAPI, p.apiServer()) })

@@ -217,6 +217,8 @@ type Policy struct {
 	Release func() time.Duration
 	// Projects says what projects want instead; nil: nothing.
 	Projects Projects
+	// Engine is how blobs move between nodes; nil: as EngineAuto.
+	Engine func() Engine
 }
 
 // Projects knows how many replicas the projects want of what they link.
