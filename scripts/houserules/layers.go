@@ -50,6 +50,7 @@ var layers = [...]layer{
 	{folder: "transfer/plan/plantest", may: []string{"transfer", "transfer/plan"}},
 	{folder: "transfer/stream", may: []string{"transfer", "transfer/plan"}, tests: []string{"transfer/..."}},
 	{folder: "transfer/swarm", may: []string{"transfer", "transfer/plan"}, tests: []string{"transfer/..."}},
+	{folder: "transfer/swarm/swarmtest"},
 	// Modules of their own that stand in for two that the BitTorrent library names.
 	{folder: "transfer/swarm/without/...", outside: stdOnly},
 	{folder: "transfer/transfertest", may: []string{"transfer/..."}},

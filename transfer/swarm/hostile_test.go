@@ -2,11 +2,13 @@ package swarm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -27,9 +29,11 @@ func (p proven) PeerID() string { return p.id }
 
 // wire is a network of engines and of hostile peers in one process.
 type wire struct {
-	mu    sync.Mutex
-	at    map[string]func(from string, c net.Conn)
-	conns sync.WaitGroup
+	mu            sync.Mutex
+	at            map[string]func(from string, c net.Conn)
+	conns         sync.WaitGroup
+	stall, linger time.Duration
+	lines         map[string]*uplink // by node; nil: as fast as it goes
 }
 
 func (w *wire) dial(from string) func(context.Context, string) (net.Conn, error) {
@@ -41,6 +45,9 @@ func (w *wire) dial(from string) func(context.Context, string) (net.Conn, error)
 			return nil, errors.New("nobody there")
 		}
 		near, far := net.Pipe()
+		if w.lines != nil {
+			near, far = shaped{near, w.lines[from]}, shaped{far, w.lines[addr]}
+		}
 		w.conns.Go(func() { accept(from, far) })
 		return proven{near, addr}, nil
 	}
@@ -59,7 +66,7 @@ type rig struct {
 }
 
 // engine runs one named id over a store, that asks peers.
-func (w *wire) engine(t *testing.T, id string, store *transfertest.Store, peers ...string) *rig {
+func (w *wire) engine(t testing.TB, id string, store *transfertest.Store, peers ...string) *rig {
 	t.Helper()
 	r := &rig{arrives: make(map[digest.Digest]*transfer.Arrival), drops: make(map[string]transfer.Reason)}
 	var ask asks
@@ -79,7 +86,8 @@ func (w *wire) engine(t *testing.T, id string, store *transfertest.Store, peers 
 			defer r.mu.Unlock()
 			r.drops[peer] = why
 		}},
-		StallTimeout: 300 * time.Millisecond, AskTimeout: 5 * time.Second, Backoff: time.Millisecond, IdleTimeout: time.Second,
+		StallTimeout: cmp.Or(w.stall, 300*time.Millisecond), AskTimeout: 5 * time.Second, Backoff: time.Millisecond, IdleTimeout: cmp.Or(w.stall, time.Second),
+		Linger: w.linger,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -344,4 +352,51 @@ func TestHostileWanters(t *testing.T) {
 	if n, _ := holder.Torrents(); n > 1 {
 		t.Errorf("%d torrents of one blob", n)
 	}
+}
+
+// A torrent that nobody uses goes, with all that it had; blobs that nobody asks for
+// never have one.
+func TestIdleTorrentsGo(t *testing.T) {
+	const held, wanted = 50_000, 5
+	w := &wire{at: make(map[string]func(string, net.Conn)), linger: 50 * time.Millisecond}
+	full := transfertest.NewStore()
+	var blobs []transfer.Blob
+	for i := range held {
+		content := binary.BigEndian.AppendUint32(nil, uint32(i))
+		full.Put(content)
+		if i < wanted {
+			b, _ := blobOf(t, content)
+			blobs = append(blobs, b)
+		}
+	}
+	holder, store := w.engine(t, "holder", full), transfertest.NewStore()
+	to := w.engine(t, "to", store, "holder")
+	before, heap := runtime.NumGoroutine(), heapNow()
+	for _, b := range blobs {
+		if err := to.fetch(t.Context(), store, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for until := time.Now().Add(10 * time.Second); ; <-tick.C {
+		a, ac := holder.Torrents()
+		b, bc := to.Torrents()
+		if a+ac+b+bc == 0 && runtime.NumGoroutine() <= before {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("%d and %d torrents, %d and %d connections, %d goroutines after %d", a, b, ac, bc, runtime.NumGoroutine(), before)
+		}
+	}
+	if grown := int64(heapNow()) - int64(heap); grown > 5<<20 {
+		t.Errorf("%d bytes of memory are kept", grown)
+	}
+}
+
+func heapNow() uint64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
 }
