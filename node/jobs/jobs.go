@@ -42,7 +42,7 @@ const (
 	// openMost bounds jobs that are not finished, keepFor and keepMost those that are.
 	openMost = 1000
 	keepFor  = 30 * 24 * time.Hour
-	keepMost = 1000
+	keepMost = 200
 	tidy     = 10 * time.Minute
 )
 

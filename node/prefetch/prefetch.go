@@ -86,6 +86,10 @@ type Prefetch struct {
 	Missed events.Topic[Missing]
 
 	pins pins
+
+	mu      sync.Mutex
+	notices []Notice
+	looked  time.Time // when they were put together
 }
 
 // Missing is what a run had not brought by its deadline.
@@ -455,8 +459,20 @@ type Notice struct{ Code, Subject, Text, Remedy string }
 // noticed is for how long a run that missed its deadline is spoken of.
 const noticed = 24 * time.Hour
 
+// lookEvery is how old notices may be: finding them reads all jobs.
+const lookEvery = 15 * time.Second
+
 // Notices are the prefetches whose last run did not bring everything in time.
-func (p *Prefetch) Notices() (out []Notice) {
+func (p *Prefetch) Notices() []Notice {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.looked.IsZero() || time.Since(p.looked) >= lookEvery {
+		p.notices, p.looked = p.missed(), time.Now()
+	}
+	return p.notices
+}
+
+func (p *Prefetch) missed() (out []Notice) {
 	all, err := p.Jobs.List(Kind)
 	if err != nil {
 		return nil

@@ -247,7 +247,7 @@ func TestADeadlineThatIsMissed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		pass(3*time.Hour + 10*time.Second)
+		pass(3*time.Hour + 20*time.Second)
 		v := s.view(job.ID)
 		if v.State != jobs.Scheduled || v.LastRun != jobs.Error || !strings.Contains(v.Failure, "c lacks 30") || !strings.Contains(v.Failure, "b lacks") {
 			t.Fatalf("after the deadline: %+v", v)

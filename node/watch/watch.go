@@ -75,8 +75,8 @@ type Config struct {
 	// Backup is when the site was last backed up, zero when it never was, and when
 	// it was founded, zero when that is not known.
 	Backup func() (last, founded time.Time)
-	// Further are conditions that other parts of the node have found; nil: there are
-	// none.
+	// Further are conditions that other parts of the node have found; it may read the
+	// tables. Nil: there are none.
 	Further    func() []Condition
 	Settings   *settings.Settings
 	Log        *slog.Logger
@@ -178,6 +178,9 @@ func (w *Watch) lookAtSite(ctx context.Context) {
 		} else if ctx.Err() == nil {
 			w.Log.Debug("looking at the site", "error", err)
 		}
+		if w.Further != nil {
+			found = append(found, w.Further()...)
+		}
 		found = append(found, w.lookAtBackup(w.Clock())...)
 		w.mu.Lock()
 		w.site = found
@@ -197,9 +200,6 @@ func (w *Watch) judge(ctx context.Context) {
 	w.mu.Lock()
 	found = append(found, w.site...)
 	w.mu.Unlock()
-	if w.Further != nil {
-		found = append(found, w.Further()...)
-	}
 	for _, c := range w.board.show(found, now) {
 		level := slog.LevelWarn
 		if c.gone {
