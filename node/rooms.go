@@ -121,7 +121,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	policy.Projects = r.projects
 	if r.peers, err = peers.New(peers.Config{
 		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
-		Policy: policy, Cache: cacheOf(g.config), Limiter: r.traffic, Incoming: r.traffic.Incoming(), Meter: r.traffic, Log: g.log, Registerer: g.metrics,
+		Policy: policy, Cache: cacheOf(g.config), Place: r.traffic.Place, Limiter: r.traffic, Incoming: r.traffic.Incoming(), Meter: r.traffic, Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}

@@ -290,6 +290,13 @@ func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class) er
 	if _, err := p.Store.Stat(b.Digest); err == nil || !fault.Is(err, fault.NotFound) {
 		return err
 	}
+	if p.Place != nil && class >= transfer.Repair { // a push does not wait behind these
+		release, err := p.Place(ctx)
+		if err != nil {
+			return err
+		}
+		defer release()
+	}
 	root, err := p.root(b.Digest)
 	if err != nil {
 		return err

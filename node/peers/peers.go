@@ -84,7 +84,7 @@ type Cluster interface {
 	RotateKey(ctx context.Context) error
 }
 
-// Config of Peers. All fields are needed but Limiter, Incoming and Meter.
+// Config of Peers. All fields are needed but Place, Limiter, Incoming and Meter.
 type Config struct {
 	DB      *table.DB
 	Roster  Roster
@@ -94,6 +94,8 @@ type Config struct {
 	Records *blobs.Records
 	Policy  Policy
 	Cache   Cache // the zero value: this node is none
+	// Place waits until one more blob may be fetched for repair or prefetch; nil: at once.
+	Place func(ctx context.Context) (release func(), err error)
 	// Limiter is asked before bytes go out, Incoming before they are taken in, Meter is
 	// told of what moved; nil: nobody is.
 	Limiter    transfer.Limiter

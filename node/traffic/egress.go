@@ -27,7 +27,7 @@ type Answer struct {
 	c   Content
 }
 
-// places bounds the answers under way.
+// places bounds what is under way.
 type places struct {
 	mu    sync.Mutex
 	taken int
@@ -42,6 +42,15 @@ func (t *Traffic) Begin(ctx context.Context, c Content) (*Answer, error) {
 	a := &Answer{t: t, c: c, key: flowKey{blob: c.Digest, client: c.Client}}
 	t.board.open(t.now(), a.key, a.facts())
 	return a, nil
+}
+
+// Place waits for a place for one more blob that nobody waits for to come to this node,
+// and gives the way to give it back. An error is ctx's.
+func (t *Traffic) Place(ctx context.Context) (release func(), err error) {
+	if err := t.fetching.take(ctx, t.set.fetches.Value); err != nil {
+		return nil, err
+	}
+	return t.fetching.give, nil
 }
 
 func (a *Answer) facts() flowFacts {

@@ -109,6 +109,34 @@ func TestAnswersAreShownAndBounded(t *testing.T) {
 	})
 }
 
+// A lower number counts for copies that begin after it, a higher one for those that wait.
+func TestCopiesAreBounded(t *testing.T) {
+	bubble(t, 1, func(t *testing.T, s *site) {
+		n := s.nodes[0]
+		s.set("traffic.fetches", "1")
+		release, err := n.Place(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if _, err := n.Place(ctx); err == nil {
+			t.Fatal("two copies at once")
+		}
+		got := make(chan func(), 1)
+		go func() {
+			if second, err := n.Place(t.Context()); err == nil {
+				got <- second
+			}
+		}()
+		synctest.Wait()
+		s.set("traffic.fetches", "2")
+		second := <-got
+		release()
+		second()
+	})
+}
+
 // The board, the metrics and the queues are bounded, however many come.
 func TestManyAreBounded(t *testing.T) {
 	bubble(t, 1, func(t *testing.T, s *site) {

@@ -14,7 +14,7 @@ type options struct {
 	budgets               *settings.Setting[*budgets]
 	zone                  *settings.Setting[*time.Location]
 	jitter                *settings.Setting[int]
-	answers               *settings.Setting[int]
+	answers, fetches      *settings.Setting[int]
 }
 
 // rates is a schedule with the text that it was read from.
@@ -57,6 +57,10 @@ func defineOptions(s *settings.Settings) options {
 		jitter: settings.Define(s, settings.Spec[int]{
 			Name: "traffic.jitter", Default: "120", Kind: settings.Count(0, 3600),
 			Summary: "seconds over which nodes spread the moment at which they take up a higher rate; a lower one counts at once",
+		}),
+		fetches: settings.Define(s, settings.Spec[int]{
+			Name: "traffic.fetches", Default: "16", Kind: settings.Count(1, 16),
+			Summary: "how many blobs a node fetches at once for repair and prefetch, each of which takes memory and connections; pulls and copies of pushes do not wait behind them",
 		}),
 		answers: settings.Define(s, settings.Spec[int]{
 			Name: "traffic.answers", Default: "1024", Kind: settings.Count(1, 1<<16),

@@ -86,6 +86,8 @@ type Traffic struct {
 	capped  atomic.Bool // there is any cap or budget
 	others  Fellows     // nil: this node is alone
 
+	fetching places
+
 	mu      sync.Mutex
 	loaded  [5]string // the texts of the settings that are in force
 	caps    caps
