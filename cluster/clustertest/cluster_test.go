@@ -132,6 +132,34 @@ func TestOnlyALoneVoterConfirmsItself(t *testing.T) {
 	})
 }
 
+// A write that came in through a follower is visible there as soon as it is
+// committed, not with the leader's next message in 50 to 100 ms.
+func TestFollowersLearnAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		first := c.Found()
+		second, third := c.Join(first), c.Join(first)
+		c.AwaitVoters(3)
+		for i := range 20 {
+			for _, n := range []*Node{first, second, third} {
+				key, text := n.Name+fmt.Sprint(i), fmt.Sprint(i)
+				start := time.Now()
+				if err := n.write(t.Context(), key, text); err != nil {
+					t.Fatal(err)
+				}
+				for _, at := range []*Node{first, second, third} {
+					if got, fresh, err := at.read(t.Context(), key); err != nil || fresh.Stale || got != text {
+						t.Fatalf("%s reads %q (%+v) and %v, want what %s wrote", at.Name, got, fresh, err, n.Name)
+					}
+				}
+				if took := time.Since(start); took > 20*time.Millisecond {
+					t.Errorf("write %d on %s and its reads took %v", i, n.Name, took)
+				}
+			}
+		}
+	})
+}
+
 func TestKillingTheLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := New(t, Options{Define: withNotes})

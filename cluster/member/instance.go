@@ -30,6 +30,7 @@ type instance struct {
 	store     *kv.Log
 	machine   *kv.Machine
 	progress  *raftnet.Progress
+	notices   *raftnet.Notices
 	moved     *signal // fires when a follower has stored more
 
 	// gate keeps proposals out of raft's queue once it is stopping: raft never
@@ -85,6 +86,7 @@ func (n *Node) open() (_ *instance, err error) {
 	in.transport = &raftnet.Transport{Progress: in.progress, NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Logger: log, Stream: in.layer, MaxPool: 3, MaxRPCsInFlight: 1, Timeout: n.cfg.Timings.RPC,
 	})}
+	in.notices = raftnet.NewNotices(in.transport, in.self, raft.ServerAddress(n.cfg.Advertise))
 	defer func() {
 		if err != nil {
 			in.transport.Close()
@@ -217,6 +219,7 @@ func (in *instance) halt(n *Node) {
 	if err := ended.Error(); err != nil {
 		n.log.Warn("stopping the consensus", "error", err)
 	}
+	in.notices.Wait()
 }
 
 func (in *instance) otherVoters() bool {

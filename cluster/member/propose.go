@@ -101,6 +101,7 @@ func (n *Node) commit(ctx context.Context, txn []byte) (kv.Result, outcome, erro
 		in.gate.RUnlock()
 		return kv.Result{}, never, errStopped
 	}
+	term := in.CurrentTerm()
 	future := in.Apply(txn, timeLeft(ctx))
 	in.gate.RUnlock()
 
@@ -116,6 +117,7 @@ func (n *Node) commit(ctx context.Context, txn []byte) (kv.Result, outcome, erro
 	}
 	switch answer := future.Response().(type) {
 	case kv.Result:
+		in.tell(future.Index(), term)
 		if err := n.awaitSecondCopy(ctx, in, answer.Rev); err != nil {
 			return kv.Result{}, unknown, err
 		}
@@ -125,6 +127,17 @@ func (n *Node) commit(ctx context.Context, txn []byte) (kv.Result, outcome, erro
 	default:
 		return kv.Result{}, unknown, fmt.Errorf("the state machine answered %T", answer)
 	}
+}
+
+// tell lets the followers know of a committed entry that was proposed in a term. It
+// leaves that to the entries that follow, if there are any.
+func (in *instance) tell(index, term uint64) {
+	in.gate.RLock()
+	defer in.gate.RUnlock()
+	if in.stopped || in.CurrentTerm() != term || in.LastIndex() > index {
+		return
+	}
+	in.notices.Committed(index, term, in.servers())
 }
 
 // timeLeft is for how long a proposal may wait in raft's queue.
