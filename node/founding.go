@@ -59,7 +59,7 @@ func (n *Node) foundTogether(ctx context.Context) (who member.Identity, err erro
 	if err != nil {
 		return who, err
 	}
-	network, err := peernet.New(peernet.Config{Log: n.log, Founding: paired})
+	network, err := peernet.New(peernet.Config{Log: n.log, Founding: paired, Transport: n.config.transport})
 	if err != nil {
 		return who, err
 	}
@@ -67,9 +67,13 @@ func (n *Node) foundTogether(ctx context.Context) (who member.Identity, err erro
 	if !ok {
 		return who, fmt.Errorf("a peer port of type %T cannot be lent", n.peerListener)
 	}
+	packets, err := n.lentPackets()
+	if err != nil {
+		return who, err
+	}
 	serving, stop := context.WithCancel(ctx)
 	served := make(chan error, 1)
-	go func() { served <- network.Serve(serving, lent{tcp}) }()
+	go func() { served <- network.ServeBoth(serving, lent{tcp}, packets) }()
 	c := n.founders(network)
 	c.Join = n.joinWith
 	who, n.founded, err = founding.Run(ctx, c)

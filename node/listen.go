@@ -19,6 +19,7 @@ import (
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/rest"
+	"github.com/atoll-registry/atoll/transfer/peernet"
 )
 
 // listen takes a TCP address, with errors that say what to do.
@@ -33,6 +34,59 @@ func listen(flag, addr string) (net.Listener, error) {
 		return nil, fault.Wrap(err, fault.Denied, "this user may not listen on %s; choose a port above 1023 with %s", addr, flag)
 	}
 	return nil, fault.Wrap(err, fault.Invalid, "cannot listen on %s (%s)", addr, flag)
+}
+
+// listenPackets takes the peer port's number for UDP too. TCP carries all where that
+// cannot be had, unless QUIC is all that is wanted.
+func (n *Node) listenPackets() error {
+	mode := n.config.transport()
+	if mode == peernet.OnlyTCP {
+		return nil
+	}
+	tcp, ok := n.peerListener.Addr().(*net.TCPAddr)
+	if !ok {
+		return nil
+	}
+	packets, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(tcp.AddrPort()))
+	switch {
+	case err == nil:
+		n.peerPackets = packets
+	case mode == peernet.OnlyQUIC:
+		return fault.Wrap(err, fault.Conflict, "cannot listen on %s over UDP (--peer-listen), which --peer-transport quic needs", tcp)
+	default:
+		n.log.Warn("peer port is not open over UDP: TCP carries all between nodes", "address", tcp.String(), "err", err)
+	}
+	return nil
+}
+
+// packets is the UDP side of the peer port as the port takes it.
+func (n *Node) packets() net.PacketConn {
+	if n.peerPackets == nil {
+		return nil
+	}
+	return n.peerPackets
+}
+
+// lentPackets is the UDP side for one who closes it: the socket stays.
+func (n *Node) lentPackets() (net.PacketConn, error) {
+	if n.peerPackets == nil {
+		return nil, nil
+	}
+	file, err := n.peerPackets.File()
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return net.FilePacketConn(file)
+}
+
+// transport of connections to other nodes, as the configuration says.
+func (c Config) transport() peernet.Transport {
+	t, err := peernet.ParseTransport(c.PeerTransport)
+	if err != nil {
+		return peernet.Auto // complete has refused it
+	}
+	return t
 }
 
 // listenSocket makes the Unix socket of the data directory, which this process

@@ -8,6 +8,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -52,6 +53,7 @@ type Node struct {
 	founded bool
 
 	peerListener net.Listener
+	peerPackets  *net.UDPConn // of the same number; nil: no UDP
 	network      *peernet.Net
 	reserve      *reserve.Reserve
 	engine       kv.Engine
@@ -99,6 +101,9 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	if n.peerListener, err = listen("--peer-listen", c.PeerListen); err != nil {
 		return nil, err
 	}
+	if err := n.listenPackets(); err != nil {
+		return nil, err
+	}
 	n.config.Advertise = chosenPort(c.Advertise, n.peerListener.Addr())
 	if n.publicTLS, err = n.tlsConfig(); err != nil {
 		return nil, err
@@ -121,6 +126,9 @@ func (c *Config) complete() error {
 	}
 	if c.Init && len(c.Join) > 0 {
 		return fault.New(fault.Invalid, "--init founds a new site and --join joins another: choose one")
+	}
+	if _, err := peernet.ParseTransport(c.PeerTransport); err != nil {
+		return fault.Wrap(err, fault.Invalid, "--peer-transport")
 	}
 	if err := c.checkFounding(); err != nil {
 		return err
@@ -244,7 +252,7 @@ func (n *Node) join(ctx context.Context) (member.Identity, error) {
 
 // joinWith joins a site with a join token.
 func (n *Node) joinWith(ctx context.Context, token string, addrs []string) (member.Identity, error) {
-	dialer, err := peernet.New(peernet.Config{Log: n.log})
+	dialer, err := peernet.New(peernet.Config{Log: n.log, Transport: n.config.transport})
 	if err != nil {
 		return member.Identity{}, err
 	}
@@ -297,6 +305,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 		CA:        func() *x509.CertPool { return n.member.Pool() },
 		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },
 		Now:       func() time.Time { return n.member.Now() },
+		Transport: n.config.transport, Secret: []byte(cmp.Or(string(who.TokenKey), string(who.Key))),
 	}); err != nil {
 		return err
 	}
@@ -339,7 +348,7 @@ func (n *Node) Run(ctx context.Context) error {
 	// Three floors, each stopped when all above it have: the first error of any
 	// stops them all.
 	run, fail := context.WithCancelCause(ctx)
-	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.Serve(ctx, n.peerListener) })
+	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.ServeBoth(ctx, n.peerListener, n.packets()) })
 	cluster := startFloor(run, fail, n.member.Run, n.welcome)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.traffic.Run, n.rooms.jobs.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
 		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, telemetry.GiveBackMemory)
@@ -507,6 +516,9 @@ func (n *Node) Close() {
 		if l != nil {
 			l.Close()
 		}
+	}
+	if n.peerPackets != nil {
+		n.peerPackets.Close()
 	}
 	if n.rooms != nil && n.rooms.store != nil {
 		n.rooms.store.Close()

@@ -136,6 +136,22 @@ func (h *Host) Hear(ctx context.Context, other *Host) error {
 	return runAll(ctx, "ip netns exec "+h.space+" iptables -w -D INPUT -s "+other.IP+" -j DROP")
 }
 
+// Block loses every packet of a protocol, tcp or udp, from or to a port that arrives
+// at the host. One Unblock ends one Block.
+func (h *Host) Block(ctx context.Context, protocol, port string) error {
+	return h.filter(ctx, "-A", protocol, port)
+}
+
+// Unblock ends one Block.
+func (h *Host) Unblock(ctx context.Context, protocol, port string) error {
+	return h.filter(ctx, "-D", protocol, port)
+}
+
+func (h *Host) filter(ctx context.Context, change, protocol, port string) error {
+	rule := "ip netns exec " + h.space + " iptables -w " + change + " INPUT -p " + protocol
+	return runAll(ctx, rule+" --dport "+port+" -j DROP", rule+" --sport "+port+" -j DROP")
+}
+
 // Dial connects as a program on the host would. The address must be numeric.
 func (h *Host) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	var conn net.Conn

@@ -9,6 +9,8 @@ import (
 	"io"
 	"net"
 	"slices"
+
+	"github.com/quic-go/quic-go"
 )
 
 // What the server answers to the service byte, before the service's own protocol.
@@ -19,6 +21,15 @@ const (
 	statusEpoch     byte = 3
 )
 
+// call is one connection that is to be dialled.
+type call struct {
+	addr    string
+	service byte
+	kept    bool // over QUIC the connection stays for further streams
+	// config for a handshake, which puts what it proves into c.
+	config func(c *Conn) *tls.Config
+}
+
 // Dial opens a connection for a service of the node at addr (host:port of its peer
 // port). It returns once the peer has proved to be a node of this site and has let
 // this node in. Errors wrap ErrOtherSite, ErrRefused, ErrOtherEpoch or ErrNoService
@@ -27,22 +38,22 @@ func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, er
 	if n.cfg.Cert == nil {
 		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
 	}
-	c := &Conn{service: service, closed: func() {}}
-	cert := n.cfg.Cert()
-	cfg := &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		NextProtos:   n.protocols(),
-		Certificates: []tls.Certificate{cert},
-		Time:         n.cfg.Now,
-		// Nodes are known by the URI of their certificate, not by a host name:
-		// VerifyConnection checks everything that the standard way would, and that.
-		InsecureSkipVerify: true,
-		VerifyConnection: func(cs tls.ConnectionState) (err error) {
-			c.site, c.peer, err = n.verify(cs, x509.ExtKeyUsageServerAuth)
-			return err
-		},
-	}
-	if err := n.dial(ctx, addr, cfg, c); err != nil {
+	c, err := n.dial(ctx, call{addr: addr, service: service, kept: true, config: func(c *Conn) *tls.Config {
+		return &tls.Config{
+			MinVersion:   tls.VersionTLS13,
+			NextProtos:   n.protocols(),
+			Certificates: []tls.Certificate{n.cfg.Cert()},
+			Time:         n.cfg.Now,
+			// Nodes are known by the URI of their certificate, not by a host name:
+			// VerifyConnection checks everything that the standard way would, and that.
+			InsecureSkipVerify: true,
+			VerifyConnection: func(cs tls.ConnectionState) (err error) {
+				c.site, c.peer, err = n.verify(cs, x509.ExtKeyUsageServerAuth)
+				return err
+			},
+		}
+	}})
+	if err != nil {
 		return nil, fmt.Errorf("dialling %s for service %d: %w", addr, service, err)
 	}
 	return c, nil
@@ -52,18 +63,19 @@ func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, er
 // node of the site whose CA certificate has the pin (see Pin); ErrOtherSite when it
 // is not. The connection's PeerID and SiteID say which node and site answered.
 func (n *Net) DialJoin(ctx context.Context, addr string, caPin []byte) (net.Conn, error) {
-	c := &Conn{closed: func() {}}
-	cfg := &tls.Config{
-		MinVersion:         tls.VersionTLS13,
-		NextProtos:         []string{ProtoJoin},
-		Time:               n.cfg.Now,
-		InsecureSkipVerify: true, // as in Dial: the pin and the URI are checked instead
-		VerifyConnection: func(cs tls.ConnectionState) (err error) {
-			c.site, c.peer, err = verifyPinned(cs, caPin, n.cfg.Now())
-			return err
-		},
-	}
-	if err := n.dial(ctx, addr, cfg, c); err != nil {
+	c, err := n.dial(ctx, call{addr: addr, config: func(c *Conn) *tls.Config {
+		return &tls.Config{
+			MinVersion:         tls.VersionTLS13,
+			NextProtos:         []string{ProtoJoin},
+			Time:               n.cfg.Now,
+			InsecureSkipVerify: true, // as in Dial: the pin and the URI are checked instead
+			VerifyConnection: func(cs tls.ConnectionState) (err error) {
+				c.site, c.peer, err = verifyPinned(cs, caPin, n.cfg.Now())
+				return err
+			},
+		}
+	}})
+	if err != nil {
 		return nil, fmt.Errorf("dialling %s to join its site: %w", addr, err)
 	}
 	return c, nil
@@ -75,15 +87,16 @@ func (n *Net) DialFounding(ctx context.Context, addr string) (net.Conn, error) {
 	if n.cfg.Founding == nil {
 		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
 	}
-	c := &Conn{closed: func() {}}
-	cfg := &tls.Config{
-		MinVersion:         tls.VersionTLS13,
-		NextProtos:         []string{ProtoFound},
-		Certificates:       []tls.Certificate{n.cfg.Founding.Cert},
-		InsecureSkipVerify: true, // the token says whom to trust: see VerifyConnection
-		VerifyConnection:   n.verifyFounding,
-	}
-	if err := n.dial(ctx, addr, cfg, c); err != nil {
+	c, err := n.dial(ctx, call{addr: addr, config: func(*Conn) *tls.Config {
+		return &tls.Config{
+			MinVersion:         tls.VersionTLS13,
+			NextProtos:         []string{ProtoFound},
+			Certificates:       []tls.Certificate{n.cfg.Founding.Cert},
+			InsecureSkipVerify: true, // the token says whom to trust: see VerifyConnection
+			VerifyConnection:   n.verifyFounding,
+		}
+	}})
+	if err != nil {
 		return nil, fmt.Errorf("dialling %s to found a site: %w", addr, err)
 	}
 	return c, nil
@@ -97,61 +110,57 @@ func (n *Net) protocols() []string {
 	return []string{ProtoEpoch, ProtoNode}
 }
 
-// dial connects, shakes hands, names the service and awaits the status byte, all
-// within the handshake timeout.
-func (n *Net) dial(ctx context.Context, addr string, cfg *tls.Config, c *Conn) error {
-	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
-	defer cancel()
+// overTCP connects, shakes hands, names the service and awaits the status byte.
+func (n *Net) overTCP(ctx context.Context, k call) (*Conn, error) {
+	c := &Conn{service: k.service, closed: func() {}}
+	cfg := k.config(c)
 	var d net.Dialer
-	raw, err := d.DialContext(ctx, "tcp", addr)
+	raw, err := d.DialContext(ctx, "tcp", k.addr)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	c.Conn = tls.Client(raw, cfg)
-	if err := c.HandshakeContext(ctx); err != nil {
+	secure := tls.Client(raw, cfg)
+	if err := secure.HandshakeContext(ctx); err != nil {
 		raw.Close()
-		return err
+		return nil, err
 	}
-	if !slices.Contains(cfg.NextProtos, c.ConnectionState().NegotiatedProtocol) {
+	c.Conn, c.protocol = secure, secure.ConnectionState().NegotiatedProtocol
+	if !slices.Contains(cfg.NextProtos, c.protocol) {
 		raw.Close()
-		return fmt.Errorf("peer does not speak %s", cfg.NextProtos[0])
+		return nil, fmt.Errorf("peer does not speak %s", cfg.NextProtos[0])
 	}
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
-	err = n.greet(c)
+	err = n.greet(c, nil)
 	if !stop() { // the timeout or ctx closed the connection under it
-		return ctx.Err()
+		return nil, ctx.Err()
 	}
 	if err != nil {
 		raw.Close()
+		return nil, err
 	}
-	return err
+	c.probe(raw)
+	c.tuned(n, raw)
+	return c, nil
 }
 
 // greet says what this end has to say and hears whether it may go on. A peer's
 // epoch is judged whatever its status: an older node learns in this way that the
-// site has gone on without it.
-func (n *Net) greet(c *Conn) error {
-	protocol := c.ConnectionState().NegotiatedProtocol
-	var hello []byte
-	switch protocol {
+// site has gone on without it. The hello goes before all else.
+func (n *Net) greet(c *Conn, hello []byte) error {
+	switch c.protocol {
 	case ProtoNode:
-		hello = []byte{c.service}
+		hello = append(hello, c.service)
 	case ProtoEpoch:
-		hello = append([]byte{c.service}, n.epoch()...)
+		hello = append(append(hello, c.service), n.epoch()...)
 	}
 	if _, err := c.Conn.Write(hello); err != nil {
 		return err
 	}
 	var status [1]byte
 	if _, err := io.ReadFull(c.Conn, status[:]); err != nil {
-		// In TLS 1.3 the client learns only now that its certificate was not taken.
-		var alert *net.OpError
-		if errors.As(err, &alert) && alert.Op == "remote error" {
-			return fmt.Errorf("%w (%v)", ErrRefused, err)
-		}
-		return err
+		return refusal(err)
 	}
-	if protocol != ProtoJoin && protocol != ProtoFound {
+	if c.protocol != ProtoJoin && c.protocol != ProtoFound {
 		if err := n.meet(c); err != nil {
 			return err
 		}
@@ -169,6 +178,19 @@ func (n *Net) greet(c *Conn) error {
 	return fmt.Errorf("peer answered with the unknown status %d", status[0])
 }
 
+// refusal recognizes that the peer has not taken this node's certificate, which in
+// TLS 1.3 a client learns only after the handshake.
+func refusal(err error) error {
+	var alert *net.OpError
+	var closed *quic.TransportError
+	tcp := errors.As(err, &alert) && alert.Op == "remote error"
+	udp := errors.As(err, &closed) && closed.Remote && closed.ErrorCode.IsCryptoError()
+	if tcp || udp {
+		return fmt.Errorf("%w (%v)", ErrRefused, err)
+	}
+	return err
+}
+
 // epoch is this node's, with its length before it.
 func (n *Net) epoch() []byte {
 	wire := n.cfg.Epoch()
@@ -181,7 +203,7 @@ func (n *Net) meet(c *Conn) error {
 		return nil
 	}
 	var wire []byte
-	if c.ConnectionState().NegotiatedProtocol == ProtoEpoch {
+	if c.protocol == ProtoEpoch {
 		var length [1]byte
 		if _, err := io.ReadFull(c.Conn, length[:]); err != nil {
 			return fmt.Errorf("node %s told no recovery epoch: %w", c.peer, err)

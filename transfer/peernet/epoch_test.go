@@ -40,7 +40,9 @@ func (j *judge) in(cfg peernet.Config) peernet.Config {
 
 // Both ends learn the other's epoch, and either can refuse, before the service
 // or Authorize is asked.
-func TestEpochs(t *testing.T) {
+func TestEpochs(t *testing.T) { overBoth(t, testEpochs) }
+
+func testEpochs(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	long := strings.Repeat("e", 255)
 	for _, c := range []struct {
@@ -88,7 +90,9 @@ func TestEpochs(t *testing.T) {
 
 // A version that knows no epochs works with a site that was never recovered, and
 // with no other.
-func TestEpochsAndOlderVersions(t *testing.T) {
+func TestEpochsAndOlderVersions(t *testing.T) { overBoth(t, testEpochsAndOlderVersions) }
+
+func testEpochsAndOlderVersions(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	for _, own := range []string{"", "1"} {
 		newer := open(t, (&judge{own: own}).in(config(t, s, "node-a")))

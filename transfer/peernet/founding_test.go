@@ -19,13 +19,15 @@ func holder(t *testing.T, token *transfertest.Site, name string) *peernet.Foundi
 	}}
 }
 
-func TestFounding(t *testing.T) {
+func TestFounding(t *testing.T) { overBoth(t, testFounding) }
+
+func testFounding(t *testing.T) {
 	token, other := transfertest.NewSite(t, "token"), transfertest.NewSite(t, "other")
-	a := open(t, peernet.Config{Founding: holder(t, token, "a")})
+	a := open(t, peernet.Config{Transport: carried(t), Founding: holder(t, token, "a")})
 	member := config(t, other, "node-b")
 	member.Founding = holder(t, token, "b")
 	b := open(t, member) // has a site already
-	stranger := open(t, peernet.Config{Founding: holder(t, other, "c")})
+	stranger := open(t, peernet.Config{Transport: carried(t), Founding: holder(t, other, "c")})
 	closed := open(t, config(t, token, "node-d")) // knows of no founding
 	at := echo(t, a.ListenFounding())
 	echo(t, b.ListenFounding())

@@ -1,11 +1,12 @@
 // Package peernet is the one port between the nodes of a site: mutually
 // authenticated TLS 1.3, one byte that names the service, then the service's own
-// protocol. TCP now; a UDP listener with the same handshake fits beside it.
+// protocol. Over TCP a connection is a TLS connection, over UDP it is a stream of a
+// QUIC connection; services and their callers see no difference.
 //
 // Invariants. A connection that a service accepts or that Dial returns has a peer
 // whose certificate was signed by the site's CA, names this site and a node, and
 // whom Authorize allowed that service at that moment (sessions are never resumed,
-// so each connection proves it anew). A stranger gets a goroutine, a file
+// and the certificate of a QUIC connection is looked at again for each stream). A stranger gets a goroutine, a file
 // descriptor and a bounded time; how many strangers there are at once, in all and
 // per address, is bounded too. The one door for nodes without a certificate is the
 // ALPN atoll-join/1, where only the server proves itself. Machines that found a site
@@ -17,8 +18,8 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
-	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -104,6 +105,16 @@ type Config struct {
 
 	// HandshakeTimeout for a connection from accept (or dial) to the service; 0 means 10 s.
 	HandshakeTimeout time.Duration
+	// Transport of connections that are dialled; it is asked for each. Nil means Auto.
+	Transport func() Transport
+	// LongPath is the round trip above which a path is a long one; 0 means 20 ms. There
+	// the usual congestion control takes minutes to come back from a loss.
+	LongPath time.Duration
+	// NoBBR leaves the congestion control of every path to the system.
+	NoBBR bool
+	// Secret of this node that outlives a restart, known to nobody else: by it peers
+	// learn at once, over QUIC, that a restarted node has forgotten them.
+	Secret []byte
 	// MaxStrangers that may be in a handshake at once; 0 means 256.
 	MaxStrangers int
 	// MaxPerAddress of those from one IP address; 0 means 32. Open join connections
@@ -121,13 +132,17 @@ type Net struct {
 	// a stranger can make as many as it likes.
 	refused *prometheus.CounterVec
 	said    rate.Sometimes
+	slow    sync.Once // says that there is no BBR
 
 	mu        sync.Mutex
 	closed    bool
 	services  map[byte]*listener
 	join      *listener
 	found     *listener
-	conns     map[net.Conn]string // accepted, any state: the peer, "" for a stranger
+	conns     map[io.Closer]string // accepted, any state: the peer, "" for a stranger
+	served    *served              // nil: not now
+	sessions  map[sessionKey][]*session
+	routes    map[string]*route
 	strangers int
 	addresses map[netip.Addr]int
 }
@@ -146,13 +161,16 @@ func New(cfg Config) (*Net, error) {
 	if (cfg.Epoch == nil) != (cfg.Meet == nil) {
 		return nil, errors.New("peernet: Epoch and Meet belong together")
 	}
+	if cfg.Transport == nil {
+		cfg.Transport = func() Transport { return Auto }
+	}
 	if cfg.Authorize == nil {
 		cfg.Authorize = func(string, byte) error { return nil }
 	}
 	for _, d := range []struct {
 		v   *time.Duration
 		def time.Duration
-	}{{&cfg.HandshakeTimeout, 10 * time.Second}, {&cfg.JoinTimeout, time.Minute}} {
+	}{{&cfg.HandshakeTimeout, 10 * time.Second}, {&cfg.JoinTimeout, time.Minute}, {&cfg.LongPath, 20 * time.Millisecond}} {
 		if *d.v <= 0 {
 			*d.v = d.def
 		}
@@ -177,32 +195,9 @@ func New(cfg Config) (*Net, error) {
 		refused:   refused,
 		said:      rate.Sometimes{First: 20, Interval: 10 * time.Second},
 		services:  make(map[byte]*listener),
-		conns:     make(map[net.Conn]string),
+		conns:     make(map[io.Closer]string),
+		sessions:  make(map[sessionKey][]*session),
+		routes:    make(map[string]*route),
 		addresses: make(map[netip.Addr]int),
 	}, nil
-}
-
-// Conn is an authenticated connection.
-type Conn struct {
-	*tls.Conn
-	site, peer string
-	service    byte
-	closed     func()
-	once       sync.Once
-}
-
-// PeerID is the node id that the peer's certificate proves; "" for a node that is
-// joining and has no certificate yet.
-func (c *Conn) PeerID() string { return c.peer }
-
-// SiteID is the site that the peer's certificate names; "" as with PeerID.
-func (c *Conn) SiteID() string { return c.site }
-
-// Service of the connection; 0 on a join connection.
-func (c *Conn) Service() byte { return c.service }
-
-// Close the connection at once.
-func (c *Conn) Close() error {
-	c.once.Do(c.closed)
-	return c.Conn.Close()
 }

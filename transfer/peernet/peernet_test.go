@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -23,6 +24,28 @@ func within(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// overBoth runs a test over each carrier: what dials in it takes that one alone.
+func overBoth(t *testing.T, test func(t *testing.T)) {
+	t.Run(overTCP, test)
+	t.Run(overQUIC, test)
+}
+
+const overTCP, overQUIC = "over_tcp", "over_quic"
+
+// carried gives the carrier under which a test runs, or the choice between them.
+func carried(t *testing.T) func() peernet.Transport {
+	by := peernet.Auto
+	for part := range strings.SplitSeq(t.Name(), "/") {
+		switch part {
+		case overTCP:
+			by = peernet.OnlyTCP
+		case overQUIC:
+			by = peernet.OnlyQUIC
+		}
+	}
+	return func() peernet.Transport { return by }
 }
 
 // port is a served Net.
@@ -44,7 +67,11 @@ func open(t *testing.T, cfg peernet.Config) *port {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- n.Serve(ctx, ln) }()
+	packets, err := net.ListenPacket("udp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { done <- n.ServeBoth(ctx, ln, packets) }()
 	stop := sync.OnceValue(func() error {
 		cancel()
 		return <-done
@@ -59,6 +86,9 @@ func config(t *testing.T, s *transfertest.Site, id string, changes ...func(*x509
 		SiteID: s.ID,
 		Cert:   func() tls.Certificate { return cert },
 		CA:     func() *x509.CertPool { return s.Pool },
+
+		Transport: carried(t),
+		Secret:    []byte("secret of " + id),
 	}
 }
 
@@ -94,7 +124,9 @@ func says(t *testing.T, c net.Conn, word string) {
 	}
 }
 
-func TestServicesKnowTheirPeers(t *testing.T) {
+func TestServicesKnowTheirPeers(t *testing.T) { overBoth(t, testServicesKnowTheirPeers) }
+
+func testServicesKnowTheirPeers(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	a, b := open(t, config(t, s, "node-a")), open(t, config(t, s, "node-b"))
 	raft, blobs := echo(t, a.Listen(peernet.ServiceRaft)), echo(t, a.Listen(peernet.ServiceBlob))
@@ -114,7 +146,9 @@ func TestServicesKnowTheirPeers(t *testing.T) {
 	}
 }
 
-func TestWhoIsRefused(t *testing.T) {
+func TestWhoIsRefused(t *testing.T) { overBoth(t, testWhoIsRefused) }
+
+func testWhoIsRefused(t *testing.T) {
 	s, other := transfertest.NewSite(t, "site-a"), transfertest.NewSite(t, "site-b")
 	cfg := config(t, s, "node-a")
 	cfg.Authorize = func(id string, service byte) error {
@@ -179,7 +213,9 @@ func TestWhoIsRefused(t *testing.T) {
 }
 
 // A certificate is asked for at each handshake, so a renewal needs no restart.
-func TestRenewal(t *testing.T) {
+func TestRenewal(t *testing.T) { overBoth(t, testRenewal) }
+
+func testRenewal(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	expired := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }
 	var mu sync.Mutex
@@ -211,10 +247,12 @@ func TestRenewal(t *testing.T) {
 	c.Close()
 }
 
-func TestJoin(t *testing.T) {
+func TestJoin(t *testing.T) { overBoth(t, testJoin) }
+
+func testJoin(t *testing.T) {
 	s, other := transfertest.NewSite(t, "site-a"), transfertest.NewSite(t, "site-b")
 	a := open(t, config(t, s, "node-a"))
-	joiner, err := peernet.New(peernet.Config{})
+	joiner, err := peernet.New(peernet.Config{Transport: carried(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,6 +284,10 @@ func TestJoin(t *testing.T) {
 
 // A site that sends another's CA along with its own chain is still another site.
 func TestJoinPinIsNotFooledByABorrowedCA(t *testing.T) {
+	overBoth(t, testJoinPinIsNotFooledByABorrowedCA)
+}
+
+func testJoinPinIsNotFooledByABorrowedCA(t *testing.T) {
 	s, other := transfertest.NewSite(t, "site-a"), transfertest.NewSite(t, "site-a")
 	cert := other.Node(t, "node-x")
 	cert.Certificate = append(cert.Certificate, s.CA.Raw)
@@ -253,7 +295,7 @@ func TestJoinPinIsNotFooledByABorrowedCA(t *testing.T) {
 	cfg.Cert = func() tls.Certificate { return cert }
 	a := open(t, cfg)
 	a.ListenJoin()
-	joiner, err := peernet.New(peernet.Config{})
+	joiner, err := peernet.New(peernet.Config{Transport: carried(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -264,13 +306,15 @@ func TestJoinPinIsNotFooledByABorrowedCA(t *testing.T) {
 }
 
 // A joiner that woke up in 1970 can join; a member follows the clock it is given.
-func TestWrongClocks(t *testing.T) {
+func TestWrongClocks(t *testing.T) { overBoth(t, testWrongClocks) }
+
+func testWrongClocks(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	a := open(t, config(t, s, "node-a"))
 	echo(t, a.ListenJoin())
 	echo(t, a.Listen(peernet.ServiceBlob))
 	epoch := func() time.Time { return time.Unix(0, 0) }
-	joiner, err := peernet.New(peernet.Config{Now: epoch})
+	joiner, err := peernet.New(peernet.Config{Now: epoch, Transport: carried(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,13 +421,15 @@ func TestSlowStrangers(t *testing.T) {
 	c.Close()
 }
 
-func TestJoinConnectionsEnd(t *testing.T) {
+func TestJoinConnectionsEnd(t *testing.T) { overBoth(t, testJoinConnectionsEnd) }
+
+func testJoinConnectionsEnd(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	cfg := config(t, s, "node-a")
 	cfg.JoinTimeout = 200 * time.Millisecond
 	a := open(t, cfg)
 	echo(t, a.ListenJoin())
-	joiner, err := peernet.New(peernet.Config{})
+	joiner, err := peernet.New(peernet.Config{Transport: carried(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -400,7 +446,9 @@ func TestJoinConnectionsEnd(t *testing.T) {
 	}
 }
 
-func TestServeClosesEverything(t *testing.T) {
+func TestServeClosesEverything(t *testing.T) { overBoth(t, testServeClosesEverything) }
+
+func testServeClosesEverything(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	a := open(t, config(t, s, "node-a"))
 	ln := a.Listen(peernet.ServiceBlob)
@@ -443,7 +491,9 @@ func TestServeClosesEverything(t *testing.T) {
 }
 
 // Raft restarts in the process: its second listener takes over from the first.
-func TestListenAgain(t *testing.T) {
+func TestListenAgain(t *testing.T) { overBoth(t, testListenAgain) }
+
+func testListenAgain(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	a := open(t, config(t, s, "node-a"))
 	first := a.Listen(peernet.ServiceRaft)
@@ -495,7 +545,9 @@ func FuzzNodeURI(f *testing.F) {
 }
 
 // Drop ends what was let in before; others are not touched.
-func TestDrop(t *testing.T) {
+func TestDrop(t *testing.T) { overBoth(t, testDrop) }
+
+func testDrop(t *testing.T) {
 	s := transfertest.NewSite(t, "site-a")
 	a := open(t, config(t, s, "node-a"))
 	echo(t, a.Listen(peernet.ServiceBlob))

@@ -13,26 +13,75 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/quic-go/quic-go"
 )
+
+// served is what runs while the port is served.
+type served struct {
+	transport *quic.Transport // nil: TCP alone
+	// streams takes those that the peer of a dialled connection opens, until the end.
+	streams func(s *session)
+}
 
 // Serve accepts connections from ln until ctx is done, then closes ln, every
 // connection that came through it and every service's listener, and returns nil
 // once all its goroutines have ended. A Net is served once.
 func (n *Net) Serve(ctx context.Context, ln net.Listener) error {
-	if n.cfg.Cert == nil && n.cfg.Founding == nil {
-		ln.Close()
-		return fmt.Errorf("serving the peer port: %w", ErrNoCertificate)
-	}
+	return n.ServeBoth(ctx, ln, nil)
+}
+
+// ServeBoth is Serve with a UDP socket beside ln, which is closed too. Either may be
+// nil. Connections over UDP that were dialled meanwhile end as well.
+func (n *Net) ServeBoth(ctx context.Context, ln net.Listener, packets net.PacketConn) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
-	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	run := &served{streams: func(s *session) {
+		wg.Go(func() { n.acceptStreams(ctx, s, &wg, func(*Conn) {}) })
+	}}
 	defer func() {
-		stop()
-		ln.Close()
 		cancel()
 		n.shut()
+		if run.transport != nil {
+			run.transport.Close()
+		}
+		for _, c := range []io.Closer{ln, packets} {
+			if c != nil {
+				c.Close()
+			}
+		}
 		wg.Wait()
 	}()
+	if n.cfg.Cert == nil && n.cfg.Founding == nil {
+		return fmt.Errorf("serving the peer port: %w", ErrNoCertificate)
+	}
+	ended := make(chan error, 2)
+	running := 0
+	if packets != nil {
+		if run.transport, err = n.transport(packets); err != nil {
+			return err
+		}
+		running++
+		wg.Go(func() { ended <- n.serveQUIC(ctx, run.transport, &wg) })
+	}
+	n.mu.Lock()
+	n.served = run
+	n.mu.Unlock()
+	if ln != nil {
+		running++
+		wg.Go(func() { ended <- n.serveTCP(ctx, ln, &wg) })
+	}
+	for range running {
+		err = errors.Join(err, <-ended)
+		cancel() // one carrier has ended: so does the other
+	}
+	return err
+}
+
+// serveTCP accepts connections until ctx is done.
+func (n *Net) serveTCP(ctx context.Context, ln net.Listener, wg *sync.WaitGroup) error {
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
 	pause := time.NewTimer(0)
 	defer pause.Stop()
 	for {
@@ -55,14 +104,18 @@ func (n *Net) Serve(ctx context.Context, ln net.Listener) error {
 		from := addressOf(raw)
 		if !n.admit(raw, from) {
 			raw.Close()
-			n.refused.WithLabelValues("crowded").Inc()
-			n.said.Do(func() {
-				n.log.Warn("peer port has too many strangers, and takes no more for now", "remote", raw.RemoteAddr().String())
-			})
+			n.crowded(raw.RemoteAddr())
 			continue
 		}
 		wg.Go(func() { n.accept(ctx, raw, from) })
 	}
+}
+
+func (n *Net) crowded(remote net.Addr) {
+	n.refused.WithLabelValues("crowded").Inc()
+	n.said.Do(func() {
+		n.log.Warn("peer port has too many strangers, and takes no more for now", "remote", remote.String())
+	})
 }
 
 // admit counts a stranger, or says that there are too many.
@@ -89,13 +142,27 @@ func (n *Net) known(raw net.Conn, peer string) {
 // Drop closes the accepted connections of a node. Authorize is asked for new
 // connections only, so who changes its answer drops those that it let in before.
 func (n *Net) Drop(peerID string) {
+	var drop []io.Closer
 	n.mu.Lock()
-	defer n.mu.Unlock()
 	for c, peer := range n.conns {
 		if peer == peerID && peer != "" {
-			c.Close()
+			drop = append(drop, c)
 		}
 	}
+	n.mu.Unlock()
+	for _, c := range drop {
+		c.Close()
+	}
+}
+
+// remember keeps a QUIC connection so that Drop and the end find it.
+func (n *Net) remember(s *session, peer string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.closed {
+		n.conns[s] = peer
+	}
+	return !n.closed
 }
 
 // forgive takes a connection out of its address's count.
@@ -107,33 +174,38 @@ func (n *Net) forgive(from netip.Addr) {
 	}
 }
 
-func (n *Net) forget(raw net.Conn) {
+func (n *Net) forget(c io.Closer) {
 	n.mu.Lock()
-	delete(n.conns, raw)
+	delete(n.conns, c)
 	n.mu.Unlock()
 }
 
-// shut closes all listeners and accepted connections, now and from now on.
+// shut closes all listeners, accepted connections and QUIC connections, now and
+// from now on.
 func (n *Net) shut() {
+	var all []io.Closer
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.closed = true
+	n.closed, n.served = true, nil
 	for _, l := range n.services {
-		l.Close()
+		all = append(all, l)
 	}
 	for _, l := range []*listener{n.join, n.found} {
 		if l != nil {
-			l.Close()
+			all = append(all, l)
 		}
 	}
 	for c := range n.conns {
+		all = append(all, c)
+	}
+	clear(n.sessions)
+	n.mu.Unlock()
+	for _, c := range all {
 		c.Close()
 	}
 }
 
 // accept takes one connection from its first byte to its service.
 func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
-	log := n.log.With("remote", raw.RemoteAddr().String())
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
 	c := &Conn{}
@@ -147,14 +219,11 @@ func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
 	if err != nil {
 		raw.Close()
 		n.forget(raw)
-		level := slog.LevelInfo
-		if errors.Is(err, io.EOF) || ctx.Err() != nil {
-			level = slog.LevelDebug // a port scan, a health check, a peer that left
-		}
-		n.refused.WithLabelValues(reason(c, err)).Inc()
-		n.said.Do(func() { log.Log(ctx, level, "peer connection refused", "err", err) })
+		n.refuse(ctx, raw.RemoteAddr(), c, err)
 		return
 	}
+	c.probe(raw)
+	c.tuned(n, raw)
 	if joining {
 		expiry := time.AfterFunc(n.cfg.JoinTimeout, func() { raw.Close() })
 		c.closed = func() {
@@ -163,14 +232,31 @@ func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
 			n.forgive(from)
 		}
 	}
+	n.deliver(ctx, l, c)
+}
+
+// deliver hands a connection to its service.
+func (n *Net) deliver(ctx context.Context, l *listener, c *Conn) {
 	select {
 	case l.conns <- c:
 	case <-l.done:
 		c.Close()
 	case <-ctx.Done():
 		c.Close()
-		log.Warn("peer connection dropped: its service accepts too slowly", "peer", c.peer, "service", c.service)
+		n.log.Warn("peer connection dropped: its service accepts too slowly", "remote", c.RemoteAddr().String(), "peer", c.peer, "service", c.service)
 	}
+}
+
+// refuse counts and logs a connection that was not let in.
+func (n *Net) refuse(ctx context.Context, remote net.Addr, c *Conn, err error) {
+	level := slog.LevelInfo
+	if errors.Is(err, io.EOF) || ctx.Err() != nil {
+		level = slog.LevelDebug // a port scan, a health check, a peer that left
+	}
+	n.refused.WithLabelValues(reason(c, err)).Inc()
+	n.said.Do(func() {
+		n.log.Log(ctx, level, "peer connection refused", "remote", remote.String(), "err", err)
+	})
 }
 
 // reason is why a connection was refused, in a word.
@@ -188,22 +274,33 @@ func reason(c *Conn, err error) string {
 
 // handshake authenticates the peer, reads which service it wants and answers.
 func (n *Net) handshake(ctx context.Context, raw net.Conn, c *Conn) (*listener, error) {
-	c.Conn = tls.Server(raw, &tls.Config{
+	secure := tls.Server(raw, &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		Time:       n.cfg.Now,
 		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 			return n.serverConfig(hello, c)
 		},
 	})
+	c.Conn = secure
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
 	defer stop()
-	if err := c.HandshakeContext(ctx); err != nil {
+	if err := secure.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
-	if protocol := c.ConnectionState().NegotiatedProtocol; protocol == ProtoJoin || protocol == ProtoFound {
+	c.protocol = secure.ConnectionState().NegotiatedProtocol
+	l, err := n.receive(c)
+	if err == nil && !stop() { // the time was up
+		err = ctx.Err()
+	}
+	return l, err
+}
+
+// receive reads which service a proven peer wants and answers.
+func (n *Net) receive(c *Conn) (*listener, error) {
+	if c.protocol == ProtoJoin || c.protocol == ProtoFound {
 		n.mu.Lock()
 		l := n.join
-		if protocol == ProtoFound {
+		if c.protocol == ProtoFound {
 			l = n.found
 		}
 		n.mu.Unlock()
@@ -224,9 +321,6 @@ func (n *Net) handshake(ctx context.Context, raw net.Conn, c *Conn) (*listener, 
 	if err := n.answer(c, l, denied); err != nil {
 		return nil, fmt.Errorf("node %s, service %d: %w", c.peer, c.service, err)
 	}
-	if !stop() { // the time was up
-		return nil, ctx.Err()
-	}
 	return l, nil
 }
 
@@ -243,7 +337,7 @@ func (n *Net) answer(c *Conn, l *listener, denied error) error {
 		status, err = statusNoService, ErrNoService
 	}
 	reply := []byte{status}
-	if c.ConnectionState().NegotiatedProtocol == ProtoEpoch {
+	if c.protocol == ProtoEpoch {
 		reply = append(reply, n.epoch()...)
 	}
 	if _, werr := c.Conn.Write(reply); werr != nil && err == nil {

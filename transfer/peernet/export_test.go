@@ -1,0 +1,51 @@
+package peernet
+
+import (
+	"bytes"
+	"net"
+	"time"
+)
+
+// Sessions counts the QUIC connections that are kept for a service at an address.
+func Sessions(n *Net, addr string, service byte) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.sessions[sessionKey{addr, service}])
+}
+
+// Wants says whether a path is one for BBR, from a round trip on.
+func Wants(p Path, long time.Duration) bool { return p.wants(long) }
+
+// Strangers counts those in a handshake.
+func Strangers(n *Net) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.strangers
+}
+
+// scripted is a connection on which the peer says what is given.
+type scripted struct {
+	net.Conn
+	in *bytes.Reader
+}
+
+func (s scripted) Read(p []byte) (int, error)  { return s.in.Read(p) }
+func (s scripted) Write(p []byte) (int, error) { return len(p), nil }
+
+// Greet runs the accepting or the dialling end of the greeting against what a peer
+// says, and gives how many of its bytes are left.
+func Greet(n *Net, accept, overQUIC bool, said []byte) (left int, err error) {
+	in := bytes.NewReader(said)
+	c := &Conn{Conn: scripted{in: in}, peer: "node-b", protocol: n.protocols()[0], closed: func() {}}
+	switch {
+	case !accept:
+		err = n.greet(c, nil)
+	case overQUIC:
+		if err = readPreface(c.Conn); err == nil {
+			_, err = n.receive(c)
+		}
+	default:
+		_, err = n.receive(c)
+	}
+	return in.Len(), err
+}
