@@ -6,6 +6,13 @@ import (
 	"time"
 )
 
+// Served says whether the port is served by now.
+func Served(n *Net) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.served != nil
+}
+
 // Sessions counts the QUIC connections that are kept for a service at an address.
 func Sessions(n *Net, addr string, service byte) int {
 	n.mu.Lock()

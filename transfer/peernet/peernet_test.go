@@ -77,6 +77,7 @@ func open(t *testing.T, cfg peernet.Config) *port {
 		return <-done
 	})
 	t.Cleanup(func() { _ = stop() })
+	waitFor(t, "the port to be served", func() bool { return peernet.Served(n) })
 	return &port{n, ln.Addr().String(), stop}
 }
 

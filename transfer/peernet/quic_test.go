@@ -391,6 +391,7 @@ func half(t *testing.T, cfg peernet.Config, by peernet.Carrier) *port {
 		return <-done
 	})
 	t.Cleanup(func() { _ = stop() })
+	waitFor(t, "the port to be served", func() bool { return peernet.Served(n) })
 	return &port{n, addr, stop}
 }
 
