@@ -250,6 +250,42 @@ func TestLogDoesNotWait(t *testing.T) {
 	}
 }
 
+// What takes the place of a cut end waits: raft would not know of the cut.
+func TestLogWaitsAfterACut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := open(t, &roomy{free: 1 << 30, total: 1 << 30})
+		m := &memory{InmemStore: raft.NewInmemStore()}
+		logs := r.Logs(m)
+		if err := logs.StoreLogs([]*raft.Log{{Index: 1, Term: 1}, {Index: 2, Term: 1}, {Index: 3, Term: 1}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := logs.DeleteRange(2, 3); err != nil {
+			t.Fatal(err)
+		}
+		m.set(noRoom)
+		done := make(chan error, 1)
+		go func() { done <- logs.StoreLogs([]*raft.Log{{Index: 2, Term: 2}}) }()
+		<-time.After(time.Minute)
+		select {
+		case err := <-done:
+			t.Fatalf("the entry did not wait: %v", err)
+		default:
+		}
+		m.set(nil)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		// A cut at the beginning, as behind a snapshot, is no such cut.
+		if err := logs.DeleteRange(1, 1); err != nil {
+			t.Fatal(err)
+		}
+		m.set(noRoom)
+		if err := logs.StoreLogs([]*raft.Log{{Index: 3, Term: 2}}); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("behind a cut of the beginning: %v", err)
+		}
+	})
+}
+
 // crowded is an engine whose disk is full for a while.
 type crowded struct {
 	kv.Engine

@@ -3,6 +3,7 @@ package reserve
 import (
 	"bytes"
 	"errors"
+	"sync/atomic"
 
 	"github.com/hashicorp/raft"
 
@@ -46,12 +47,16 @@ func (e engine) Update(fn func(kv.Writer) error) error {
 }
 
 // Logs stands before raft's log. It does not wait: raft steps down, or answers
-// the leader that it has no room.
-func (r *Reserve) Logs(s raft.LogStore) raft.LogStore { return logs{s, r} }
+// the leader that it has no room. Only what takes the place of entries that were cut
+// off the end waits: raft 1.8.0 goes on believing in the end that it has cut when the
+// new entries are refused (its appendEntries says so), takes none from then on, and
+// as a leader would leave a hole in its log.
+func (r *Reserve) Logs(s raft.LogStore) raft.LogStore { return &logs{LogStore: s, r: r} }
 
 type logs struct {
 	raft.LogStore
-	r *Reserve
+	r   *Reserve
+	cut atomic.Bool // since the last cut of the end nothing was stored
 }
 
 const theLog = "an entry of the log"
@@ -59,29 +64,42 @@ const theLog = "an entry of the log"
 var errLied = errors.New("this node is stopping on a full or broken disk")
 
 // StoreLog implements raft.LogStore.
-func (l logs) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{entry}) }
+func (l *logs) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{entry}) }
 
 // StoreLogs implements raft.LogStore.
-func (l logs) StoreLogs(entries []*raft.Log) error {
+func (l *logs) StoreLogs(entries []*raft.Log) error {
 	if l.r.lied.Load() {
 		return errLied
 	}
-	return l.change(theLog, func() error { return l.LogStore.StoreLogs(entries) })
+	defer l.r.served(theLog)
+	err := l.change(theLog, l.cut.Load(), func() error { return l.LogStore.StoreLogs(entries) })
+	if err == nil {
+		l.cut.Store(false)
+	}
+	return err
 }
 
 // DeleteRange implements raft.LogStore.
-func (l logs) DeleteRange(first, last uint64) error {
-	return l.change("a cut of the log", func() error { return l.LogStore.DeleteRange(first, last) })
+func (l *logs) DeleteRange(first, last uint64) error {
+	_, end, err := l.ends()
+	if err != nil {
+		return err
+	}
+	err = l.change("a cut of the log", false, func() error { return l.LogStore.DeleteRange(first, last) })
+	if err == nil && last >= end {
+		l.cut.Store(true)
+	}
+	return err
 }
 
-func (l logs) change(what string, do func() error) error {
+func (l *logs) change(what string, wait bool, do func() error) error {
 	// Two reads of the ends of a file that is in memory.
 	first, last, err := l.ends()
 	if err != nil {
 		return err
 	}
 	err = l.r.run(attempt{
-		what: what, do: do,
+		what: what, do: do, wait: wait,
 		unchanged: func() (bool, error) {
 			f, l, err := l.ends()
 			return f == first && l == last, err
@@ -93,7 +111,7 @@ func (l logs) change(what string, do func() error) error {
 	return err
 }
 
-func (l logs) ends() (first, last uint64, err error) {
+func (l *logs) ends() (first, last uint64, err error) {
 	if first, err = l.FirstIndex(); err != nil {
 		return 0, 0, err
 	}
