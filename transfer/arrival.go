@@ -20,7 +20,7 @@ func NewArrival(blob Blob, reopen func(context.Context) (Content, error)) *Arriv
 		done:    make(chan struct{}),
 		changed: make(chan struct{}),
 		held:    PiecesBitmap(Pieces(blob.Size)),
-		cursors: make(map[*reader]int),
+		cursors: make(map[*reader]int), expected: -1,
 		content: &shared{refs: 1},
 		reopen:  reopen,
 	}}
@@ -38,6 +38,33 @@ func (a *Arrival) Present(content Content) {
 // OnHold has f called for each piece after it is held, and with -1 after the end of
 // the fetch. Call it before Begin; f must not block.
 func (a *Arrival) OnHold(f func(piece int)) { a.f.onHold = f }
+
+// Expect notes that a reader is about to come and begin at off: what it will wait for is
+// urgent from now on, until it has come or the first of it is here.
+func (a *Arrival) Expect(off int64) {
+	if off < 0 || off >= a.f.blob.Size {
+		return
+	}
+	a.f.mu.Lock()
+	defer a.f.mu.Unlock()
+	if place := int(off / PieceSize); !a.f.held.Has(place) {
+		a.f.expected = place
+		a.f.announce()
+	}
+}
+
+// Marked lists the pieces that the Partial remembers from an earlier attempt.
+func (a *Arrival) Marked() (marked []int) {
+	if a.f.partial == nil {
+		return nil
+	}
+	for i := range Pieces(a.f.blob.Size) {
+		if a.f.partial.Have(i) {
+			marked = append(marked, i)
+		}
+	}
+	return marked
+}
 
 // Fetch is what those who want the blob get.
 func (a *Arrival) Fetch() *Fetch { return a.f }
@@ -58,12 +85,7 @@ func (a *Arrival) SetTable(t PieceTable) (marked []int, err error) {
 	a.f.table, a.f.known = t, true
 	a.f.announce()
 	a.f.mu.Unlock()
-	for i := range t.Len() {
-		if a.f.partial.Have(i) {
-			marked = append(marked, i)
-		}
-	}
-	return marked, nil
+	return a.Marked(), nil
 }
 
 // Recheck reads a marked piece back and holds it if it is right; false means that
@@ -190,6 +212,9 @@ func (f *Fetch) cursorPlaces() map[int]struct{} {
 	for _, place := range f.cursors {
 		places[place] = struct{}{}
 	}
+	if f.expected >= 0 {
+		places[f.expected] = struct{}{}
+	}
 	return places
 }
 
@@ -246,6 +271,9 @@ func (f *Fetch) hold(piece int) bool {
 		return false
 	}
 	f.held.Add(piece)
+	if piece == f.expected {
+		f.expected = -1
+	}
 	f.count++
 	_, n := PieceRange(f.blob.Size, piece)
 	f.bytes += n

@@ -30,14 +30,19 @@ const (
 type Option func(*Options)
 
 // Options that a fetch was given. Whoever joins a fetch has no say in it any more,
-// but for its class.
+// but for its class and for where it reads.
 type Options struct {
 	Way   Way
 	Class Class
+	Reads *int64 // where somebody is about to read; nil: nobody is
 }
 
 // Via asks for a way to move the blob.
 func Via(way Way) Option { return func(o *Options) { o.Way = way } }
+
+// ReadFrom says that somebody is about to read the blob from off on, so that these bytes
+// are asked for first of all. A fetch that is joined hears it too.
+func ReadFrom(off int64) Option { return func(o *Options) { o.Reads = &off } }
 
 // Chosen puts the options of a fetch together.
 func Chosen(options []Option) Options {

@@ -23,6 +23,8 @@ type Fetch struct {
 	count   int   // pieces held
 	bytes   int64 // bytes held
 	cursors map[*reader]int
+	// expected is where a reader is about to begin that has not come yet; -1: none.
+	expected int
 
 	// partial is the engine's alone, set by Begin. content is the same for the
 	// readers; reopen serves those that come after it was closed.

@@ -173,6 +173,7 @@ func (r *reader) await(want int64) (int64, error) {
 		n, place := f.run(r.pos), int(r.pos/PieceSize)
 		if old, ok := f.cursors[r]; !ok || old != place {
 			f.cursors[r] = place
+			f.expected = -1
 			if n == 0 {
 				f.announce() // the engine may want to change its order
 			}

@@ -32,7 +32,7 @@ const rootPatience = 5 * time.Second
 // Closing the reader does not end the fetch. fault.Unavailable when no live peer
 // holds the blob.
 func (p *Peers) Open(ctx context.Context, d digest.Digest, size int64) (io.ReadSeekCloser, error) {
-	fetch, err := p.fetch(ctx, d, size)
+	fetch, err := p.fetch(ctx, d, size, transfer.ReadFrom(0))
 	if err != nil {
 		return nil, err
 	}
@@ -52,7 +52,7 @@ func noHolder(err error, d digest.Digest) error {
 }
 
 // fetch starts fetching a blob whole, or joins the fetch under way.
-func (p *Peers) fetch(ctx context.Context, d digest.Digest, size int64) (*transfer.Fetch, error) {
+func (p *Peers) fetch(ctx context.Context, d digest.Digest, size int64, options ...transfer.Option) (*transfer.Fetch, error) {
 	blob := transfer.Blob{Digest: d, Size: size}
 	var err error
 	if blob.Root, err = p.root(d); err != nil {
@@ -61,7 +61,7 @@ func (p *Peers) fetch(ctx context.Context, d digest.Digest, size int64) (*transf
 	if blob.Root == nil && size > transfer.PieceSize {
 		blob.Root = p.askForRoot(ctx, d)
 	}
-	fetch, err := p.engine.Fetch(ctx, blob)
+	fetch, err := p.engine.Fetch(ctx, blob, options...)
 	if err != nil {
 		return nil, noHolder(err, d)
 	}

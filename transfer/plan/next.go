@@ -20,6 +20,29 @@ func (w *Want) Cursors(urgent []int) {
 	w.urgent = slices.Clone(urgent)
 }
 
+// NextUrgent is the part of Next that is for readers: all that may be asked for while
+// nothing that comes can be verified yet.
+func (w *Want) NextUrgent(now time.Duration, h *Holder) (a Ask, ok bool) {
+	if h.gone || h.far && (!w.elected || w.near > 0) {
+		return Ask{}, false
+	}
+	i := w.nextUrgent(now, h)
+	return Ask{Piece: i, Urgent: true}, i >= 0
+}
+
+// Asked notes that a holder was asked for a piece before it joined, in the same breath as
+// whether it has the blob; false when the piece is not missing and may come in vain.
+func (w *Want) Asked(now time.Duration, h *Holder, piece int) bool {
+	if !w.missing.Has(piece) {
+		return false
+	}
+	w.ask(now, h, piece, true)
+	return true
+}
+
+// Missing says whether a piece is neither here, nor asked for, nor set aside.
+func (w *Want) Missing(piece int) bool { return w.missing.Has(piece) }
+
 // Next says what to ask of a holder now; call it until ok is false, and again when
 // anything has happened and now and then.
 func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {

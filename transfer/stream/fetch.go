@@ -43,6 +43,7 @@ func (e *Engine) board(blob transfer.Blob, o transfer.Options) (fl *flight, fres
 	defer e.mu.Unlock()
 	if fl := e.fetches[blob.Digest]; fl != nil {
 		fl.urge(o.Class)
+		fl.expect(o)
 		return fl, false
 	}
 	reopen := func(ctx context.Context) (transfer.Content, error) {
@@ -53,6 +54,7 @@ func (e *Engine) board(blob transfer.Blob, o transfer.Options) (fl *flight, fres
 		news: make(chan string, maxAsked),
 	}
 	fl.class.Store(int32(o.Class))
+	fl.expect(o)
 	fl.arrival.OnHold(func(piece int) {
 		e.desk.held(blob.Digest, piece, fl.arrival.Fetch().Progress().Done)
 	})

@@ -18,7 +18,8 @@ type holder struct {
 	link     *link        // nil between sessions
 	told     bool         // what not to choose, in this session
 	tabled   bool         // asked for the piece table, in this session
-	spoken   bool         // its piece was asked for with the hello
+	words    words        // said with the hello of its first session, until that begins
+	hoped    []int        // of those pieces, the ones that it may not have
 	excused  int          // pieces that it may send though nobody waits for them now
 	strikes  int          // failures since it last delivered
 	rests    time.Time    // not asked for anything before

@@ -45,7 +45,8 @@ type hunt struct {
 	want       *plan.Want
 	dealing    []*holder
 	class      transfer.Class
-	ready      bool // the piece table is known
+	ready      bool  // the piece table is known
+	set        []int // pieces that an earlier attempt marked, to be verified again
 	tableOf    *holder
 	tableSince time.Time
 
@@ -76,11 +77,11 @@ type hunt struct {
 
 // reply is a candidate's answer; the link is that of the session which it began.
 type reply struct {
-	peer   transfer.Peer
-	link   *link
-	state  state
-	spoken bool
-	err    error
+	peer  transfer.Peer
+	link  *link
+	state state
+	words words
+	err   error
 }
 
 func newHunt(e *Engine, fl *flight) *hunt {
@@ -106,6 +107,9 @@ func newHunt(e *Engine, fl *flight) *hunt {
 		h.whole = newWhole(blob)
 	} else {
 		h.want = plan.NewWant(transfer.Pieces(blob.Size), plan.Rules{}, rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())))
+		h.set = h.a.Marked()
+		h.want.SetAside(h.set)
+		h.want.Cursors(h.a.Urgent(urgentWindow))
 	}
 	return h
 }
@@ -196,7 +200,7 @@ func (h *hunt) seek(ctx context.Context) error {
 		}
 		if len(h.asking) == 0 && h.reach < Farthest && !h.someComplete() {
 			h.reach++
-			h.ask(ctx, false)
+			h.ask(ctx, true)
 			continue
 		}
 		if len(h.asking) == 0 && len(h.active) == 0 && !h.checking && len(h.marked) == 0 {
@@ -297,72 +301,6 @@ func (h *hunt) followReaders(ctx context.Context) {
 	}
 }
 
-// ask asks every candidate that is not a holder already. A blob of one piece is asked
-// for in the same breath of the nearest.
-func (h *hunt) ask(ctx context.Context, first bool) {
-	h.stale = false
-	for _, p := range h.choice(ctx) {
-		if h.askOne(ctx, p, first && h.want != nil && transfer.Pieces(h.blob.Size) == 1) {
-			first = false
-		}
-	}
-}
-
-// choice is which candidates to ask: of very many the first, who may hold the blob, and
-// any of the others, who may be fetching it, so that not all ask the same.
-func (h *hunt) choice(ctx context.Context) []transfer.Peer {
-	list := h.e.cfg.Peers.Candidates(ctx, h.blob.Digest)
-	if len(list) <= maxAsked {
-		return list
-	}
-	list = slices.Clone(list)
-	rest := list[firstAsked:]
-	rand.Shuffle(len(rest), func(i, j int) { rest[i], rest[j] = rest[j], rest[i] })
-	return list[:maxAsked]
-}
-
-// askOne asks a candidate unless it takes part already.
-func (h *hunt) askOne(ctx context.Context, p transfer.Peer, speak bool) bool {
-	if h.banned[p] || h.active[p] != nil || h.asking[p] || h.e.distance(p) > h.reach ||
-		slices.ContainsFunc(h.reserve, func(r reply) bool { return r.peer == p }) {
-		return false
-	}
-	h.asking[p] = true
-	h.wg.Go(func() {
-		var more func(to []byte) []byte
-		if speak {
-			more = func(to []byte) []byte { return appendAsks(to, []plan.Ask{{Piece: 0}}) }
-		}
-		l, st, err := h.e.open(ctx, p, h.hello(), more)
-		if err == nil && st.held == heldNothing {
-			h.e.release(p, l, h.blob.Size)
-			l, err = nil, &failure{Gone, transfer.ErrNotHeld}
-		}
-		select {
-		case h.answers <- reply{p, l, st, speak, err}:
-		case <-h.finished:
-			if l != nil {
-				h.e.release(p, l, h.blob.Size)
-			}
-		case <-ctx.Done():
-			if l != nil {
-				l.close()
-			}
-		}
-	})
-	return true
-}
-
-// announced asks a node that has just said that it fetches the blob too.
-func (h *hunt) announced(ctx context.Context, id string) {
-	for _, p := range h.e.cfg.Peers.Candidates(ctx, h.blob.Digest) {
-		if p.ID == id && len(h.active) < h.e.cfg.MaxHolders {
-			h.askOne(ctx, p, false)
-			return
-		}
-	}
-}
-
 // Farthest is the largest Distance.
 const Farthest = 2
 
@@ -393,7 +331,7 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 // engage puts a holder to work.
 func (h *hunt) engage(ctx context.Context, r reply) {
 	hd := &holder{
-		peer: r.peer, complete: r.state.held == heldComplete, spoken: r.spoken,
+		peer: r.peer, complete: r.state.held == heldComplete, words: r.words,
 		far: h.e.cfg.Distance != nil && h.e.distance(r.peer) == Farthest,
 	}
 	h.active[hd.peer] = hd
@@ -484,20 +422,18 @@ func (h *hunt) forsaken() error {
 	return err
 }
 
-// learn takes the piece table, which has been verified, and sets aside the pieces
-// that an earlier attempt marked.
+// learn takes the piece table, which has been verified; by it the pieces that an earlier
+// attempt marked can be verified again.
 func (h *hunt) learn(t transfer.PieceTable) {
 	h.learned.Do(func() {
-		marked, err := h.a.SetTable(t)
-		if err != nil {
+		if _, err := h.a.SetTable(t); err != nil {
 			h.die(err)
 			return
 		}
 		h.mu.Lock()
-		h.want.SetAside(marked)
 		h.ready = true
 		h.mu.Unlock()
-		h.marked <- marked
+		h.marked <- h.set
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,6 +50,8 @@ type session struct {
 	mu      sync.Mutex
 	turn    *plan.Turn // to be sent
 	content transfer.Content
+	tabling bool       // the piece table is to be sent first
+	early   []plan.Ask // what was asked for meanwhile
 }
 
 // Serve serves peers that ln has authenticated until ctx is done or ln is closed, and
@@ -156,12 +159,13 @@ func (e *Engine) session(ctx context.Context, l *link, h hello) error {
 			cancel()
 			wg.Wait() // a piece that is on its way goes out whole
 			return l.write(frame(l.take(), kindBye))
+		case s.offer == nil && k != kindHello: // said before the wanter knew
 		case k == kindTables && tabled:
 			return fmt.Errorf("piece table asked for twice: %w", errFrame)
 		case k == kindTables:
 			tabled = true
+			s.await(true)
 			wg.Go(func() { s.table(ctx) })
-		case s.offer == nil && k != kindHello: // said before the wanter knew
 		default:
 			if err := s.hear(k, body); err != nil {
 				return err
@@ -214,23 +218,14 @@ func (s *session) hear(k kind, body []byte) error {
 		if err != nil {
 			return err
 		}
-		var refused []int
-		asks = s.possible(asks, &refused)
-		s.link.send(func(to []byte) []byte { return appendPieces(to, kindRefuse, refused...) })
-		over := false
-		s.e.desk.tell(s, func(a *plan.Asker) {
-			for _, ask := range asks {
-				a.Ask(ask)
-			}
-			over = a.Waiting() > perFrame
-		})
-		if over {
-			return fmt.Errorf("more than %d pieces asked for at once: %w", perFrame, errFrame)
-		}
+		return s.ask(asks)
 	case kindCancel, kindSkip, kindNeed:
 		list, err := decodePieces(body, pieces)
 		if err != nil {
 			return err
+		}
+		if k == kindCancel {
+			s.forget(list)
 		}
 		s.e.desk.tell(s, func(a *plan.Asker) {
 			for _, i := range list {
@@ -268,6 +263,52 @@ func (s *session) hear(k kind, body []byte) error {
 		return fmt.Errorf("frame of kind %d from a wanter: %w", k, errFrame)
 	}
 	return nil
+}
+
+// ask takes what the wanter asks for. While the table is awaited it has to wait: a piece
+// that comes before the table cannot be verified.
+func (s *session) ask(asks []plan.Ask) error {
+	s.mu.Lock()
+	if s.tabling {
+		s.early = append(s.early, asks...)
+		over := len(s.early) > perFrame
+		s.mu.Unlock()
+		return tooMany(over)
+	}
+	s.mu.Unlock()
+	var refused []int
+	asks = s.possible(asks, &refused)
+	s.link.send(func(to []byte) []byte { return appendPieces(to, kindRefuse, refused...) })
+	over := false
+	s.e.desk.tell(s, func(a *plan.Asker) {
+		for _, ask := range asks {
+			a.Ask(ask)
+		}
+		over = a.Waiting() > perFrame
+	})
+	return tooMany(over)
+}
+
+func tooMany(over bool) error {
+	if over {
+		return fmt.Errorf("more than %d pieces asked for at once: %w", perFrame, errFrame)
+	}
+	return nil
+}
+
+// await says whether what is asked for has to wait for the table.
+func (s *session) await(table bool) (early []plan.Ask) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	early, s.early, s.tabling = s.early, nil, table
+	return early
+}
+
+// forget takes back what waits for the table.
+func (s *session) forget(pieces []int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.early = slices.DeleteFunc(s.early, func(a plan.Ask) bool { return slices.Contains(pieces, a.Piece) })
 }
 
 // possible leaves out asks for what is not held yet.
@@ -495,6 +536,7 @@ func (s *session) table(ctx context.Context) {
 		return
 	}
 	s.link.send(func(to []byte) []byte { return frame(to, kindTable, raw...) })
+	_ = s.ask(s.await(false)) // they are not more than a session may ask for
 }
 
 // flow is what moves, for a limiter and a meter.

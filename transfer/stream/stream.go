@@ -129,6 +129,13 @@ func (fl *flight) urge(c transfer.Class) {
 	}
 }
 
+// expect notes where somebody is about to read.
+func (fl *flight) expect(o transfer.Options) {
+	if o.Reads != nil {
+		fl.arrival.Expect(*o.Reads)
+	}
+}
+
 // announced notes that a peer fetches the blob too.
 func (fl *flight) announced(peer string) {
 	select {

@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
@@ -119,11 +120,10 @@ func (h *hunt) engaged(hd *holder, l *link, st state) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
-	hd.link, hd.told, hd.tabled, hd.excused = l, false, false, 0
+	said := hd.words
+	hd.words = words{}
+	hd.link, hd.told, hd.tabled, hd.excused, hd.hoped = l, false, said.table, 0, nil
 	hd.heard, hd.moved = now, now
-	if hd.spoken {
-		hd.excused = 1
-	}
 	hd.complete = hd.complete || st.held == heldComplete
 	switch {
 	case hd.planned != nil && hd.complete:
@@ -135,10 +135,27 @@ func (h *hunt) engaged(hd *holder, l *link, st state) {
 		hd.planned = h.want.Join(transfer.PiecesBitmap(transfer.Pieces(h.blob.Size)), hd.far)
 	}
 	hd.planned.Owner = hd
+	if hd.tabled && h.tableOf == nil {
+		h.tableOf, h.tableSince = hd, now
+	}
+	if hd.complete {
+		h.spoken(hd, said.pieces)
+	} else { // nobody knows yet which of them it has
+		hd.hoped, hd.excused = said.pieces, len(said.pieces)
+	}
 	if h.isFinished() { // it came too late
 		l.send(func(to []byte) []byte { return frame(to, kindBye) })
 	}
 	h.electLocked()
+}
+
+// spoken tells the planner what a holder was asked with the hello; mu is held.
+func (h *hunt) spoken(hd *holder, pieces []int) {
+	for _, i := range pieces {
+		if !h.want.Asked(h.now(), hd.planned, i) {
+			hd.excused++
+		}
+	}
 }
 
 // hear takes a frame that brings no bytes.
@@ -170,6 +187,10 @@ func (h *hunt) hear(hd *holder, k kind, body []byte) error {
 					h.want.Has(hd.planned, i)
 				}
 			}
+			has := slices.DeleteFunc(slices.Clone(hd.hoped), func(i int) bool { return !set.Has(i) })
+			hd.excused -= len(has)
+			hd.hoped = slices.DeleteFunc(hd.hoped, set.Has)
+			h.spoken(hd, has)
 		}
 	case kindComplete:
 		hd.complete = true
@@ -215,6 +236,15 @@ func (h *hunt) overdue(hd *holder) error {
 func (h *hunt) refused(hd *holder, list []int) error {
 	for _, i := range list {
 		h.want.Refused(hd.planned, i)
+	}
+	if len(list) > 0 {
+		// What was asked with the hello it never said that it has.
+		hopes := len(hd.hoped)
+		hd.hoped = slices.DeleteFunc(hd.hoped, func(i int) bool { return slices.Contains(list, i) })
+		if hopes -= len(hd.hoped); hopes > 0 && hopes == len(list) {
+			hd.excused = max(0, hd.excused-hopes)
+			return nil
+		}
 	}
 	f := fail(Broken, "cannot send piece %v of what it says it holds", list)
 	if len(list) == 0 || hd.strike(f) {
@@ -314,6 +344,9 @@ func (h *hunt) begun(hd *holder, i int) error {
 	hd.heard = time.Now()
 	cancel, ok := h.want.Begun(h.now(), hd.planned, i)
 	h.cancel(cancel)
+	if !h.ready {
+		return fail(Broken, "sent piece %d before the piece table", i)
+	}
 	if ok {
 		return nil
 	}
@@ -370,23 +403,23 @@ func (h *hunt) pump() {
 	now, since := time.Now(), h.now()
 	h.askTable()
 	for _, hd := range h.dealing {
-		if hd.link == nil || hd.planned == nil || !h.ready || now.Before(hd.rests) {
+		if hd.link == nil || hd.planned == nil || !h.ready && !hd.tabled || now.Before(hd.rests) {
 			continue
+		}
+		next := h.want.Next
+		if !h.ready { // what it sends comes after the table
+			next = h.want.NextUrgent
 		}
 		var asks []plan.Ask
 		owed := h.want.Owes(hd.planned)
 		ailing := hd.strikes > 0 // what breaks off soon is asked for one piece at a time
 		for !ailing || !owed && len(asks) == 0 {
-			a, ok := h.want.Next(since, hd.planned)
+			a, ok := next(since, hd.planned)
 			if !ok {
 				break
 			}
 			asks = append(asks, a)
 		}
-		if hd.spoken && len(asks) > 0 && asks[0].Piece == 0 {
-			asks = asks[1:] // it was asked with the hello
-		}
-		hd.spoken = false
 		if len(asks) == 0 {
 			continue
 		}
@@ -465,6 +498,7 @@ func (h *hunt) askTable() {
 func (h *hunt) table(hd *holder, l *link, length int64) error {
 	h.mu.Lock()
 	tabled := hd.tabled
+	hd.tabled = false
 	h.mu.Unlock()
 	if !tabled || length != transfer.TableSize(h.blob.Size) {
 		return fail(BadTable, "piece table of %d bytes, want %d: %w", length, transfer.TableSize(h.blob.Size), errFrame)
