@@ -21,6 +21,7 @@ import (
 	"github.com/atoll-registry/atoll/node/backup"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/catalog"
+	"github.com/atoll-registry/atoll/node/doctor"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/identity"
 	"github.com/atoll-registry/atoll/node/jobs"
@@ -40,6 +41,7 @@ import (
 	"github.com/atoll-registry/atoll/node/traffic"
 	"github.com/atoll-registry/atoll/node/upgrade"
 	"github.com/atoll-registry/atoll/node/watch"
+	"github.com/atoll-registry/atoll/transfer/peernet"
 )
 
 // rooms are the parts of a node, in the order in which they are built.
@@ -65,6 +67,7 @@ type rooms struct {
 	backup    *backup.Backup
 	watch     *watch.Watch
 	ledger    *ledger.Ledger
+	doctor    *doctor.Doctor
 	kernel    *rest.Kernel
 	http      http.Handler
 }
@@ -78,7 +81,7 @@ type ground struct {
 	engine  kv.Engine
 	db      *table.DB
 	member  *member.Node
-	network peers.Network
+	network *peernet.Net
 	reserve *reserve.Reserve
 	files   *fileCertificate // nil unless the user has a certificate
 }
@@ -160,6 +163,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r.ledger = ledger.New(ledger.Config{
 		Data: g.config.Data, DB: g.db, Journal: r.journal, Projects: r.projects, Catalog: r.catalog, Log: g.log,
 	})
+	r.doctor = newDoctor(g)
 	if r.backup, err = backup.New(backup.Config{
 		DB: g.db, Engine: g.engine, Member: g.member, Store: r.store, Records: r.records, Fetcher: r.peers, Version: g.config.Version, Log: g.log,
 		Registerer: g.metrics,
@@ -184,6 +188,13 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	return r, err
 }
 
+func newDoctor(g ground) *doctor.Doctor {
+	return doctor.New(doctor.Config{
+		Data: g.config.Data, Advertise: g.config.Advertise, DB: g.db, Roster: g.member, Network: g.network,
+		Transport: g.config.transport(), Clock: g.config.clock,
+	})
+}
+
 // register puts the rooms' operations into the table of the API.
 func (r *rooms) register(g ground) {
 	rest.RegisterSystem(r.kernel, rest.System{
@@ -205,6 +216,7 @@ func (r *rooms) register(g ground) {
 	r.watch.Operations(r.kernel)
 	r.traffic.Operations(r.kernel)
 	r.prefetch.Operations(r.kernel)
+	r.doctor.Operations(r.kernel)
 	upgrade.Operations(r.kernel, upgrade.Config{DB: g.db, Cluster: g.member, Version: g.config.Version})
 }
 

@@ -63,7 +63,7 @@ func newRoot() *cobra.Command {
 	root.PersistentFlags().String("config", "", "configuration file in YAML: one key a flag, for example listen: 0.0.0.0:443")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.DisableDefaultCmd = true
-	return group(root, newServe(), newToken(), newCluster(), newNode(), newBackup(), newRestore(), newRebuild(), newScrub(), newSite(), newBundle(), newBlobs(), newAdopt(), newSettings(), newTransfers(), newPrefetch(), newProject(), newMirrorConfig(), newCA(), newLogin(), newVersion())
+	return group(root, newServe(), newToken(), newCluster(), newNode(), newBackup(), newRestore(), newRebuild(), newScrub(), newDoctor(), newSite(), newBundle(), newBlobs(), newAdopt(), newSettings(), newTransfers(), newPrefetch(), newProject(), newMirrorConfig(), newCA(), newLogin(), newVersion())
 }
 
 // group makes a command that only holds others: alone it prints its help, and

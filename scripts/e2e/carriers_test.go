@@ -2,6 +2,9 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -112,4 +115,55 @@ func TestEitherCarrierIsEnough(t *testing.T) {
 	s.trade(ctx, "udp")
 	unblock()
 	s.trade(ctx, "again")
+}
+
+// The doctor says which carrier does not get through, which way, and what to open.
+func TestDoctorFindsWhatIsBlocked(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t, 4*time.Minute)
+	s := newSite(ctx, t, newLab(t), plan{name: "w", net: 83, nodes: 2})
+	type finding struct{ Check, State, Peer, Text, Remedy string }
+	// What is said of the ways to and from the second node.
+	ways := func() map[string]finding {
+		t.Helper()
+		// A bad finding is an exit code, and the report is there all the same.
+		out, err := s.nodes[0].Atoll(ctx, "doctor", "--format", "json")
+		var report struct{ Findings []finding }
+		if jsonErr := json.Unmarshal([]byte(out), &report); jsonErr != nil {
+			t.Fatalf("%v, %v: %s", jsonErr, err, out)
+		}
+		found := map[string]finding{}
+		for _, f := range report.Findings {
+			if f.Peer == s.nodes[1].Host.Name {
+				found[f.Check] = f
+			}
+			if (err != nil) != slices.ContainsFunc(report.Findings, func(f finding) bool { return f.State == "bad" }) {
+				t.Fatalf("%v, but the report is %s", err, out)
+			}
+		}
+		return found
+	}
+	expect := func(found map[string]finding, want map[string]string) {
+		t.Helper()
+		for check, state := range want {
+			if found[check].State != state {
+				t.Errorf("%s is %+v, want %s", check, found[check], state)
+			}
+		}
+	}
+	expect(ways(), map[string]string{"reach": "ok", "reached": "ok", "clock": "ok", "transport": "ok", "mtu": "ok"})
+	for _, node := range s.nodes {
+		if err := node.Host.Block(ctx, "udp", "5001"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	found := ways()
+	expect(found, map[string]string{"reach": "warn", "reached": "warn", "clock": "ok", "transport": "ok"})
+	if !strings.Contains(found["reach"].Remedy, "open the port for UDP") {
+		t.Errorf("the remedy is %q", found["reach"].Remedy)
+	}
+	if err := s.nodes[1].Host.Block(ctx, "tcp", "5001"); err != nil {
+		t.Fatal(err)
+	}
+	expect(ways(), map[string]string{"reach": "bad"})
 }

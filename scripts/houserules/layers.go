@@ -107,6 +107,7 @@ var layers = [...]layer{
 	{folder: "node/traffic", may: under3, tests: helpers},
 	{folder: "node/prefetch", may: under3, tests: helpers},
 	{folder: "node/scrub", may: under3, tests: helpers},
+	{folder: "node/doctor", may: under3, tests: helpers},
 	{folder: "node/watch", may: under3, tests: helpers},
 	{folder: "node/search", may: under3, tests: helpers},
 	{folder: "node/adopt", may: under3, tests: helpers},

@@ -38,7 +38,27 @@ func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, er
 	if n.cfg.Cert == nil {
 		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
 	}
-	c, err := n.dial(ctx, call{addr: addr, service: service, kept: true, config: func(c *Conn) *tls.Config {
+	c, err := n.dial(ctx, n.member(addr, service))
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s for service %d: %w", addr, service, err)
+	}
+	return c, nil
+}
+
+// DialOver is Dial over one carrier, whatever the configuration says, to find out
+// whether it gets through.
+func (n *Net) DialOver(ctx context.Context, addr string, service byte, by Carrier) (*Conn, error) {
+	if n.cfg.Cert == nil {
+		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
+	}
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
+	defer cancel()
+	return n.over(ctx, by, n.member(addr, service))
+}
+
+// member is the call of a node of the site.
+func (n *Net) member(addr string, service byte) call {
+	return call{addr: addr, service: service, kept: true, config: func(c *Conn) *tls.Config {
 		return &tls.Config{
 			MinVersion:   tls.VersionTLS13,
 			NextProtos:   n.protocols(),
@@ -52,11 +72,7 @@ func (n *Net) Dial(ctx context.Context, addr string, service byte) (net.Conn, er
 				return err
 			},
 		}
-	}})
-	if err != nil {
-		return nil, fmt.Errorf("dialling %s for service %d: %w", addr, service, err)
-	}
-	return c, nil
+	}}
 }
 
 // DialJoin opens a join connection to the node at addr, which must prove to be a

@@ -34,6 +34,7 @@ const (
 	ServiceControl byte = 2 // cluster control, HTTP/1.1
 	ServiceAPI     byte = 4 // the public API between nodes, HTTP/1.1
 	ServiceGossip  byte = 5 // who is there, packets in frames
+	ServiceDoctor  byte = 8 // nodes help each other to see what is wrong
 	ServiceBlob    byte = 7 // blobs and pieces, in the frames of package stream; 3 was HTTP
 	ServiceSwarm   byte = 6 // blobs by BitTorrent
 )
