@@ -4,6 +4,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"slices"
+	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/plan"
@@ -83,12 +84,15 @@ func (h *hunt) askOne(ctx context.Context, p transfer.Peer, w words) bool {
 		slices.ContainsFunc(h.reserve, func(r reply) bool { return r.peer == p }) {
 		return false
 	}
+	if a := h.absent[p]; a != nil && time.Now().Before(a.next) {
+		return false
+	}
 	h.asking[p] = true
 	h.wg.Go(func() {
 		l, st, err := h.e.open(ctx, p, h.hello(), w.append)
-		if err == nil && st.held == heldNothing {
+		if err == nil && !st.serves() {
 			h.e.release(p, l, h.blob.Size)
-			l, err = nil, &failure{Gone, transfer.ErrNotHeld}
+			l, err = nil, st.failure()
 		}
 		select {
 		case h.answers <- reply{p, l, st, w, err}:

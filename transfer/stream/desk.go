@@ -43,11 +43,15 @@ func newDesk(cfg Config) *desk {
 }
 
 // join takes a session in and tells the wanter the state. have is nil for a blob that
-// is held whole. What is held from now on is told by hold.
-func (d *desk) join(s *session, have func() transfer.Bitmap) {
+// is held whole. What is held from now on is told by hold. false when as many ask for the
+// blob as may: hundreds would share what little each could get, and pass on nothing.
+func (d *desk) join(s *session, have func() transfer.Bitmap) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	o := d.offers[s.blob.Digest]
+	if o != nil && o.Askers() >= maxAskers && transfer.Pieces(s.blob.Size) > 1 {
+		return false
+	}
 	var part transfer.Bitmap
 	if have != nil {
 		part = have()
@@ -72,16 +76,7 @@ func (d *desk) join(s *session, have func() transfer.Bitmap) {
 		}
 		return frame(state{heldPart, uint64(s.blob.Size)}.append(to), kindHaves, part...)
 	})
-}
-
-// askers is how many ask for a blob.
-func (d *desk) askers(dg digest.Digest) int {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if o := d.offers[dg]; o != nil {
-		return o.Askers()
-	}
-	return 0
+	return true
 }
 
 // leave takes a session out.

@@ -73,6 +73,9 @@ type hunt struct {
 	verdict  map[transfer.Peer]*transfer.Asked
 	order    []transfer.Peer
 	banned   map[transfer.Peer]bool
+	absent   map[transfer.Peer]*absent
+	most     int64     // how far the fetch had come when it last advanced
+	advanced time.Time // when that was
 }
 
 // reply is a candidate's answer; the link is that of the session which it began.
@@ -99,6 +102,8 @@ func newHunt(e *Engine, fl *flight) *hunt {
 		active:   make(map[transfer.Peer]*holder),
 		verdict:  make(map[transfer.Peer]*transfer.Asked),
 		banned:   make(map[transfer.Peer]bool),
+		absent:   make(map[transfer.Peer]*absent),
+		advanced: time.Now(),
 	}
 	if e.cfg.Distance == nil {
 		h.reach = Farthest
@@ -204,11 +209,13 @@ func (h *hunt) seek(ctx context.Context) error {
 			continue
 		}
 		if len(h.asking) == 0 && len(h.active) == 0 && !h.checking && len(h.marked) == 0 {
-			if !h.stale {
+			if h.stale {
+				h.ask(ctx, false)
+				continue
+			}
+			if !h.expects() {
 				return h.forsaken()
 			}
-			h.ask(ctx, false)
-			continue
 		}
 		select {
 		case <-ctx.Done():
@@ -231,13 +238,14 @@ func (h *hunt) seek(ctx context.Context) error {
 			h.checking = false
 		case <-look.C:
 			h.look()
+			h.recall(ctx)
 		case <-again.C:
 			if len(h.asking) == 0 {
 				h.ask(ctx, false)
 			}
 		case <-idle.C:
 			now := h.a.Fetch().Progress().Held
-			if now == held && !h.someComplete() {
+			if now == held && !h.someComplete() && !h.expects() {
 				return h.forsaken()
 			}
 			held = now
@@ -316,12 +324,22 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 	h.judge(r.peer, r.err)
 	if r.err != nil {
 		var f *failure
-		if errors.As(r.err, &f) && f.why.Lie() {
+		if !errors.As(r.err, &f) {
+			return
+		}
+		switch {
+		case f.why.Lie():
 			h.ban(r.peer, f)
+		case errors.Is(f, errBusy), f.why != Gone && h.absent[r.peer] != nil:
+			h.away(r.peer, f)
+		case f.why == Gone:
+			delete(h.absent, r.peer)
 		}
 		return
 	}
-	if len(h.active) >= h.e.cfg.MaxHolders {
+	delete(h.absent, r.peer)
+	// One that holds everything takes part however many do that do not.
+	if len(h.active) >= h.e.cfg.MaxHolders && (r.state.held != heldComplete || h.someComplete()) {
 		h.reserve = append(h.reserve, r)
 		return
 	}
@@ -370,7 +388,12 @@ func (h *hunt) lost(ctx context.Context, hd *holder) {
 	h.mu.Unlock()
 	h.judge(hd.peer, why)
 	h.stale = true
-	h.ban(hd.peer, why)
+	if why.away || errors.Is(why, errBusy) {
+		h.dropped(hd.peer, why)
+		h.away(hd.peer, why)
+	} else {
+		h.ban(hd.peer, why)
+	}
 	if len(h.reserve) > 0 && len(h.active) < h.e.cfg.MaxHolders {
 		next := h.reserve[0]
 		h.reserve = h.reserve[1:]
@@ -393,6 +416,12 @@ func (h *hunt) judge(p transfer.Peer, err error) {
 // ban keeps a peer out of this fetch and reports it.
 func (h *hunt) ban(p transfer.Peer, f *failure) {
 	h.banned[p] = true
+	delete(h.absent, p)
+	h.dropped(p, f)
+}
+
+// dropped reports that a peer takes no part any more, for good or until it is back.
+func (h *hunt) dropped(p transfer.Peer, f *failure) {
 	log := h.e.log.Info
 	if f.why.Lie() {
 		log = h.e.log.Warn

@@ -17,20 +17,22 @@ import (
 
 // failure is why a holder did not deliver.
 type failure struct {
-	why Reason
-	err error
+	why  Reason
+	err  error
+	away bool // it cannot be reached, or its connection broke, as when it restarts
 }
 
 func (f *failure) Error() string { return string(f.why) + ": " + f.err.Error() }
 func (f *failure) Unwrap() error { return f.err }
 
 func fail(why Reason, format string, args ...any) *failure {
-	return &failure{why, fmt.Errorf(format, args...)}
+	return &failure{why: why, err: fmt.Errorf(format, args...)}
 }
 
 var (
 	errStalled    = errors.New("no progress within the time allowed")
 	errOtherPeer  = errors.New("another node answers at the peer's address")
+	errBusy       = errors.New("serves as many as it may; the others have parts of the blob, too")
 	errNoProgress = errors.New("still fetching it itself, and offers nothing new")
 )
 
@@ -120,7 +122,7 @@ func (l *link) header(timeout time.Duration, size int64) (k kind, length int64, 
 	k, length = kind(head[0]), int64(binary.BigEndian.Uint32(head[1:]))
 	most, err := limit(k, size)
 	if err != nil {
-		return 0, 0, &failure{Broken, err}
+		return 0, 0, &failure{why: Broken, err: err}
 	}
 	if length > most {
 		return 0, 0, fail(BadSize, "frame of kind %d with %d bytes, %d are possible: %w", k, length, most, errFrame)
@@ -186,9 +188,9 @@ func (l *link) drain(timeout time.Duration, size int64) error {
 // broken makes a failure of a connection's error: a stall if the time was up.
 func broken(err error) error {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return &failure{Stalled, errStalled}
+		return &failure{why: Stalled, err: errStalled}
 	}
-	return &failure{Broken, err}
+	return &failure{Broken, err, true}
 }
 
 // links are the connections to holders: those in no session are kept for a while.
@@ -314,9 +316,9 @@ func (e *Engine) open(ctx context.Context, p transfer.Peer, h hello, more func(t
 		l, old, err := e.links.get(ctx, p)
 		if err != nil {
 			if errors.Is(context.Cause(ctx), errStalled) {
-				return nil, state{}, &failure{Stalled, errStalled}
+				return nil, state{}, &failure{Stalled, errStalled, true}
 			}
-			return nil, state{}, &failure{Broken, err}
+			return nil, state{}, &failure{Broken, err, !errors.Is(err, errOtherPeer)}
 		}
 		st, err := e.greet(ctx, l, h, more)
 		if err == nil {
@@ -354,9 +356,9 @@ func (e *Engine) greet(ctx context.Context, l *link, h hello, more func(to []byt
 	st, err := decodeState(body)
 	switch {
 	case err != nil:
-		return state{}, &failure{Broken, err}
+		return state{}, &failure{why: Broken, err: err}
 	case !stop():
-		return state{}, &failure{Stalled, errStalled}
+		return state{}, &failure{why: Stalled, err: errStalled}
 	case st.held != heldNothing && st.size != uint64(h.size):
 		return state{}, fail(BadSize, "claims a size of %d bytes, the blob has %d", st.size, h.size)
 	}

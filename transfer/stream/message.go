@@ -40,7 +40,7 @@ const (
 	kindComplete kind = 35 // empty: all are held by now
 	kindGone     kind = 36 // empty: it does not hold the blob any more
 	kindPiece    kind = 37 // piece (4), its bytes
-	kindRefuse   kind = 38 // piece (4): it cannot be read, or is not held
+	kindRefuse   kind = 38 // 4 bytes each: piece that cannot be read, or is not held
 	kindTable    kind = 39 // the piece table
 	kindBeat     kind = 40 // empty: still there
 	kindWait     kind = 41 // empty: still there, and what is asked for is held back by a limit
@@ -53,6 +53,7 @@ const (
 	heldNothing  held = 0
 	heldPart     held = 1
 	heldComplete held = 2
+	heldBusy     held = 3 // all of it, and as many are being served as may be
 )
 
 const (
@@ -76,7 +77,7 @@ func limit(k kind, size int64) (int64, error) {
 		return maxHello, nil
 	case kindAsk:
 		return perFrame * 5, nil
-	case kindCancel, kindSkip, kindNeed, kindHave:
+	case kindCancel, kindSkip, kindNeed, kindHave, kindRefuse:
 		return perFrame * 4, nil
 	case kindSkips, kindHaves:
 		return (pieces + 7) / 8, nil
@@ -84,8 +85,6 @@ func limit(k kind, size int64) (int64, error) {
 		return 9, nil
 	case kindPiece:
 		return pieceHeader + min(transfer.PieceSize, size), nil
-	case kindRefuse:
-		return 4, nil
 	case kindTable:
 		return transfer.TableSize(min(size, transfer.MaxSize)), nil
 	case kindClass:
@@ -154,8 +153,19 @@ func (s state) append(to []byte) []byte {
 	return frame(to, kindState, binary.BigEndian.AppendUint64([]byte{byte(s.held)}, s.size)...)
 }
 
+// serves says whether the session goes on.
+func (s state) serves() bool { return s.held == heldPart || s.held == heldComplete }
+
+// failure is why it does not.
+func (s state) failure() *failure {
+	if s.held == heldBusy {
+		return fail(Gone, "%w", errBusy)
+	}
+	return fail(Gone, "%w", transfer.ErrNotHeld)
+}
+
 func decodeState(body []byte) (state, error) {
-	if len(body) != 9 || body[0] > byte(heldComplete) {
+	if len(body) != 9 || body[0] > byte(heldBusy) {
 		return state{}, fmt.Errorf("state: %w", errFrame)
 	}
 	return state{held(body[0]), binary.BigEndian.Uint64(body[1:])}, nil

@@ -25,8 +25,8 @@ const (
 	helloTimeout = 2 * time.Minute
 	// maxService is how many pieces are on their way out at once, whoever takes them.
 	maxService = 32
-	// maxAskers that a node which is still fetching a blob serves it to; the next hear
-	// that it holds nothing. Hundreds would keep it busy with saying what it has.
+	// maxAskers that a node serves a blob of several pieces to at once. The next hear that
+	// it is busy, or, while it is still fetching the blob, that it holds nothing.
 	maxAskers = 20
 	// maxSessions that peers may have here at once.
 	maxSessions = 1024
@@ -185,7 +185,9 @@ func (s *session) begin(ctx context.Context) error {
 		return content.Close()
 	case err == nil:
 		s.content = content
-		e.desk.join(s, nil)
+		if !e.desk.join(s, nil) {
+			s.link.send(state{heldBusy, uint64(s.blob.Size)}.append)
+		}
 		return nil
 	case !errors.Is(err, transfer.ErrNotHeld):
 		e.log.Error("blob cannot be opened for a peer", "blob", d, "peer", s.link.peer, "err", err)
@@ -195,11 +197,11 @@ func (s *session) begin(ctx context.Context) error {
 			s.link.send(state{heldPart, uint64(size)}.append)
 			return nil
 		}
-		if e.desk.askers(d) >= maxAskers {
+		s.flight = fl
+		if !e.desk.join(s, fl.arrival.Held) {
+			s.flight = nil
 			break // others have as much
 		}
-		s.flight = fl
-		e.desk.join(s, fl.arrival.Held)
 		if fl.arrival.Ended() { // before it could be told
 			e.desk.held(d, -1, fl.arrival.Fetch().Progress().Done)
 		}

@@ -75,6 +75,9 @@ type Config struct {
 	// IdleTimeout after which a fetch gives up when the holders that are left, all
 	// still fetching themselves, have offered nothing new. 30 s.
 	IdleTimeout time.Duration
+	// Absence is how long a fetch that makes no progress waits for a holder that has
+	// broken off, as one does that restarts. 75 s.
+	Absence time.Duration
 	// Backoff after a holder's first failure in a row; it doubles. 100 ms.
 	Backoff time.Duration
 
@@ -158,6 +161,7 @@ func New(cfg Config) (*Engine, error) {
 	orElse(&cfg.AskAgain, 5*time.Second)
 	orElse(&cfg.StallTimeout, 10*time.Second)
 	orElse(&cfg.IdleTimeout, 30*time.Second)
+	orElse(&cfg.Absence, 75*time.Second)
 	orElse(&cfg.Backoff, 100*time.Millisecond)
 	orElse(&cfg.MaxFetches, 16)
 	orElse(&cfg.MaxHolders, 10)

@@ -24,6 +24,7 @@ func start(t testing.TB, p transfertest.Parts) transfertest.Engine {
 		AskTimeout:   10 * time.Second,
 		AskAgain:     100 * time.Millisecond,
 		Backoff:      time.Millisecond,
+		Absence:      2 * time.Second,
 		Hooks: stream.Hooks{
 			Moved:   p.Moved,
 			Dropped: func(peer string, _ digest.Digest, why stream.Reason) { p.Dropped(peer, why.Lie()) },

@@ -33,9 +33,9 @@ func (h *hunt) deal(ctx context.Context, hd *holder, l *link, st state) {
 				return
 			}
 			l, st, err = h.e.open(ctx, hd.peer, h.hello(), nil)
-			if err == nil && st.held == heldNothing {
+			if err == nil && !st.serves() {
 				l.close()
-				err = &failure{Gone, transfer.ErrNotHeld}
+				err = st.failure()
 			}
 			if err == nil {
 				break
@@ -63,7 +63,7 @@ func (h *hunt) failed(ctx context.Context, hd *holder, err error) bool {
 	}
 	var f *failure
 	if !errors.As(err, &f) {
-		f = &failure{Broken, err}
+		f = &failure{why: Broken, err: err}
 	}
 	h.mu.Lock()
 	final := hd.strike(f)
@@ -197,7 +197,7 @@ func (h *hunt) hear(hd *holder, k kind, body []byte) error {
 		h.want.Completed(hd.planned)
 		h.electLocked()
 	case kindGone:
-		err = &failure{Gone, transfer.ErrNotHeld}
+		err = &failure{why: Gone, err: transfer.ErrNotHeld}
 	case kindRefuse:
 		var list []int
 		if list, err = decodePieces(body, pieces); err == nil {
@@ -226,7 +226,7 @@ func (h *hunt) overdue(hd *holder) error {
 		hd.moved = now
 	}
 	if now.Sub(hd.moved) > patience {
-		return &failure{Stalled, errStalled}
+		return &failure{why: Stalled, err: errStalled}
 	}
 	return nil
 }
@@ -267,7 +267,7 @@ func (h *hunt) piece(ctx context.Context, hd *holder, l *link, length int64) err
 	}
 	i, n, err := decodePieceHeader(head[:], length, h.blob.Size)
 	if err != nil {
-		return &failure{BadSize, err}
+		return &failure{why: BadSize, err: err}
 	}
 	if err := h.begun(hd, i); err != nil {
 		return err
@@ -290,7 +290,7 @@ func (h *hunt) piece(ctx context.Context, hd *holder, l *link, length int64) err
 	}
 	switch err := h.a.Store(i, data); {
 	case errors.Is(err, transfer.ErrBadPiece):
-		return &failure{BadPiece, err}
+		return &failure{why: BadPiece, err: err}
 	case err != nil:
 		h.die(err)
 		return err
@@ -512,7 +512,7 @@ func (h *hunt) table(hd *holder, l *link, length int64) error {
 		err = t.Verify(h.blob)
 	}
 	if err != nil {
-		return &failure{BadTable, err}
+		return &failure{why: BadTable, err: err}
 	}
 	h.mu.Lock()
 	hd.strikes = 0

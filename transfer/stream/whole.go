@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"hash"
+	"sync/atomic"
 	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
@@ -18,8 +19,9 @@ import (
 type whole struct {
 	hash hash.Hash
 	off  int64
-	sent map[*holder]int64
+	sent map[transfer.Peer]int64
 	solo bool
+	most atomic.Int64 // of off, ever
 }
 
 // wholeDepth is how many pieces are asked of the sender ahead of the one that comes.
@@ -34,7 +36,7 @@ func newWhole(blob transfer.Blob) *whole {
 func (w *whole) reset() {
 	w.hash.Reset()
 	w.off = 0
-	w.sent = make(map[*holder]int64)
+	w.sent = make(map[transfer.Peer]int64)
 }
 
 // pour takes the rest of the blob from one holder, in its turn, once it has all of it.
@@ -56,7 +58,7 @@ func (h *hunt) pour(ctx context.Context, hd *holder, l *link, st state) error {
 		case k == kindBye && h.isFinished():
 			return nil
 		case k == kindGone:
-			return &failure{Gone, transfer.ErrNotHeld}
+			return &failure{why: Gone, err: transfer.ErrNotHeld}
 		case k == kindComplete:
 			complete = true
 		case k != kindHave && k != kindHaves && k != kindBeat && k != kindWait:
@@ -101,7 +103,7 @@ func (h *hunt) bye(l *link) error { return l.drain(h.e.cfg.StallTimeout, h.blob.
 // pourAll asks for the rest, piece by piece and in order.
 func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 	w := h.whole
-	if _, mine := w.sent[hd]; w.solo && !mine {
+	if _, mine := w.sent[hd.peer]; w.solo && !mine {
 		w.reset()
 	}
 	buf, err := h.e.buffers.take(ctx)
@@ -140,10 +142,10 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 				patience = limitPatience
 			}
 			if time.Since(moved) > patience {
-				return &failure{Stalled, errStalled}
+				return &failure{why: Stalled, err: errStalled}
 			}
 		case kindGone:
-			return &failure{Gone, transfer.ErrNotHeld}
+			return &failure{why: Gone, err: transfer.ErrNotHeld}
 		case kindHave, kindHaves, kindComplete: // what it said while it waited for its turn
 			if _, err := l.body(n, h.e.cfg.StallTimeout); err != nil {
 				return err
@@ -178,7 +180,7 @@ func (h *hunt) pourPiece(hd *holder, l *link, buf []byte, piece int, length int6
 	i, n, err := decodePieceHeader(head[:], length, h.blob.Size)
 	switch {
 	case err != nil:
-		return &failure{BadSize, err}
+		return &failure{why: BadSize, err: err}
 	case i != piece:
 		return fail(Broken, "sent piece %d instead of %d", i, piece)
 	}
@@ -192,7 +194,8 @@ func (h *hunt) pourPiece(hd *holder, l *link, buf []byte, piece int, length int6
 	}
 	w.hash.Write(data)
 	w.off += n
-	w.sent[hd] += n
+	w.sent[hd.peer] += n
+	w.most.Store(max(w.most.Load(), w.off))
 	if h.e.cfg.Meter != nil {
 		h.e.cfg.Meter.Received(transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency()}, int(n))
 	}
@@ -210,8 +213,8 @@ func (h *hunt) weigh() error {
 	got := fmt.Sprintf("%x", w.hash.Sum(nil))
 	if got == h.blob.Digest.Encoded() {
 		if h.e.cfg.Hooks.Moved != nil {
-			for hd, n := range w.sent {
-				h.e.cfg.Hooks.Moved(hd.peer.ID, n)
+			for p, n := range w.sent {
+				h.e.cfg.Hooks.Moved(p.ID, n)
 			}
 		}
 		h.finish.Do(func() { close(h.finished) })
