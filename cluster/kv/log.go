@@ -29,6 +29,8 @@ const (
 	logFormat = 1
 	// packFrom is from which size on, in bytes, data is compressed.
 	packFrom = 256
+	// cutLog is how much of the log's start goes in one transaction, in bytes.
+	cutLog = 8 << 20
 	// fillLog packs the pages of the log, which grows at its end only.
 	fillLog = 0.98
 )
@@ -73,6 +75,7 @@ type Log struct {
 	pack      *zstd.Encoder
 	unpack    *zstd.Decoder
 	mapped    *mappedPages
+	cut       int           // how much of the log's start goes in one transaction, in bytes
 	committed atomic.Uint64 // is written with the next entries
 }
 
@@ -113,7 +116,7 @@ func newLog(db *bbolt.DB) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages()}, nil
+	return &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages(), cut: cutLog}, nil
 }
 
 // prepareLog makes the buckets of a new file and checks the format of an old one.
@@ -226,18 +229,39 @@ func (l *Log) Committed() (uint64, error) {
 	return committed, err
 }
 
-// DeleteRange implements raft.LogStore: first and last included.
+// DeleteRange implements raft.LogStore: first and last included. The start of a
+// log that goes on, cut behind a snapshot and maybe hundreds of megabytes, goes in
+// several transactions: entries are stored between them, and a commit reads no
+// more pages than one of them lets go. A crash meanwhile leaves a log that begins
+// somewhat earlier. All else goes in one: entries in conflict with a leader's are at
+// the end, and a crash that left some of them would leave a hole before those.
 func (l *Log) DeleteRange(first, last uint64) error {
-	return l.db.Update(func(tx *bbolt.Tx) error {
-		c := tx.Bucket(logBucket).Cursor()
-		for k, _ := c.Seek(be64(first)); k != nil && fromBE64(k) <= last; k, _ = c.Next() {
-			if err := c.Delete(); err != nil {
-				return err
+	for {
+		start, more := false, false
+		err := l.db.Update(func(tx *bbolt.Tx) error {
+			c := tx.Bucket(logBucket).Cursor()
+			if k, _ := c.First(); k != nil && first <= fromBE64(k) {
+				k, _ = c.Last()
+				start = last < fromBE64(k)
 			}
-			l.mapped.touch(tx, 1)
+			size := 0
+			for k, v := c.Seek(be64(first)); k != nil && fromBE64(k) <= last; k, v = c.Seek(be64(first)) {
+				if start && size >= l.cut {
+					more = true
+					return nil
+				}
+				first, size = fromBE64(k)+1, size+len(k)+len(v)
+				if err := c.Delete(); err != nil {
+					return err
+				}
+				l.mapped.touch(tx, 1)
+			}
+			return nil
+		})
+		if err != nil || !more {
+			return err
 		}
-		return nil
-	})
+	}
 }
 
 func (l *Log) encode(entry *raft.Log) []byte {

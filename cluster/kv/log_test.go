@@ -84,6 +84,65 @@ func TestLogKeepsEntries(t *testing.T) {
 }
 
 // What is compressed with a dictionary is read with the same one: it is frozen.
+// TestLogIsCutInSteps: a long start goes in several transactions, the end, and all
+// there is, in one.
+func TestLogIsCutInSteps(t *testing.T) {
+	const entries, size = 64, 1000
+	for name, cut := range map[string]struct {
+		first, last, left uint64
+		transactions      int
+	}{
+		"start":  {1, 40, entries - 40, 4},
+		"middle": {2, 40, entries - 39, 1},
+		"end":    {20, entries, 19, 1},
+		"all":    {1, entries, 0, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := openTestLog(t, filepath.Join(t.TempDir(), "log.db"))
+			l.cut = 10 * size
+			var logs []*raft.Log
+			for i := range entries {
+				logs = append(logs, &raft.Log{Index: uint64(i + 1), Term: 1, Type: raft.LogConfiguration, Data: make([]byte, size)})
+			}
+			if err := l.StoreLogs(logs); err != nil {
+				t.Fatal(err)
+			}
+			before := txid(t, l)
+			if err := l.DeleteRange(cut.first, cut.last); err != nil {
+				t.Fatal(err)
+			}
+			if got := txid(t, l) - before; got != cut.transactions {
+				t.Errorf("%d transactions, want %d", got, cut.transactions)
+			}
+			left := uint64(0)
+			for i := uint64(1); i <= entries; i++ {
+				var entry raft.Log
+				switch err := l.GetLog(i, &entry); {
+				case err == nil && (i < cut.first || i > cut.last):
+					left++
+				case !errors.Is(err, raft.ErrLogNotFound):
+					t.Errorf("entry %d: %v", i, err)
+				}
+			}
+			if left != cut.left {
+				t.Errorf("%d entries are left, want %d", left, cut.left)
+			}
+		})
+	}
+}
+
+// txid is the number of the newest transaction of a log's file.
+func txid(t *testing.T, l *Log) (id int) {
+	t.Helper()
+	if err := l.db.View(func(tx *bbolt.Tx) error {
+		id = tx.ID()
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
 func TestLogDictionaryStays(t *testing.T) {
 	const frozen = "3c2e84ecd3c134e963e88b74b098d1e8f7d696c844ff8870b964bacb42ff76f4"
 	if sum := fmt.Sprintf("%x", sha256.Sum256([]byte(logDictionary))); sum != frozen {
