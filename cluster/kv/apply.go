@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"slices"
 )
 
 // Window is for how many revisions the result of a Txn is remembered.
@@ -107,8 +108,11 @@ func (b *batch) judge(rev uint64, t *Txn) Result {
 	if at := Holds(b.w, t.Conds); at >= 0 {
 		return Result{Rev: rev, Code: Conflict, At: at}
 	}
-	// Only counters can fail now. A row that an earlier operation of the same
-	// Txn writes counts as written.
+	// Only counters can fail now, and most have none.
+	if !slices.ContainsFunc(t.Ops, func(op Op) bool { return op.Kind == Add }) {
+		return Result{Rev: rev, Code: OK}
+	}
+	// A row that an earlier operation of the same Txn writes counts as written.
 	written := map[string][]byte{}
 	for i := range t.Ops {
 		switch op := &t.Ops[i]; op.Kind {
@@ -216,6 +220,9 @@ func (b *batch) remove(key []byte) error {
 // derived moves a row's local rows from one set of keys to another; most
 // changes leave them as they are.
 func (b *batch) derived(key []byte, from, to [][]byte) error {
+	if len(from) == 0 && len(to) == 0 {
+		return nil
+	}
 	stay := make(map[string]bool, len(from))
 	for _, k := range from {
 		stay[string(k)] = false

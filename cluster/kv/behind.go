@@ -360,18 +360,37 @@ func over(layer treap.Map, below iter.Seq2[[]byte, []byte], from, to []byte) ite
 	}
 }
 
-// layeredEdit is an active layer to be, over what is below it.
+// layeredEdit is an active layer to be, over what is below it. A row is looked up
+// for the condition on it and for the operation on it, and by one entry of a batch
+// as by the next: what is below does not change meanwhile, so it is asked once.
 type layeredEdit struct {
 	below Snapshot
+	asked map[string][]byte // rows below; nil for none
 	edit  memoryEdit
 	size  layerSize
 }
+
+// askedMost bounds the rows that are kept.
+const askedMost = 4096
 
 func (t *layeredEdit) Lookup(s Space, key []byte) []byte {
 	if v, ok := t.edit[s].Get(key); ok {
 		return v
 	}
-	return t.below.Lookup(s, key)
+	if s != rows {
+		return t.below.Lookup(s, key)
+	}
+	v, ok := t.asked[string(key)]
+	if !ok {
+		v = t.below.Lookup(s, key)
+		if t.asked == nil {
+			t.asked = map[string][]byte{}
+		}
+		if len(t.asked) < askedMost {
+			t.asked[string(key)] = v
+		}
+	}
+	return v
 }
 
 func (t *layeredEdit) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -479,4 +480,66 @@ func (w beginsWriter) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte]
 		w.b.from = from
 	}
 	return w.Writer.Ascend(s, from, to)
+}
+
+// counted counts the rows that are looked up in an Engine.
+type counted struct {
+	Engine
+	rows atomic.Int64
+}
+
+type countedSnapshot struct {
+	Snapshot
+	rows *atomic.Int64
+}
+
+func (c *counted) Open() (Snapshot, error) {
+	s, err := c.Engine.Open()
+	return countedSnapshot{s, &c.rows}, err
+}
+
+func (s countedSnapshot) Lookup(in Space, key []byte) []byte {
+	if in == rows {
+		s.rows.Add(1)
+	}
+	return s.Snapshot.Lookup(in, key)
+}
+
+// An Update asks what is below once for a row, however often it is looked up, and
+// sees what it writes to the row all the same.
+func TestBehindAsksOnce(t *testing.T) {
+	below := &counted{Engine: NewMemory()}
+	e := WriteBehind(below)
+	t.Cleanup(func() { e.Close() })
+	set := func(w Writer, value string) error { return w.Set(rows, []byte("there"), []byte(value)) }
+	if err := errors.Join(e.Update(func(w Writer) error { return set(w, "old") }), e.Sync()); err != nil {
+		t.Fatal(err)
+	}
+	below.rows.Store(0)
+	if err := e.Update(func(w Writer) error {
+		want := func(key, value string) {
+			t.Helper()
+			for range 3 {
+				if got := w.Lookup(rows, []byte(key)); string(got) != value || (got == nil) != (value == "") {
+					t.Errorf("%s is %q, want %q", key, got, value)
+				}
+			}
+		}
+		want("there", "old")
+		want("nowhere", "")
+		if got := below.rows.Load(); got != 2 {
+			t.Errorf("two rows were looked up %d times below", got)
+		}
+		if err := set(w, "new"); err != nil {
+			return err
+		}
+		want("there", "new")
+		if err := w.Unset(rows, []byte("there")); err != nil {
+			return err
+		}
+		want("there", "")
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 }
