@@ -120,40 +120,58 @@ func appendBytes(b, data []byte) []byte {
 
 // DecodeTxn reads what Encode wrote and refuses everything else. Keys and
 // values alias data.
-//
-// A leader calls it on bytes from another node before it commits them: an
-// entry that is committed and cannot be read halts every node.
 func DecodeTxn(data []byte) (*Txn, error) {
+	t := &Txn{}
+	if err := readTxn(data, t); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// CheckTxn gives the error that DecodeTxn would give. A leader calls it on bytes
+// before it commits them: an entry that is committed and cannot be read halts every
+// node.
+func CheckTxn(data []byte) error { return readTxn(data, nil) }
+
+// readTxn reads into a Txn; nil is for who only wants to know whether it can be read.
+func readTxn(data []byte, t *Txn) error {
 	if len(data) == 0 {
-		return nil, fmt.Errorf("%w: an empty entry", ErrFormat)
+		return fmt.Errorf("%w: an empty entry", ErrFormat)
 	}
 	if data[0] != Version {
-		return nil, fmt.Errorf("%w: transaction format %d, this version reads %d; update this node", ErrFormat, data[0], Version)
+		return fmt.Errorf("%w: transaction format %d, this version reads %d; update this node", ErrFormat, data[0], Version)
 	}
 	if len(data) > MaxTxnBytes {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, len(data), MaxTxnBytes)
+		return fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, len(data), MaxTxnBytes)
 	}
 	p := parser{rest: data[1:]}
-	t := &Txn{}
-	copy(t.ID[:], p.take(uint64(len(t.ID))))
-	t.Base = p.uvarint()
+	id, base := p.take(uint64(len(ID{}))), p.uvarint()
 	conds := p.count(MaxParts)
-	t.Conds = make([]Cond, 0, conds)
+	if t != nil {
+		copy(t.ID[:], id)
+		t.Base, t.Conds = base, make([]Cond, 0, conds)
+	}
 	for i := uint64(0); i < conds && p.err == nil; i++ {
-		t.Conds = append(t.Conds, p.cond())
+		if c := p.cond(); t != nil {
+			t.Conds = append(t.Conds, c)
+		}
 	}
 	ops := p.count(MaxParts - conds)
-	t.Ops = make([]Op, 0, ops)
+	if t != nil {
+		t.Ops = make([]Op, 0, ops)
+	}
 	for i := uint64(0); i < ops && p.err == nil; i++ {
-		t.Ops = append(t.Ops, p.op())
+		if o := p.op(); t != nil {
+			t.Ops = append(t.Ops, o)
+		}
 	}
 	if p.err == nil && len(p.rest) > 0 {
 		p.fail("%d bytes after the last operation", len(p.rest))
 	}
 	if p.err != nil {
-		return nil, fmt.Errorf("transaction: %w", p.err)
+		return fmt.Errorf("transaction: %w", p.err)
 	}
-	return t, nil
+	return nil
 }
 
 // parser takes values off the front of a byte string. After the first failure

@@ -122,10 +122,16 @@ func TestDecodeRefuses(t *testing.T) {
 		if _, err := DecodeTxn(data); !errors.Is(err, ErrFormat) && !errors.Is(err, ErrTooLarge) {
 			t.Errorf("%s: %v", name, err)
 		}
+		if err := CheckTxn(data); !errors.Is(err, ErrFormat) && !errors.Is(err, ErrTooLarge) {
+			t.Errorf("%s, checked: %v", name, err)
+		}
 	}
 	for n := range len(good) {
 		if _, err := DecodeTxn(good[:n]); err == nil {
 			t.Errorf("the first %d bytes decode", n)
+		}
+		if CheckTxn(good[:n]) == nil {
+			t.Errorf("the first %d bytes pass the check", n)
 		}
 	}
 }
@@ -178,6 +184,9 @@ func FuzzDecodeTxn(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		txn, err := DecodeTxn(data)
+		if checked := CheckTxn(data); (err == nil) != (checked == nil) {
+			t.Fatalf("decoding says %v, the check %v", err, checked)
+		}
 		if err != nil {
 			return
 		}

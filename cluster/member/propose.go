@@ -86,7 +86,7 @@ func (n *Node) attempt(ctx context.Context, txn []byte) (kv.Result, outcome, err
 // commit applies the bytes as the leader.
 func (n *Node) commit(ctx context.Context, txn []byte) (kv.Result, outcome, error) {
 	// Bytes that the state machine cannot read would halt every node.
-	if _, err := kv.DecodeTxn(txn); err != nil {
+	if err := kv.CheckTxn(txn); err != nil {
 		return kv.Result{}, refused, err
 	}
 	in := n.raft.Load()

@@ -21,7 +21,7 @@ type Backend interface {
 	// and then returns ErrNoLeader. Once the bytes may have reached a log it
 	// returns an error that wraps ErrUnknownOutcome, whatever went wrong; any
 	// other error promises that they will never take effect. A leader refuses
-	// bytes from other nodes that kv.DecodeTxn does not read.
+	// bytes that kv.CheckTxn refuses.
 	Propose(ctx context.Context, txn []byte) (kv.Result, error)
 	// ReadIndex gives an index such that every transaction committed before
 	// the call is at or below it, and that a transaction or a change of the
