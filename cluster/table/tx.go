@@ -74,8 +74,9 @@ func (v *View) rows(from, to []byte, limit int) iter.Seq2[kv.Row, error] {
 type Tx struct {
 	view    *View
 	conds   []kv.Cond
-	read    map[string]readRow // rows of the state that were read, and so have a RevIs
-	guarded map[string]bool    // logs that have a LenIs
+	read    map[string]int  // rows of the state that were read, and so have a RevIs: their place in found
+	found   []readRow       // those rows
+	guarded map[string]bool // logs that have a LenIs
 	ops     []kv.Op
 	written map[string]int // the newest operation on a row
 	numbers []*uint64      // one for each Append and Add, in order
@@ -87,22 +88,30 @@ type readRow struct {
 	ok bool
 }
 
+// usual is how many rows are read, and written, by a transaction that is not small:
+// a push takes about as many. Room for them is made at once.
+const usual = 24
+
 func newTx(v *View) *Tx {
-	return &Tx{view: v, read: map[string]readRow{}, guarded: map[string]bool{}, written: map[string]int{}}
+	return &Tx{view: v, read: make(map[string]int, usual), guarded: map[string]bool{}, written: make(map[string]int, usual)}
 }
 
 func (tx *Tx) rowCodec() *codec { return tx.view.codec }
 
 // base reads a row of the state below the Tx and guards it.
 func (tx *Tx) base(key []byte) (kv.Row, bool, error) {
-	if read, again := tx.read[string(key)]; again && !tx.view.ended {
-		return read.Row, read.ok, nil
+	if at, again := tx.read[string(key)]; again && !tx.view.ended {
+		return tx.found[at].Row, tx.found[at].ok, nil
 	}
 	row, ok, err := tx.view.row(key)
 	if err != nil {
 		return kv.Row{}, false, err
 	}
-	tx.read[string(key)] = readRow{row, ok}
+	if tx.found == nil {
+		tx.found, tx.conds = make([]readRow, 0, usual), slices.Grow(tx.conds, usual)
+	}
+	tx.read[string(key)] = len(tx.found)
+	tx.found = append(tx.found, readRow{row, ok})
 	tx.conds = append(tx.conds, kv.Cond{Kind: kv.RevIs, Key: key, Rev: row.Revision})
 	return row, ok, nil
 }
@@ -134,8 +143,8 @@ func (tx *Tx) own(key []byte) (row kv.Row, ok, known bool) {
 
 // below reads a row of the state below the Tx without a guard.
 func (tx *Tx) below(key []byte) (kv.Row, bool) {
-	if read, again := tx.read[string(key)]; again {
-		return read.Row, read.ok
+	if at, again := tx.read[string(key)]; again {
+		return tx.found[at].Row, tx.found[at].ok
 	}
 	return kv.ReadRow(tx.view.state, key)
 }
@@ -177,6 +186,9 @@ func (tx *Tx) add(op kv.Op, row bool) error {
 	}
 	if row {
 		tx.written[string(op.Key)] = len(tx.ops)
+	}
+	if tx.ops == nil {
+		tx.ops = make([]kv.Op, 0, usual)
 	}
 	tx.ops = append(tx.ops, op)
 	return nil
