@@ -78,7 +78,8 @@ func checkPush(p *Push) (Document, error) {
 		return Document{}, err
 	}
 	if p.Digest == "" {
-		p.Digest = digest.FromBytes(p.Bytes)
+		p.Digest, p.MediaType = digest.FromBytes(p.Bytes), doc.MediaType
+		return doc, nil
 	}
 	if _, err := entry.ParseDigest(p.Digest.String()); err != nil {
 		return Document{}, fault.Wrap(err, fault.Invalid, "the push names the manifest by %.140q, which is not a digest that is taken", p.Digest.String()).WithCode("DIGEST_INVALID")
