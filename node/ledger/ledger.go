@@ -45,6 +45,8 @@ const (
 	stretch = 4 << 20
 	// page is how many entries are read at once.
 	page = 256
+	// held is from which size on, in bytes, no more are read: manifests are with them.
+	held = 1 << 20
 	// roomy: a file below this size is not rewritten, in bytes.
 	roomy = 64 << 20
 	// farewell bounds the last look at the journals when the node stops.
@@ -91,12 +93,15 @@ type Ledger struct {
 	Config
 	dir   string
 	roomy int64
+	held  int
 	at    position
 	file  *os.File
 }
 
 // New makes the room.
-func New(c Config) *Ledger { return &Ledger{Config: c, dir: filepath.Join(c.Data, Dir), roomy: roomy} }
+func New(c Config) *Ledger {
+	return &Ledger{Config: c, dir: filepath.Join(c.Data, Dir), roomy: roomy, held: held}
+}
 
 // Run keeps the ledger until ctx ends. A disk that fails does not end it: the
 // ledger is tried again with the next change.
@@ -215,27 +220,12 @@ func (p position) clone() position {
 // follow writes the entries of a log that are not in the ledger yet.
 func (l *Ledger) follow(ctx context.Context, id entry.LogID, next *position, w *writer) error {
 	for ctx.Err() == nil {
-		n := 0
 		var records []record
-		err := l.DB.View(func(v *table.View) error {
-			p, ok, err := l.Projects.ByScope(v, id)
-			if err != nil || !ok {
-				return err // a log that no project has: of an earlier life, or deleted
-			}
-			for e, err := range l.Journal.Entries(v, id, next.Logs[id.String()], page) {
-				if err != nil {
-					return err
-				}
-				n++
-				r, err := l.record(v, p.Name, e.Value)
-				if err != nil {
-					return err
-				}
-				records = append(records, r)
-			}
-			return nil
+		err := l.DB.View(func(v *table.View) (err error) {
+			records, err = l.page(v, id, next.Logs[id.String()])
+			return err
 		})
-		if err != nil || n == 0 {
+		if err != nil || len(records) == 0 {
 			return err
 		}
 		for _, r := range records {
@@ -243,7 +233,7 @@ func (l *Ledger) follow(ctx context.Context, id entry.LogID, next *position, w *
 				return err
 			}
 		}
-		next.Logs[id.String()] += uint64(n)
+		next.Logs[id.String()] += uint64(len(records))
 		if w.size >= stretch {
 			if err := l.advance(next, w); err != nil {
 				return err
@@ -253,6 +243,29 @@ func (l *Ledger) follow(ctx context.Context, id entry.LogID, next *position, w *
 	return ctx.Err()
 }
 
+// page gives some of a log's entries from a number on, as many as are held at once.
+func (l *Ledger) page(v *table.View, id entry.LogID, from uint64) (records []record, err error) {
+	p, ok, err := l.Projects.ByScope(v, id)
+	if err != nil || !ok {
+		return nil, err // a log that no project has: of an earlier life, or deleted
+	}
+	held := 0
+	for e, err := range l.Journal.Entries(v, id, from, page) {
+		if err != nil {
+			return nil, err
+		}
+		r, err := l.record(v, p.Name, e.Value)
+		if err != nil {
+			return nil, err
+		}
+		records, held = append(records, r), held+len(r.Value)+len(r.Manifest)
+		if held >= l.held {
+			break
+		}
+	}
+	return records, nil
+}
+
 func (l *Ledger) record(v *table.View, project string, value []byte) (record, error) {
 	r := record{Project: project, Value: append([]byte(nil), value...)}
 	// Checked it was when it came into the journal, and will be by a rebuild.
@@ -260,11 +273,11 @@ func (l *Ledger) record(v *table.View, project string, value []byte) (record, er
 		Kind   string        `cbor:"kind"`
 		Digest digest.Digest `cbor:"digest"`
 	}
-	if err := cbor.Unmarshal(value, &e); err != nil || e.Kind != entry.ArtifactPut {
+	err := cbor.Unmarshal(value, &e)
+	if err != nil || e.Kind != entry.ArtifactPut {
 		return r, err
 	}
-	body, err := l.Catalog.Small(v, e.Digest)
-	r.Manifest = append([]byte(nil), body...)
+	r.Manifest, err = l.Catalog.Small(v, e.Digest)
 	return r, err
 }
 

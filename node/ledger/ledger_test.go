@@ -3,6 +3,7 @@ package ledger
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -13,6 +14,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/atoll-registry/atoll/bundle/entry"
+	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/table/tabletest"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/catalog"
@@ -150,6 +153,32 @@ func TestFollowsTheJournals(t *testing.T) {
 	s.catch()
 	s.want(2, map[string]digest.Digest{"b": a})
 	_ = b
+}
+
+// Few bytes are held at once, however many entries there are, and none is left out.
+func TestHoldsLittle(t *testing.T) {
+	s := newSite(t)
+	s.Ledger.held = 1
+	tags := map[string]digest.Digest{}
+	for n := range 5 {
+		tags[fmt.Sprint("tag", n)] = s.push(fmt.Sprint("tag", n), n)
+	}
+	if err := s.DB.View(func(v *table.View) error {
+		for id, err := range s.Journal.Logs(v, entry.LogID{}) {
+			records, failed := s.page(v, id, 0)
+			if len(records) > 1 {
+				t.Errorf("%d entries are held at once", len(records))
+			}
+			if err := errors.Join(err, failed); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	s.catch()
+	s.want(5, tags)
 }
 
 // What was written and not counted when the power failed is written again.
