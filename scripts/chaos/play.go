@@ -82,7 +82,7 @@ func play(ctx context.Context, p Plan) (r *Report, err error) {
 	if !judge.push(ctx, 0, "anchor") {
 		return nil, errors.New("the first push was refused")
 	}
-	if err := s.settled(starting); err != nil {
+	if err := errors.Join(s.settled(starting), judge.served(starting)); err != nil {
 		return nil, err
 	}
 
@@ -116,6 +116,24 @@ func play(ctx context.Context, p Plan) (r *Report, err error) {
 		err = s.keep(p)
 	}
 	return r, err
+}
+
+// served waits until every node serves the anchor: one that has just joined may
+// have no state of the site yet, and what it does not know it cannot serve when the
+// others are gone.
+func (c *client) served(ctx context.Context) error {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for node, b := range c.site.nodes {
+		for err := c.pull(ctx, node, "anchor"); err != nil; err = c.pull(ctx, node, "anchor") {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return fmt.Errorf("%s does not serve the first image: %w", b.Host.Name, err)
+			}
+		}
+	}
+	return nil
 }
 
 // keep stops the nodes and copies what they hold out of their disks, which go with
@@ -169,10 +187,11 @@ func (c *client) judge(ctx context.Context, a *attack, took time.Duration) (*Rep
 	r.none("histories that no order explains", linearizable)
 	missing := 0
 	for node, b := range c.site.nodes {
-		for _, image := range acked {
+		for i, image := range acked {
 			if err := c.pull(ctx, node, image.manifest.String()); err != nil {
 				missing++
-				failures = append(failures, fmt.Sprintf("%s lacks what was acknowledged: %v", b.Host.Name, err))
+				again := c.pull(ctx, node, image.manifest.String())
+				failures = append(failures, fmt.Sprintf("%s lacks what was acknowledged (%d of %d): %v; asked again: %v", b.Host.Name, i+1, len(acked), err, again))
 			}
 		}
 	}
@@ -181,7 +200,7 @@ func (c *client) judge(ctx context.Context, a *attack, took time.Duration) (*Rep
 	r.none("nodes that list other tags than the first", differ)
 	r.none("answers that should not have been given", len(failures))
 	r.add("until mended", took.Seconds(), "s", "-", true)
-	for _, text := range failures[:min(10, len(failures))] {
+	for _, text := range failures[:min(100, len(failures))] {
 		a.plan.Say("%s", text)
 	}
 	return r, err
