@@ -31,6 +31,8 @@ const (
 type Config struct {
 	// Data is the directory of all that the node keeps.
 	Data string
+	// Keys opens and seals the files of Data that hold keys.
+	Keys Keys
 	// Listen is the address of the registry and the API, host:port.
 	Listen string
 	// PeerListen is the address of the port between nodes; "" is Listen's host

@@ -88,7 +88,7 @@ func (n *Node) foundTogether(ctx context.Context) (who member.Identity, err erro
 func (n *Node) founders(network founding.Network) founding.Config {
 	c := n.config
 	return founding.Config{
-		Dir: c.Data, Name: c.Name, Advertise: c.Advertise, Addrs: c.Join, Expect: c.Expect,
+		Dir: c.Data, Keys: n.keys, Name: c.Name, Advertise: c.Advertise, Addrs: c.Join, Expect: c.Expect,
 		Pairing: c.pairing, Network: network, Log: n.log,
 	}
 }

@@ -27,6 +27,7 @@ import (
 
 	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
@@ -50,6 +51,7 @@ type Node struct {
 	config  Config
 	log     *slog.Logger
 	lock    *os.File
+	keys    *keyring.Ring // of the files that hold keys
 	founded bool
 
 	peerListener net.Listener
@@ -92,6 +94,9 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	}
 	if err := recovery.Pending(c.Data); err != nil {
 		return nil, fault.New(fault.Conflict, "%v", err)
+	}
+	if n.keys, err = c.Keys.open(ctx, c.Data); err != nil {
+		return nil, err
 	}
 	// The addresses and the certificate first: a node that cannot have them must
 	// not found a site.
@@ -203,7 +208,7 @@ func ownAddress() (string, error) {
 // identify reads who this node is, or makes it somebody.
 func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 	c := n.config
-	who, err := member.LoadIdentity(c.Data)
+	who, err := member.LoadIdentity(c.Data, n.keys)
 	if err == nil {
 		err = notWhole(member.CheckLog(c.Data)) // before anything is made in the directory
 	}
@@ -216,7 +221,7 @@ func (n *Node) identify(ctx context.Context) (member.Identity, error) {
 			return who, err
 		}
 		n.founded = true
-		return member.Found(c.Data, c.Name, c.Advertise)
+		return member.Found(c.Data, c.Name, c.Advertise, n.keys)
 	case c.Expect > 0:
 		return n.foundTogether(ctx)
 	case len(c.Join) > 0:
@@ -257,7 +262,7 @@ func (n *Node) joinWith(ctx context.Context, token string, addrs []string) (memb
 		return member.Identity{}, err
 	}
 	return member.Join(ctx, member.JoinConfig{
-		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
+		Dir: n.config.Data, Keys: n.keys, Name: n.config.Name, Advertise: n.config.Advertise,
 		Addrs: addrs, Token: token, Log: n.log,
 		Dial: func(ctx context.Context, addr string, pin []byte) (net.Conn, error) {
 			conn, err := dialer.DialJoin(ctx, addr, pin)
@@ -319,14 +324,14 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	n.engine = kv.WriteBehind(n.reserve.Engine(n.engine))
 	n.db = table.New(n.engine, n.log)
 	if n.member, err = member.New(member.Config{
-		Dir: n.config.Data, Name: n.config.Name, Advertise: n.config.Advertise,
+		Dir: n.config.Data, Keys: n.keys, Name: n.config.Name, Advertise: n.config.Advertise,
 		Network: n.network, DB: n.db, Epoch: guard, Log: n.log, Registry: metrics,
 		Version: n.config.Version, Timings: n.config.timings, Snapshots: n.config.Snapshots, Clock: n.config.clock,
 		Disk: n.reserve, Labels: n.config.Labels, Cache: n.config.Cache,
 	}, who); err != nil {
 		return err
 	}
-	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.reserve, n.files})
+	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.reserve, n.files, n.keys})
 	return err
 }
 
@@ -435,7 +440,7 @@ func (n *Node) settle(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, settlePatience,
 		fault.New(fault.Unavailable, "the site has no leader; start more of its nodes, then this one again"))
 	defer cancel()
-	who, err := member.LoadIdentity(n.config.Data)
+	who, err := member.LoadIdentity(n.config.Data, n.keys)
 	if err != nil {
 		return err
 	}

@@ -31,7 +31,12 @@ type rebuildPhase struct {
 // its ledger. c names the directory, and how the node is called; it listens
 // nowhere that others see. Cut short, it is run again.
 func Rebuild(ctx context.Context, c Config, progress func(repository string)) (report ledger.Report, err error) {
-	err = locked(c.Data, func() error { return prepareRebuild(c.Data) })
+	err = locked(c.Data, func() error {
+		if err := c.Keys.inherit(ctx, c.Data); err != nil {
+			return err
+		}
+		return prepareRebuild(c.Data)
+	})
 	if err != nil {
 		return report, err
 	}

@@ -23,40 +23,58 @@ import (
 // the directory's lock, so that no node can start meanwhile.
 
 // Restore makes a site of a backup in a data directory that holds no node.
-func Restore(ctx context.Context, r backup.Restoring) (out backup.Restored, err error) {
+func Restore(ctx context.Context, r backup.Restoring, keys Keys) (out backup.Restored, err error) {
 	r.Answers = func(who member.Identity) (func(ctx context.Context, addr, id string) bool, error) {
 		return answering(who, r.Log)
 	}
 	err = locked(r.Data, func() error {
+		if r.Keys, err = keys.open(ctx, r.Data); err != nil {
+			return err
+		}
 		out, err = backup.Restore(ctx, r)
 		return refused(err)
 	})
 	return out, err
 }
 
+// Offline is a stopped node's data directory and what opens its keys.
+type Offline struct {
+	Data string
+	Keys Keys
+	Log  *slog.Logger
+}
+
 // Recover makes the node of a data directory, alone, the whole of its site. A
 // fault Conflict says why it is not done. clusterKey is for a node that had no vote:
 // see recovery.Survivor.
-func Recover(ctx context.Context, data string, clusterKey []byte, log *slog.Logger) (out recovery.Recovered, err error) {
-	err = locked(data, func() error {
-		who, err := member.LoadIdentity(data)
-		if err != nil {
-			return refused(err)
-		}
-		answers, err := answering(who, log)
+func Recover(ctx context.Context, o Offline, clusterKey []byte) (out recovery.Recovered, err error) {
+	err = locked(o.Data, func() error {
+		keys, err := o.Keys.open(ctx, o.Data)
 		if err != nil {
 			return err
 		}
-		out, err = recovery.Recover(ctx, recovery.Survivor{Dir: data, Answers: answers, Prepare: backup.NewLife(data), ClusterKey: clusterKey, Log: log})
+		who, err := member.LoadIdentity(o.Data, keys)
+		if err != nil {
+			return refused(err)
+		}
+		answers, err := answering(who, o.Log)
+		if err != nil {
+			return err
+		}
+		out, err = recovery.Recover(ctx, recovery.Survivor{Dir: o.Data, Keys: keys, Answers: answers, Prepare: backup.NewLife(o.Data), ClusterKey: clusterKey, Log: o.Log})
 		return refused(err)
 	})
 	return out, err
 }
 
 // Salvage writes what a fenced node alone has.
-func Salvage(data string, w io.Writer, log *slog.Logger) (out recovery.Count, err error) {
-	err = locked(data, func() error {
-		out, err = recovery.Salvage(data, w, log)
+func Salvage(ctx context.Context, o Offline, w io.Writer) (out recovery.Count, err error) {
+	err = locked(o.Data, func() error {
+		keys, err := o.Keys.open(ctx, o.Data)
+		if err != nil {
+			return err
+		}
+		out, err = recovery.Salvage(o.Data, keys, w, o.Log)
 		return refused(err)
 	})
 	return out, err

@@ -98,11 +98,11 @@ func TestBackupAndRestore(t *testing.T) {
 	}
 	// Beside the site that works, which it would put out of service.
 	drill := backup.Restoring{Data: filepath.Join(t.TempDir(), "drill"), File: bytes.NewReader(file), Identities: []age.Identity{identity}, Log: quiet}
-	if _, err := Restore(t.Context(), drill); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "--replace") {
+	if _, err := Restore(t.Context(), drill, Keys{}); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "--replace") {
 		t.Errorf("a restore within reach of the site ends with %v", err)
 	}
 	drill.Replace, drill.File = true, bytes.NewReader(file)
-	if _, err := Restore(t.Context(), drill); err != nil {
+	if _, err := Restore(t.Context(), drill, Keys{}); err != nil {
 		t.Errorf("a restore that may replace the site ends with %v", err)
 	}
 	if err := one.stop(); err != nil {
@@ -115,7 +115,7 @@ func TestBackupAndRestore(t *testing.T) {
 		restore := func(step func(string) error) (backup.Restored, error) {
 			return Restore(t.Context(), backup.Restoring{
 				Data: c.Data, File: bytes.NewReader(file), Identities: []age.Identity{identity}, Log: quiet, Step: step,
-			})
+			}, Keys{})
 		}
 		_, err := restore(func(name string) error {
 			if n++; n > kill {
@@ -240,16 +240,16 @@ func TestRecoverAndWelcomeBack(t *testing.T) {
 		return ""
 	})
 	third := nodes[2]
-	if _, err := Recover(t.Context(), third.Data, nil, quiet); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "another node runs") {
+	if _, err := Recover(t.Context(), Offline{Data: third.Data, Log: quiet}, nil); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "another node runs") {
 		t.Errorf("recovering a node that runs: %v", err)
 	}
 	nodes[1].stop()
 	third.stop()
-	if _, err := Recover(t.Context(), third.Data, nil, quiet); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), nodes[0].PeerAddr) {
+	if _, err := Recover(t.Context(), Offline{Data: third.Data, Log: quiet}, nil); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), nodes[0].PeerAddr) {
 		t.Errorf("recovering while a voter answers: %v", err)
 	}
 	nodes[0].stop()
-	out, err := Recover(t.Context(), third.Data, nil, quiet)
+	out, err := Recover(t.Context(), Offline{Data: third.Data, Log: quiet}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -286,7 +286,7 @@ func TestRecoverAndWelcomeBack(t *testing.T) {
 
 	old.stop()
 	var saved bytes.Buffer
-	if count, err := Salvage(old.Data, &saved, quiet); err != nil || !count.Exact {
+	if count, err := Salvage(t.Context(), Offline{Data: old.Data, Log: quiet}, &saved); err != nil || !count.Exact {
 		t.Errorf("salvage: %+v, %v", count, err)
 	}
 	if _, err := Wipe(old.Data); err != nil {

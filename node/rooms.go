@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/reserve"
@@ -84,6 +85,7 @@ type ground struct {
 	network *peernet.Net
 	reserve *reserve.Reserve
 	files   *fileCertificate // nil unless the user has a certificate
+	keys    *keyring.Ring    // of the files that hold keys
 }
 
 // newRooms builds the rooms and starts nothing. Adding a room is one line here
@@ -103,7 +105,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	if r.watch, err = newWatch(g, r, minFree.Value); err != nil {
 		return nil, err
 	}
-	if r.storage, err = storage.New(ctx, storage.Config{Data: g.config.Data, Store: r.store, Members: r.members(g), Log: g.log}, g.config.Storage); err != nil {
+	if r.storage, err = storage.New(ctx, storage.Config{Data: g.config.Data, Keys: g.keys, Store: r.store, Members: r.members(g), Log: g.log}, g.config.Storage); err != nil {
 		return nil, err
 	}
 	r.records = blobs.NewRecords(g.db)

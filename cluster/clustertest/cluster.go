@@ -83,7 +83,7 @@ type Node struct {
 func (c *Cluster) Found() *Node {
 	c.t.Helper()
 	n := c.newNode()
-	if _, err := member.Found(n.Dir, n.Name, n.Addr); err != nil {
+	if _, err := member.Found(n.Dir, n.Name, n.Addr, nil); err != nil {
 		c.t.Fatal(err)
 	}
 	n.Start()
@@ -150,7 +150,7 @@ func (n *Node) Start() {
 // TryStart is Start for a node that may refuse.
 func (n *Node) TryStart() (err error) {
 	t, opts := n.cluster.t, n.cluster.opts
-	identity, err := member.LoadIdentity(n.Dir)
+	identity, err := member.LoadIdentity(n.Dir, nil)
 	if err != nil {
 		return err
 	}

@@ -29,7 +29,7 @@ func (c *Cluster) rotated(old []byte) {
 			if err != nil || cerr != nil || !s.Quorum || s.Rotation.Phase != "" || len(certs) != 1 || bytes.Equal(n.CA(), old) {
 				return false
 			}
-			stored, err := member.LoadIdentity(n.Dir)
+			stored, err := member.LoadIdentity(n.Dir, nil)
 			if err != nil || !bytes.Equal(stored.CA, n.CA()) {
 				return false
 			}

@@ -161,7 +161,7 @@ func (c *Cluster) growOld() (nodes []*Node) {
 		n.Level, n.Version = 1, "v0.1"
 		var err error
 		if len(nodes) == 0 {
-			_, err = member.Found(n.Dir, n.Name, n.Addr)
+			_, err = member.Found(n.Dir, n.Name, n.Addr, nil)
 		} else {
 			err = n.JoinWith(c.token(nodes[0]), nodes[0].Addr)
 		}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/joining"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
 )
@@ -30,8 +31,9 @@ type Network interface {
 
 // Config of a machine that holds the token.
 type Config struct {
-	Dir             string // data directory
-	Name, Advertise string // as in member.JoinConfig
+	Dir             string        // data directory
+	Keys            *keyring.Ring // as in member.JoinConfig
+	Name, Advertise string        // as in member.JoinConfig
 	Addrs           []string
 	Expect          int // so many machines found the site
 	Pairing         *pki.Pairing

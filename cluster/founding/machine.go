@@ -402,7 +402,7 @@ func (m *machine) propose(ctx context.Context, p Proposal) (id member.Identity, 
 	}
 	// Until this returns the others hear nothing. When it fails the machine ends: the
 	// next start sees whether there is an identity.
-	if id, err = member.Found(m.Dir, m.Name, m.Advertise); err != nil {
+	if id, err = member.Found(m.Dir, m.Name, m.Advertise, m.Keys); err != nil {
 		return id, false, err
 	}
 	if err := m.step("founded"); err != nil {

@@ -106,7 +106,7 @@ func (b *box) start() {
 }
 
 func (b *box) live(ctx context.Context) error {
-	if _, err := member.LoadIdentity(b.config.Dir); errors.Is(err, member.ErrEmpty) {
+	if _, err := member.LoadIdentity(b.config.Dir, b.config.Keys); errors.Is(err, member.ErrEmpty) {
 		if _, _, err := Run(ctx, b.config); err != nil {
 			return err
 		}
@@ -134,7 +134,7 @@ func (b *box) kill() {
 
 // site is that of the machine's disk; "" for none.
 func (b *box) site() string {
-	id, err := member.LoadIdentity(b.config.Dir)
+	id, err := member.LoadIdentity(b.config.Dir, b.config.Keys)
 	if err != nil && !errors.Is(err, member.ErrEmpty) {
 		b.w.t.Errorf("%s: %v", b.config.Name, err)
 	}
@@ -143,7 +143,7 @@ func (b *box) site() string {
 
 // The machine as its node, which grants by the rules of cluster/member.
 func (b *box) Identity() member.Identity {
-	id, err := member.LoadIdentity(b.config.Dir)
+	id, err := member.LoadIdentity(b.config.Dir, b.config.Keys)
 	if err != nil {
 		b.w.t.Error(err)
 	}
@@ -192,7 +192,7 @@ func (b *box) join(ctx context.Context, grant string, addrs []string) (id member
 	if id.Cert, err = b.w.sites[site].IssueNode(key.Public(), site, id.NodeID, time.Now()); err != nil {
 		return id, err
 	}
-	return id, id.Save(b.config.Dir)
+	return id, id.Save(b.config.Dir, b.config.Keys)
 }
 
 // line is a listener that pipes come through.

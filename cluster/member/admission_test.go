@@ -91,21 +91,21 @@ func FuzzParseJoin(f *testing.F) {
 
 func TestFound(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
-	if _, err := LoadIdentity(dir); !errors.Is(err, ErrEmpty) {
+	if _, err := LoadIdentity(dir, nil); !errors.Is(err, ErrEmpty) {
 		t.Fatalf("an absent directory gives %v, want ErrEmpty", err)
 	}
-	made, err := Found(dir, "node1", "10.0.0.1:5001")
+	made, err := Found(dir, "node1", "10.0.0.1:5001", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	read, err := LoadIdentity(dir)
+	read, err := LoadIdentity(dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if read.NodeID != made.NodeID || read.SiteID != made.SiteID || string(read.ClusterKey) != string(made.ClusterKey) {
 		t.Errorf("founded %+v, read %+v", made, read)
 	}
-	if _, err := Found(dir, "node1", "10.0.0.1:5001"); !errors.Is(err, ErrFounded) {
+	if _, err := Found(dir, "node1", "10.0.0.1:5001", nil); !errors.Is(err, ErrFounded) {
 		t.Errorf("founding twice gives %v", err)
 	}
 	files, err := os.ReadDir(dir)
@@ -122,14 +122,14 @@ func TestFound(t *testing.T) {
 		}
 	}
 	for _, bad := range []struct{ name, addr string }{{"", "10.0.0.1:1"}, {"a b", "10.0.0.1:1"}, {"a", ":5001"}, {"a", "[::]:5001"}, {"a", "10.0.0.1:0"}} {
-		if _, err := Found(t.TempDir(), bad.name, bad.addr); err == nil {
+		if _, err := Found(t.TempDir(), bad.name, bad.addr, nil); err == nil {
 			t.Errorf("founded as %q at %q", bad.name, bad.addr)
 		}
 	}
 	if err := os.WriteFile(filepath.Join(dir, ClusterKeyFile), []byte("short"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := LoadIdentity(dir); err == nil || errors.Is(err, ErrEmpty) {
+	if _, err := LoadIdentity(dir, nil); err == nil || errors.Is(err, ErrEmpty) {
 		t.Errorf("a damaged cluster key gives %v", err)
 	}
 	// A node without a vote has none; one that was cut short while it erased it has zeros.
@@ -137,7 +137,7 @@ func TestFound(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, ClusterKeyFile), forgotten, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if id, err := LoadIdentity(dir); err != nil || len(id.ClusterKey) != 0 {
+		if id, err := LoadIdentity(dir, nil); err != nil || len(id.ClusterKey) != 0 {
 			t.Errorf("without the cluster key: %v, %v", id.ClusterKey, err)
 		}
 	}
@@ -148,13 +148,13 @@ func TestFoundingBesideStrayState(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "raft"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Found(dir, "node1", "10.0.0.1:5001"); err == nil {
+	if _, err := Found(dir, "node1", "10.0.0.1:5001", nil); err == nil {
 		t.Error("founded a site where a log without an identity lies")
 	}
 }
 
 func TestRenewAt(t *testing.T) {
-	id, err := Found(t.TempDir(), "node1", "10.0.0.1:5001")
+	id, err := Found(t.TempDir(), "node1", "10.0.0.1:5001", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

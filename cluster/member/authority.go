@@ -13,7 +13,6 @@ import (
 
 	"github.com/hashicorp/raft"
 
-	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -153,7 +152,7 @@ func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certif
 			if err != nil {
 				return tls.Certificate{}, err
 			}
-			if err := atomicfile.WriteJSON(filepath.Join(n.cfg.Dir, serverFile), serverJSON{answer.Chain, keyPEM}); err != nil {
+			if err := n.cfg.Keys.WriteJSON(filepath.Join(n.cfg.Dir, serverFile), serverJSON{answer.Chain, keyPEM}); err != nil {
 				n.log.Warn("the certificate of the registry's address is not kept for the next start", "error", err)
 			}
 			return tls.X509KeyPair(answer.Chain, keyPEM)
@@ -179,7 +178,7 @@ func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certif
 // keptServer is the last certificate of the public listener, if it is still good.
 func (n *Node) keptServer() (tls.Certificate, bool) {
 	var kept serverJSON
-	if err := atomicfile.ReadJSON(filepath.Join(n.cfg.Dir, serverFile), &kept); err != nil {
+	if err := n.cfg.Keys.ReadJSON(filepath.Join(n.cfg.Dir, serverFile), &kept); err != nil {
 		return tls.Certificate{}, false
 	}
 	cert, err := tls.X509KeyPair(kept.Chain, kept.Key)
@@ -310,7 +309,7 @@ func (n *Node) alter(change func(id *Identity)) error {
 	if _, err := id.issuer(); err != nil {
 		return err
 	}
-	if err := id.save(n.cfg.Dir); err != nil {
+	if err := id.save(n.cfg.Dir, n.cfg.Keys); err != nil {
 		return err
 	}
 	return n.become(id)

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/atomicfile"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
@@ -38,7 +39,12 @@ const MachineFile = "machine.json"
 // Files are the names of the files that make a directory that of a node, the
 // identity first.
 func Files() []string {
-	return []string{identityFile, ClusterKeyFile, serverFile, foundingFile, joiningFile, MachineFile, version.StampFile}
+	return []string{identityFile, ClusterKeyFile, serverFile, foundingFile, joiningFile, keyring.RekeyFile, MachineFile, version.StampFile}
+}
+
+// Secrets are the names of the files that hold keys, which a keyring.Ring seals.
+func Secrets() []string {
+	return []string{identityFile, ClusterKeyFile, serverFile, foundingFile, joiningFile}
 }
 
 // identityFormat is the version of identity.json.
@@ -86,14 +92,15 @@ type foundingJSON struct {
 	CAKey string `json:"ca_key"`
 }
 
-// LoadIdentity reads the identity in dir; ErrEmpty when there is none,
-// version.ErrMismatch when another version of the program has to be used on it.
-func LoadIdentity(dir string) (Identity, error) {
+// LoadIdentity reads the identity in dir, which keys opens; ErrEmpty when there is
+// none, version.ErrMismatch when another version of the program has to be used on it,
+// keyring.ErrLocked when keys are not those that it was sealed with.
+func LoadIdentity(dir string, keys *keyring.Ring) (Identity, error) {
 	if err := version.Check(dir, ""); err != nil {
 		return Identity{}, err
 	}
 	var stored identityJSON
-	if err := atomicfile.ReadJSON(filepath.Join(dir, identityFile), &stored); errors.Is(err, fs.ErrNotExist) {
+	if err := keys.ReadJSON(filepath.Join(dir, identityFile), &stored); errors.Is(err, fs.ErrNotExist) {
 		return Identity{}, fmt.Errorf("%s: %w", dir, ErrEmpty)
 	} else if err != nil {
 		return Identity{}, fmt.Errorf("reading the node's identity: %w", err)
@@ -101,7 +108,7 @@ func LoadIdentity(dir string) (Identity, error) {
 	if stored.Format != identityFormat {
 		return Identity{}, fmt.Errorf("%s has format %d, this version of Atoll reads %d: run the version that wrote it, or a newer one", filepath.Join(dir, identityFile), stored.Format, identityFormat)
 	}
-	key, err := os.ReadFile(filepath.Join(dir, ClusterKeyFile))
+	key, err := keys.Read(filepath.Join(dir, ClusterKeyFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return Identity{}, fmt.Errorf("reading the cluster key: %w", err)
 	}
@@ -143,23 +150,23 @@ func (id Identity) Pool() (*x509.CertPool, error) { return pki.Pool(id.CA) }
 
 // Save writes the identity of a node that was made outside of Found and Join:
 // by a restore.
-func (id Identity) Save(dir string) error { return id.save(dir) }
+func (id Identity) Save(dir string, keys *keyring.Ring) error { return id.save(dir, keys) }
 
 // save writes the identity; the identity file comes last, because its
 // existence says that the directory belongs to a site.
-func (id Identity) save(dir string) error {
+func (id Identity) save(dir string, keys *keyring.Ring) error {
 	if err := version.Mark(dir, "", 0); err != nil {
 		return err
 	}
-	keys := filepath.Join(dir, ClusterKeyFile)
+	path := filepath.Join(dir, ClusterKeyFile)
 	if len(id.ClusterKey) == 0 {
-		if err := atomicfile.Erase(keys); err != nil {
+		if err := atomicfile.Erase(path); err != nil {
 			return err
 		}
-	} else if err := atomicfile.WriteSecret(keys, id.ClusterKey); err != nil {
+	} else if err := keys.WriteSecret(path, id.ClusterKey); err != nil {
 		return err
 	}
-	return atomicfile.WriteJSON(filepath.Join(dir, identityFile), identityJSON{
+	return keys.WriteJSON(filepath.Join(dir, identityFile), identityJSON{
 		Format: identityFormat, Site: id.SiteID, Node: id.NodeID, Name: id.Name,
 		CA: string(id.CA), Links: string(id.Links), Renewal: id.Renewal, Cert: string(id.Cert), Key: string(id.Key), Token: id.TokenKey,
 	})
@@ -167,7 +174,7 @@ func (id Identity) save(dir string) error {
 
 // Found makes dir the data directory of a new site's first node. The site's
 // first rows are committed when the node runs.
-func Found(dir, name, advertise string) (Identity, error) {
+func Found(dir, name, advertise string, keys *keyring.Ring) (Identity, error) {
 	if err := checkName(name); err != nil {
 		return Identity{}, err
 	}
@@ -201,10 +208,10 @@ func Found(dir, name, advertise string) (Identity, error) {
 	if id.Cert, err = authority.IssueNode(key.Public(), id.SiteID, id.NodeID, now); err != nil {
 		return Identity{}, err
 	}
-	if err := atomicfile.WriteJSON(filepath.Join(dir, foundingFile), foundingJSON{CAKey: string(caKey)}); err != nil {
+	if err := keys.WriteJSON(filepath.Join(dir, foundingFile), foundingJSON{CAKey: string(caKey)}); err != nil {
 		return Identity{}, err
 	}
-	return id, id.save(dir)
+	return id, id.save(dir, keys)
 }
 
 // prepareDir makes the directory of a node that has no identity yet.

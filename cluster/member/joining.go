@@ -15,6 +15,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/joining"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
@@ -22,7 +23,8 @@ import (
 
 // JoinConfig is what a new node needs to join a site.
 type JoinConfig struct {
-	Dir       string // data directory without an identity
+	Dir       string        // data directory without an identity
+	Keys      *keyring.Ring // seals the files of Dir that hold keys; nil: they are plain
 	Name      string
 	Advertise string // host:port of this node's peer port
 	APIURL    string // where clients will reach this node; "" when not known yet
@@ -112,7 +114,7 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	if err := atomicfile.Remove(filepath.Join(cfg.Dir, foundingFile)); err != nil {
 		return Identity{}, err
 	}
-	pending, key, err := application(cfg.Dir, token.ID)
+	pending, key, err := application(cfg.Dir, token.ID, cfg.Keys)
 	if err != nil {
 		return Identity{}, err
 	}
@@ -143,7 +145,7 @@ func Join(ctx context.Context, cfg JoinConfig) (Identity, error) {
 	if err := epoch.Save(cfg.Dir, recovered); err != nil {
 		return Identity{}, err
 	}
-	return id, id.save(cfg.Dir)
+	return id, id.save(cfg.Dir, cfg.Keys)
 }
 
 // check makes sure of what a site answered before it is stored.
@@ -163,10 +165,10 @@ func (id Identity) check(pin []byte) error {
 // application gives the key and the id under which the node applies with a
 // token: those of an earlier try with the same token, else new ones, which are
 // on disk before they are sent.
-func application(dir, tokenID string) (joiningJSON, crypto.Signer, error) {
+func application(dir, tokenID string, keys *keyring.Ring) (joiningJSON, crypto.Signer, error) {
 	path := filepath.Join(dir, joiningFile)
 	var pending joiningJSON
-	err := atomicfile.ReadJSON(path, &pending)
+	err := keys.ReadJSON(path, &pending)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return pending, nil, err
 	}
@@ -186,7 +188,7 @@ func application(dir, tokenID string) (joiningJSON, crypto.Signer, error) {
 		return pending, nil, err
 	}
 	pending = joiningJSON{TokenID: tokenID, Node: table.NewID(), Key: string(keyPEM)}
-	return pending, key, atomicfile.WriteJSON(path, pending)
+	return pending, key, keys.WriteJSON(path, pending)
 }
 
 // apply asks one node after the other. A refusal is final, unless it says to

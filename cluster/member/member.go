@@ -25,6 +25,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/epoch"
 	"github.com/atoll-registry/atoll/cluster/gossip"
 	"github.com/atoll-registry/atoll/cluster/joining"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
 )
@@ -57,12 +58,13 @@ type Network interface {
 // Config is what a Node needs. Zero values of what is not required mean the
 // defaults of the design.
 type Config struct {
-	Dir       string // of the identity and of raft's files; required
-	Name      string // a label; the identity's when empty
-	Advertise string // host:port of the peer port as other nodes reach it; required
-	Version   string // of the program, for people
-	Level     int    // of the program: version.Level when 0
-	APIURL    string // where clients reach this node's public API
+	Dir       string        // of the identity and of raft's files; required
+	Keys      *keyring.Ring // opens and seals the files of Dir that hold keys; nil: they are plain
+	Name      string        // a label; the identity's when empty
+	Advertise string        // host:port of the peer port as other nodes reach it; required
+	Version   string        // of the program, for people
+	Level     int           // of the program: version.Level when 0
+	APIURL    string        // where clients reach this node's public API
 	Network   Network
 	DB        *table.DB // New defines its tables on it; built before Run
 	// Epoch judges the peers that Network meets; nil: there was no recovery.
@@ -214,7 +216,7 @@ func New(cfg Config, identity Identity) (*Node, error) {
 		cfg: cfg, log: cfg.Log, db: cfg.DB, rows: defineRows(cfg.DB), gate: version.NewGate(cfg.DB, cfg.Level, cfg.Version),
 		changed: newSignal(), peers: newSightings(), ready: make(chan struct{}), begun: time.Now(), run: table.NewID(),
 	}
-	err := identity.ensureTokenKey(cfg.Dir)
+	err := identity.ensureTokenKey(cfg.Dir, cfg.Keys)
 	if err != nil {
 		return nil, err
 	}

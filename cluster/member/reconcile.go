@@ -93,7 +93,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 	}
 	path := filepath.Join(n.cfg.Dir, foundingFile)
 	var founding foundingJSON
-	if err := atomicfile.ReadJSON(path, &founding); err != nil {
+	if err := n.cfg.Keys.ReadJSON(path, &founding); err != nil {
 		return err
 	}
 	id := n.Identity()

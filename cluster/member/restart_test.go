@@ -330,7 +330,7 @@ func TestAFoundingThatWasCutOffGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := clustertest.New(t, clustertest.Options{Define: withWords})
 		n := c.NewNode()
-		if _, err := member.Found(n.Dir, n.Name, n.Addr); err != nil {
+		if _, err := member.Found(n.Dir, n.Name, n.Addr, nil); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Mkdir(filepath.Join(n.Dir, "raft"), 0o700); err != nil {
@@ -450,7 +450,7 @@ func TestAFoundingThatWasCutOffIsForgottenByAJoin(t *testing.T) {
 		c := clustertest.New(t, clustertest.Options{})
 		first := c.Found()
 		n := c.NewNode()
-		if _, err := member.Found(n.Dir, n.Name, n.Addr); err != nil {
+		if _, err := member.Found(n.Dir, n.Name, n.Addr, nil); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Remove(filepath.Join(n.Dir, "identity.json")); err != nil { // the last to be written

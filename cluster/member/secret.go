@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
@@ -546,11 +547,11 @@ func tokenKeyID(node string, public ed25519.PublicKey) string {
 }
 
 // ensureTokenKey makes the node's token key where there is none yet.
-func (id *Identity) ensureTokenKey(dir string) error {
+func (id *Identity) ensureTokenKey(dir string, keys *keyring.Ring) error {
 	if len(id.TokenKey) == ed25519.SeedSize {
 		return nil
 	}
 	id.TokenKey = make([]byte, ed25519.SeedSize)
 	rand.Read(id.TokenKey) // never fails: crypto/rand's promise
-	return id.save(dir)
+	return id.save(dir, keys)
 }

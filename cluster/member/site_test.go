@@ -107,7 +107,7 @@ func TestJoinIsRefused(t *testing.T) {
 			if err != nil && strings.Contains(err.Error(), parts[4]) {
 				t.Errorf("%s: the error repeats the secret", row.name)
 			}
-			if _, err := member.LoadIdentity(n.Dir); !errors.Is(err, member.ErrEmpty) {
+			if _, err := member.LoadIdentity(n.Dir, nil); !errors.Is(err, member.ErrEmpty) {
 				t.Errorf("%s: the refused node has an identity: %v", row.name, err)
 			}
 		}
@@ -241,7 +241,7 @@ func TestRenewal(t *testing.T) {
 			if leaf.SerialNumber.Cmp(before[i].SerialNumber) == 0 || !leaf.NotBefore.Before(time.Now().Add(-time.Hour)) {
 				t.Errorf("%s has a certificate from %v to %v", n.Name, leaf.NotBefore, leaf.NotAfter)
 			}
-			stored, err := member.LoadIdentity(n.Dir)
+			stored, err := member.LoadIdentity(n.Dir, nil)
 			if err != nil {
 				t.Fatal(err)
 			}

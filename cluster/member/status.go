@@ -42,6 +42,8 @@ type Status struct {
 	// have no use for it any more: what they kept of it opens the site's secrets.
 	Exposed []string
 	Upgrade version.Upgrade
+	// KeyProvider is what keeps the keys of this node: see cluster/keyring.
+	KeyProvider string
 }
 
 // MemberStatus is one member as this node sees it.
@@ -82,7 +84,8 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	defer cancel()
 	_, unconfirmed := n.ReadIndex(ask)
 	s := Status{
-		Self: n.Self(), Leader: n.Leader(), Term: in.CurrentTerm(), Applied: in.machine.Applied(),
+		KeyProvider: n.cfg.Keys.Provider(),
+		Self:        n.Self(), Leader: n.Leader(), Term: in.CurrentTerm(), Applied: in.machine.Applied(),
 		Quorum: unconfirmed == nil, LastContact: n.LastContact(),
 		Epoch: n.cfg.Epoch.Epoch(), Fenced: n.cfg.Epoch.Err(), Strays: n.cfg.Epoch.Strays(),
 	}

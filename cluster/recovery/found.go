@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
@@ -23,8 +24,9 @@ import (
 
 // Founding makes a site of one new node out of a snapshot of another's state.
 type Founding struct {
-	Dir  string // without the state or the identity of a node; the caller has locked it
-	Site string // id of the site, which stays
+	Dir  string        // without the state or the identity of a node; the caller has locked it
+	Keys *keyring.Ring // seals the files that hold keys; nil: they are plain
+	Site string        // id of the site, which stays
 	// Name and Addr are of the new node; the address of its peer port is corrected
 	// when it starts.
 	Name, Addr string
@@ -61,8 +63,8 @@ func Vacant(dir string) error {
 }
 
 // Resume brings founding from the source to its end if it was cut short after
-// all had been built; not ok when there is nothing to resume.
-func Resume(dir, source string) (id member.Identity, e epoch.Epoch, ok bool, err error) {
+// all had been built; not ok when there is nothing to resume. keys were opened over Dirs.
+func Resume(dir, source string, keys *keyring.Ring) (id member.Identity, e epoch.Epoch, ok bool, err error) {
 	p, pending, err := pendingPlan(dir)
 	if err != nil || !pending {
 		return id, e, false, err
@@ -76,7 +78,7 @@ func Resume(dir, source string) (id member.Identity, e epoch.Epoch, ok bool, err
 	if err := finish(dir, p, func(string) error { return nil }); err != nil {
 		return id, e, false, err
 	}
-	id, err = member.LoadIdentity(dir)
+	id, err = member.LoadIdentity(dir, keys)
 	return id, e, err == nil, err
 }
 
@@ -123,7 +125,7 @@ func Found(ctx context.Context, f Founding) (member.Identity, epoch.Epoch, error
 	if err := b.consensus(id.NodeID, f.Addr); err != nil {
 		return id, e, err
 	}
-	if err := errors.Join(epoch.Save(b.path(), e), id.Save(b.path())); err != nil {
+	if err := errors.Join(epoch.Save(b.path(), e), id.Save(b.path(), f.Keys)); err != nil {
 		return id, e, err
 	}
 	names := []string{stateFile, raftDir, epoch.File}

@@ -74,6 +74,15 @@ func Pending(dir string) error {
 	return fmt.Errorf(markForm, dir)
 }
 
+// Dirs are the directories in which files of a node with keys are: the data
+// directory, and where those are built that are to take their places.
+func Dirs(dir string) []string {
+	if Pending(dir) == nil {
+		return []string{dir}
+	}
+	return []string{dir, filepath.Join(dir, buildDir)}
+}
+
 // builder makes the state of a site of one node in buildDir.
 type builder struct {
 	dir     string // the data directory

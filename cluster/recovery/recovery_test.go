@@ -270,7 +270,7 @@ func TestMajorityOutOfReach(t *testing.T) {
 		}
 		one.Stop()
 		var saved bytes.Buffer
-		count, err := Salvage(one.Dir, &saved, slog.New(slog.DiscardHandler))
+		count, err := Salvage(one.Dir, nil, &saved, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -387,7 +387,7 @@ func TestRefusals(t *testing.T) {
 		if _, err := Recover(t.Context(), s.survivor(one)); !errors.Is(err, epoch.ErrFenced) {
 			t.Errorf("on a fenced node: %v", err)
 		}
-		if _, err := Salvage(three.Dir, &bytes.Buffer{}, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "not fenced") {
+		if _, err := Salvage(three.Dir, nil, &bytes.Buffer{}, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "not fenced") {
 			t.Errorf("salvage on the recovered node: %v", err)
 		}
 		if _, err := Recover(t.Context(), s.survivor(&clustertest.Node{Dir: t.TempDir()})); !errors.Is(err, member.ErrEmpty) {

@@ -14,6 +14,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
 )
@@ -59,8 +60,8 @@ const salvageDir = "salvaging"
 // rows and journal entries after the point at which the site was recovered, as
 // lines of JSON. Nothing in the directory changes. Rows that were deleted after
 // that point are not named, and secrets stay sealed.
-func Salvage(dir string, w io.Writer, log *slog.Logger) (Count, error) {
-	id, err := member.LoadIdentity(dir)
+func Salvage(dir string, keys *keyring.Ring, w io.Writer, log *slog.Logger) (Count, error) {
+	id, err := member.LoadIdentity(dir, keys)
 	if err != nil {
 		return Count{}, err
 	}

@@ -16,8 +16,8 @@ import (
 
 	"github.com/hashicorp/raft"
 
-	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
@@ -26,7 +26,8 @@ import (
 
 // Survivor asks to make a node, alone, the whole of its site.
 type Survivor struct {
-	Dir string // of the node, which the caller has locked
+	Dir  string        // of the node, which the caller has locked
+	Keys *keyring.Ring // opens and seals the files that hold keys; nil: they are plain
 	// Answers reports whether the node at addr is up and proves to be id. It is
 	// called for all others at once.
 	Answers func(ctx context.Context, addr, id string) bool
@@ -66,7 +67,7 @@ var (
 // committed. It refuses with ErrNotNeeded or ErrAnswers when the others are not
 // gone, and with epoch.ErrFenced when the site was recovered elsewhere.
 func Recover(ctx context.Context, s Survivor) (Recovered, error) {
-	id, err := member.LoadIdentity(s.Dir)
+	id, err := member.LoadIdentity(s.Dir, s.Keys)
 	if err != nil {
 		return Recovered{}, err
 	}
@@ -144,7 +145,7 @@ func Recover(ctx context.Context, s Survivor) (Recovered, error) {
 	}
 	names := []string{stateFile, raftDir, epoch.File}
 	if given {
-		if err := atomicfile.Write(b.path(member.ClusterKeyFile), key); err != nil {
+		if err := s.Keys.Write(b.path(member.ClusterKeyFile), key); err != nil {
 			return out, err
 		}
 		names = append(names, member.ClusterKeyFile)

@@ -187,6 +187,7 @@ func printBackup(w *tabwriter.Writer, v backup.Verified) {
 }
 
 func newRestore() *cobra.Command {
+	var keys func() (node.Keys, error)
 	var data, identity, clusterKey, logLevel string
 	r := backup.Restoring{}
 	cmd := &cobra.Command{
@@ -210,6 +211,10 @@ that cannot reach them; --replace restores although they answer.`,
 			if r.Identities, err = readIdentities(identity); err != nil {
 				return err
 			}
+			opens, err := keys()
+			if err != nil {
+				return err
+			}
 			if clusterKey != "" {
 				if r.ClusterKey, err = os.ReadFile(clusterKey); err != nil {
 					return usageError{err}
@@ -226,7 +231,7 @@ that cannot reach them; --replace restores although they answer.`,
 			}
 			bar := newProgress(cmd, 2*info.Size(), "restoring")
 			r.Data, r.File, r.Progress = dataDir(data), file, func(n int) { _ = bar.Add(n) } // a bar that cannot be drawn is no failure
-			out, err := node.Restore(cmd.Context(), r)
+			out, err := node.Restore(cmd.Context(), r, opens)
 			bar.Finish()
 			if err != nil {
 				return fmt.Errorf("restoring %s: %w", args[0], err)
@@ -251,6 +256,7 @@ that cannot reach them; --replace restores although they answer.`,
 	f.StringVar(&clusterKey, "cluster-key", "", "file cluster.key of a node of the site, for a backup without keys")
 	f.StringVar(&r.Name, "name", "", "name of the node for people (default: that of the node which wrote the backup)")
 	f.StringVar(&r.Addr, "advertise", "", "address of its peer port (default: that node's; it is corrected when the node starts)")
+	keys = keyFlags(cmd, true)
 	f.StringVar(&logLevel, "log-level", "warn", "what to log: debug, info, warn or error")
 	formatFlag(cmd)
 	return cmd

@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/node/peers"
 )
 
@@ -103,6 +104,9 @@ func printStatus(w *tabwriter.Writer, s peers.Status) {
 	}
 	if b := s.Backup; b != nil {
 		fmt.Fprintf(w, "last backup: %s UTC by %s, revision %d, %s\n", b.At.UTC().Format("2006-01-02 15:04"), b.Node, b.Revision, backupHolds(b))
+	}
+	if s.KeyProvider != "" && s.KeyProvider != keyring.File {
+		fmt.Fprintf(w, "keys of this node: sealed by %s\n", s.KeyProvider)
 	}
 	if s.Epoch != "0" {
 		fmt.Fprintf(w, "recovery epoch: %s\n", s.Epoch)

@@ -15,6 +15,7 @@ import (
 func newRebuild() *cobra.Command {
 	c := node.Config{Version: version}
 	var logLevel string
+	var keys func() (node.Keys, error)
 	cmd := &cobra.Command{
 		Use:   "rebuild --data DIR",
 		Short: "Make a new site out of a node's blobs when all metadata is gone",
@@ -34,6 +35,9 @@ command is cut short, run it again.`,
 				return err
 			}
 			c.Data = dataDir(c.Data)
+			if c.Keys, err = keys(); err != nil {
+				return err
+			}
 			c.AdminPassword = os.Getenv("ATOLL_ADMIN_PASSWORD")
 			bar := newProgress(cmd, -1, "rebuilding")
 			report, err := node.Rebuild(cmd.Context(), c, func(name string) { bar.Describe("rebuilding " + name) })
@@ -53,6 +57,7 @@ command is cut short, run it again.`,
 	cmd.Flags().StringVar(&c.Data, "data", "", "data directory of the stopped node (default "+node.DefaultDataDir()+")")
 	cmd.Flags().StringVar(&c.Name, "name", "", "name of the node for people (default: the machine's)")
 	cmd.Flags().StringVar(&logLevel, "log-level", "warn", "what to log: debug, info, warn or error")
+	keys = keyFlags(cmd, true)
 	formatFlag(cmd)
 	return cmd
 }

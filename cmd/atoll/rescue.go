@@ -16,6 +16,7 @@ import (
 
 func newClusterRecover() *cobra.Command {
 	var data, clusterKey, logLevel string
+	var keys func() (node.Keys, error)
 	cmd := &cobra.Command{
 		Use:   "recover --data DIR",
 		Short: "Make this stopped node, alone, the whole site, when most voters are gone for good",
@@ -43,7 +44,11 @@ again. If the command is cut short, run it again.`,
 				}
 			}
 			data = dataDir(data)
-			out, err := node.Recover(cmd.Context(), data, key, log)
+			opens, err := keys()
+			if err != nil {
+				return err
+			}
+			out, err := node.Recover(cmd.Context(), node.Offline{Data: data, Keys: opens, Log: log}, key)
 			if err != nil {
 				return err
 			}
@@ -62,6 +67,7 @@ again. If the command is cut short, run it again.`,
 	}
 	cmd.Flags().StringVar(&data, "data", "", "data directory of the stopped node (default "+node.DefaultDataDir()+")")
 	cmd.Flags().StringVar(&clusterKey, "cluster-key", "", "file cluster.key of a node that voted, for one that did not")
+	keys = keyFlags(cmd, false)
 	cmd.Flags().StringVar(&logLevel, "log-level", "warn", "what to log: debug, info, warn or error")
 	formatFlag(cmd)
 	return cmd
@@ -69,6 +75,7 @@ again. If the command is cut short, run it again.`,
 
 func newClusterSalvage() *cobra.Command {
 	var data, output, logLevel string
+	var keys func() (node.Keys, error)
 	cmd := &cobra.Command{
 		Use:   "salvage --data DIR -o FILE",
 		Short: "Save what a fenced, stopped node knows and the recovered site does not, as lines of JSON",
@@ -89,8 +96,12 @@ the rows of the table "tag"; the content is among the blobs, which a wipe keeps.
 				return err
 			}
 			data = dataDir(data)
+			o := node.Offline{Data: data, Log: log}
+			if o.Keys, err = keys(); err != nil {
+				return err
+			}
 			if output == "-" {
-				_, err := node.Salvage(data, cmd.OutOrStdout(), log)
+				_, err := node.Salvage(cmd.Context(), o, cmd.OutOrStdout())
 				return err
 			}
 			temp, err := os.CreateTemp(filepath.Dir(output), "."+filepath.Base(output)+".*")
@@ -99,7 +110,7 @@ the rows of the table "tag"; the content is among the blobs, which a wipe keeps.
 			}
 			defer os.Remove(temp.Name()) // does nothing once renamed
 			var out recovery.Count
-			out, err = node.Salvage(data, temp, log)
+			out, err = node.Salvage(cmd.Context(), o, temp)
 			if err := errors.Join(err, temp.Sync(), temp.Close()); err != nil {
 				return err
 			}
@@ -112,13 +123,14 @@ the rows of the table "tag"; the content is among the blobs, which a wipe keeps.
 	}
 	cmd.Flags().StringVar(&data, "data", "", "data directory of the stopped node (default "+node.DefaultDataDir()+")")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "file to write; - for standard output")
+	keys = keyFlags(cmd, false)
 	cmd.Flags().StringVar(&logLevel, "log-level", "warn", "what to log: debug, info, warn or error")
 	formatFlag(cmd)
 	return cmd
 }
 
 func newNode() *cobra.Command {
-	return group(&cobra.Command{Use: "node", Short: "This machine's node"}, newNodeWipe(), newNodeSeal())
+	return group(&cobra.Command{Use: "node", Short: "This machine's node"}, newNodeWipe(), newNodeSeal(), newNodeRekey())
 }
 
 func newNodeWipe() *cobra.Command {

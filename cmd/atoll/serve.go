@@ -26,6 +26,7 @@ func newServe() *cobra.Command {
 	c := node.Config{Version: version}
 	var tokenFile, logLevel, storageKind, cacheSize string
 	var storageConfig []string
+	var keys func() (node.Keys, error)
 	cmd := &cobra.Command{
 		Use:   "serve [--init | --join ADDR --token TOKEN | --join ADDRS --bootstrap-expect N --token-file FILE]",
 		Short: "Run a node",
@@ -48,6 +49,9 @@ else one is made and kept in DATA/admin-password.`,
 				return err
 			}
 			if c.CacheSize, err = parseCacheSize(c.Cache, cacheSize); err != nil {
+				return err
+			}
+			if c.Keys, err = keys(); err != nil {
 				return err
 			}
 			if tokenFile != "" && c.Token != "" {
@@ -82,6 +86,7 @@ else one is made and kept in DATA/admin-password.`,
 	f.StringVar(&c.Token, "token", "", "token of atoll token create, for --join")
 	f.StringVar(&tokenFile, "token-file", "", "file with the token")
 	f.StringVar(&c.Data, "data", "", "data directory (default "+node.DefaultDataDir()+")")
+	keys = keyFlags(cmd, true)
 	f.StringVar(&c.Listen, "listen", "127.0.0.1:5000", "address of the registry and the API")
 	f.StringVar(&c.PeerListen, "peer-listen", "", "address for the other nodes (default: the host of --listen, port "+node.PeerPort+")")
 	f.StringVar(&c.Advertise, "advertise", "", "address at which the other nodes reach --peer-listen")

@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/recovery"
@@ -94,7 +95,8 @@ func refusal(err error) error {
 
 // Restoring asks to make a site of a backup.
 type Restoring struct {
-	Data       string // directory, which the caller has locked
+	Data       string        // directory, which the caller has locked
+	Keys       *keyring.Ring // seals the files that hold keys; nil: they are plain
 	File       io.ReadSeeker
 	Identities []age.Identity
 	// ClusterKey opens the secrets of a backup without keys: the content of the
@@ -138,7 +140,7 @@ func Restore(ctx context.Context, r Restoring) (Restored, error) {
 	}
 	out := Restored{Site: checked.Site, Backup: checked.Header}
 	source := "restore " + checked.ID
-	if id, e, ok, err := recovery.Resume(r.Data, source); err != nil {
+	if id, e, ok, err := recovery.Resume(r.Data, source, r.Keys); err != nil {
 		return out, fault.New(fault.Conflict, "%v", err)
 	} else if ok {
 		out.Node, out.Epoch, out.Resumed = id.NodeID, e.String(), true
@@ -184,7 +186,7 @@ func (r Restoring) found(ctx context.Context, file *fileReader, source string) (
 		r.Addr = file.Addr
 	}
 	f := recovery.Founding{
-		Dir: r.Data, Site: file.Site, Name: r.Name, Addr: r.Addr, ClusterKey: key, Parent: parent, Source: source,
+		Dir: r.Data, Keys: r.Keys, Site: file.Site, Name: r.Name, Addr: r.Addr, ClusterKey: key, Parent: parent, Source: source,
 		Snapshot: metadata, Prepare: NewLife(r.Data), Log: r.Log,
 		Beside: func(ctx context.Context) error { return r.takeBlobs(ctx, file) },
 	}

@@ -57,6 +57,8 @@ type Status struct {
 	Backup *LastBackup `json:"backup,omitempty"`
 	// Level is the site's feature level; the nodes' are in Nodes.
 	Level int `json:"level"`
+	// KeyProvider is what keeps the keys of the node that answers: file or passphrase.
+	KeyProvider string `json:"key_provider"`
 }
 
 // LastBackup is what the site remembers of its last backup.
@@ -199,7 +201,7 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		return Status{}, fault.Wrap(err, fault.Unavailable, "the state of the cluster cannot be read now")
 	}
 	out := Status{Site: p.Cluster.Identity().SiteID, Self: p.Roster.Self(), Leader: s.Leader, Term: s.Term, Quorum: s.Quorum, Epoch: s.Epoch.String(),
-		Level: s.Upgrade.Site, Advice: []string{}}
+		Level: s.Upgrade.Site, KeyProvider: s.KeyProvider, Advice: []string{}}
 	if s.Fenced != nil {
 		out.Fenced = s.Fenced.Error()
 	}

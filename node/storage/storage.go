@@ -18,11 +18,10 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
-	"os"
 	"path/filepath"
 	"sync"
 
-	"github.com/atoll-registry/atoll/cluster/atomicfile"
+	"github.com/atoll-registry/atoll/cluster/keyring"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/blobs/cloud"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -31,8 +30,8 @@ import (
 // Local is the kind of storage that is the node's own disk.
 const Local = "local"
 
-// fileName is the file in the data directory that says where blobs are.
-const fileName = "storage.json"
+// FileName is the file in the data directory that says where blobs are.
+const FileName = "storage.json"
 
 // Choice names a storage. The parameters are those of distribution's storage
 // drivers; Local has none.
@@ -74,7 +73,8 @@ type Checked interface {
 
 // Config of Storage. All fields but Open are needed.
 type Config struct {
-	Data  string // the node's data directory
+	Data  string        // the node's data directory
+	Keys  *keyring.Ring // seals its file, which may hold passwords; nil: it is plain
 	Store *blobs.Store
 	// Members is the number of the site's nodes.
 	Members func() (int, error)
@@ -198,7 +198,7 @@ func (c Choice) describe() string {
 }
 
 func (s *Storage) read() (known bool, err error) {
-	text, err := os.ReadFile(filepath.Join(s.Data, fileName))
+	text, err := s.Keys.Read(filepath.Join(s.Data, FileName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -206,14 +206,14 @@ func (s *Storage) read() (known bool, err error) {
 		err = json.Unmarshal(text, &s.state)
 	}
 	if err != nil {
-		return false, fmt.Errorf("reading where blobs are from %s: %w", filepath.Join(s.Data, fileName), err)
+		return false, fmt.Errorf("reading where blobs are from %s: %w", filepath.Join(s.Data, FileName), err)
 	}
 	return true, nil
 }
 
 // save writes down where blobs are, durably, before anything goes there.
 func (s *Storage) save(st state) error {
-	if err := atomicfile.WriteJSON(filepath.Join(s.Data, fileName), st); err != nil {
+	if err := s.Keys.WriteJSON(filepath.Join(s.Data, FileName), st); err != nil {
 		return fmt.Errorf("writing down where blobs are: %w", err)
 	}
 	return nil
