@@ -24,6 +24,8 @@ type Keys struct {
 	// Named: somebody named the passphrase for this node, so it is an error when the
 	// keys are not sealed with any.
 	Named bool
+
+	cost keyring.Cost // of sealing with Passphrase; tests shrink it
 }
 
 // protected are the names of the files that hold keys or passwords of other services.
@@ -35,7 +37,11 @@ func (k Keys) provider(name string) (keyring.Provider, error) {
 	case keyring.File:
 		return nil, nil
 	case keyring.PassphraseName:
-		return keyring.NewPassphrase(k.Passphrase, keyring.DefaultCost()), nil
+		cost := k.cost
+		if cost == (keyring.Cost{}) {
+			cost = keyring.DefaultCost()
+		}
+		return keyring.NewPassphrase(k.Passphrase, cost), nil
 	}
 	return nil, fault.New(fault.Invalid, "there is no key provider %s: choose %s or %s with --key-provider", name, keyring.File, keyring.PassphraseName)
 }

@@ -13,6 +13,9 @@ import (
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
+// quickly is a cost that tests can pay often.
+var quickly = keyring.Cost{Time: 1, Memory: 64, Threads: 1}
+
 func filesOf(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -36,7 +39,7 @@ func filesOf(t *testing.T, dir string) map[string]string {
 // cut short at any step; with the wrong one nothing changes.
 func TestRekeyIsFinished(t *testing.T) {
 	crash := errors.New("crash")
-	sealed := Keys{Provider: keyring.PassphraseName, Passphrase: []byte("battery staple")}
+	sealed := Keys{Provider: keyring.PassphraseName, Passphrase: []byte("battery staple"), cost: quickly}
 	for _, at := range []string{keyring.RekeyFile, "identity.json", member.ClusterKeyFile, "founding.json"} {
 		for _, how := range []string{"start", "command"} {
 			t.Run(at+" "+how, func(t *testing.T) {
@@ -107,7 +110,7 @@ func TestRekeyNamesWhatItLeaves(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(kept, member.ClusterKeyFile), []byte("key"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := Rekey(t.Context(), dir, Keys{}, Keys{Provider: keyring.PassphraseName, Passphrase: []byte("battery staple")})
+	out, err := Rekey(t.Context(), dir, Keys{}, Keys{Provider: keyring.PassphraseName, Passphrase: []byte("battery staple"), cost: quickly})
 	if err != nil || !slices.Equal(out.Left, []string{"before-recovery-1"}) {
 		t.Errorf("%+v, %v", out, err)
 	}
