@@ -5,5 +5,8 @@
 //
 //	go test ./scripts/spread -v -args -nodes 8 -mib 64 -rate 3300000
 //
+// Others measure the first byte over a long path, pulls through a node beside direct ones,
+// processor time beside a bare connection, and memory; make bench-transfer runs them all.
+//
 // It needs root. The simulator of transfer/plan/plantest predicts the same figures.
 package spread

@@ -79,29 +79,72 @@ func (n *node) Sent(_ transfer.Flow, bytes int) { n.sent.Add(int64(bytes)) }
 // Received implements transfer.Meter.
 func (n *node) Received(transfer.Flow, int) {}
 
-func (f *fleet) add(t *testing.T, l *lab.Lab, site *transfertest.Site, table *transfer.PieceTable) *node {
+// ground is where the nodes of a fleet stand.
+type ground struct {
+	*lab.Lab
+	site  *transfertest.Site
+	table *transfer.PieceTable // of the blob
+	rate  int64                // of an uplink; 0: as fast as it goes
+}
+
+func newGround(t *testing.T, rate int64) ground {
 	t.Helper()
-	i := len(*f)
-	id := fmt.Sprintf("node-%d", i)
-	host, err := l.Host(t.Context(), fmt.Sprintf("n%d", i), "s", fmt.Sprintf("10.77.0.%d/24", i+1))
+	if os.Getuid() != 0 {
+		t.Fatal("run it as root: it makes network namespaces")
+	}
+	l := lab.New()
+	t.Cleanup(func() {
+		if err := l.Close(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	return ground{l, transfertest.NewSite(t, "site-a"), &transfer.PieceTable{}, rate}
+}
+
+// blob makes one and says who holds it.
+func (g ground) blob(t *testing.T, size int, holders ...*node) ([]byte, transfer.Blob) {
+	t.Helper()
+	content := make([]byte, size)
+	rand.NewChaCha8([32]byte{byte(size)}).Read(content)
+	for _, n := range holders {
+		n.store.Put(content)
+	}
+	table, err := transfer.HashPieces(bytes.NewReader(content), int64(size))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := host.ShapeOut(t.Context(), *rate); err != nil {
+	*g.table = table
+	return content, transfer.Blob{Digest: digest.FromBytes(content), Size: int64(size), Root: table.Root()}
+}
+
+// add starts a node on a switch.
+func (f *fleet) add(t *testing.T, g ground, sw string) *node {
+	t.Helper()
+	i := len(*f)
+	id := fmt.Sprintf("node-%d", i)
+	host, err := g.Host(t.Context(), fmt.Sprintf("n%d", i), sw, fmt.Sprintf("10.77.0.%d/24", i+1))
+	if err != nil {
 		t.Fatal(err)
 	}
-	cert := site.Node(t, id)
+	if g.rate > 0 {
+		if err := host.ShapeOut(t.Context(), g.rate); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cert := g.site.Node(t, id)
 	port, err := peernet.New(peernet.Config{
-		SiteID: site.ID,
+		SiteID: g.site.ID,
 		Cert:   func() tls.Certificate { return cert },
-		CA:     func() *x509.CertPool { return site.Pool },
+		CA:     func() *x509.CertPool { return g.site.Pool },
+		// Both would dial in goroutines of their own, and so in another network.
+		Transport: func() peernet.Transport { return peernet.OnlyTCP },
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	n := &node{host: host, id: id, store: transfertest.NewStore()}
 	n.Engine, err = stream.New(stream.Config{
-		Source: source{n.store, table}, Sink: n.store, Peers: others{f, n}, Self: id, Meter: n,
+		Source: source{n.store, g.table}, Sink: n.store, Peers: others{f, n}, Self: id, Meter: n,
 		Dial: func(ctx context.Context, addr string) (conn net.Conn, err error) {
 			err = host.Inside(func() error {
 				conn, err = port.Dial(ctx, addr, peernet.ServiceBlob)
@@ -137,29 +180,12 @@ func (f *fleet) add(t *testing.T, l *lab.Lab, site *transfertest.Site, table *tr
 
 // One node holds a blob and all the others want it at once.
 func TestSpread(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Fatal("run it as root: it makes network namespaces")
-	}
-	l := lab.New()
-	t.Cleanup(func() {
-		if err := l.Close(context.WithoutCancel(t.Context())); err != nil {
-			t.Error(err)
-		}
-	})
-	site := transfertest.NewSite(t, "site-a")
+	g := newGround(t, *rate)
 	var f fleet
-	var table transfer.PieceTable
 	for range *nodes + 1 {
-		f.add(t, l, site, &table)
+		f.add(t, g, "s")
 	}
-	content := make([]byte, *mib<<20)
-	rand.NewChaCha8([32]byte{1}).Read(content)
-	f[0].store.Put(content)
-	var err error
-	if table, err = transfer.HashPieces(bytes.NewReader(content), int64(len(content))); err != nil {
-		t.Fatal(err)
-	}
-	blob := transfer.Blob{Digest: digest.FromBytes(content), Size: int64(len(content)), Root: table.Root()}
+	_, blob := g.blob(t, *mib<<20, f[0])
 
 	began := time.Now()
 	took := make([]time.Duration, len(f))
@@ -189,10 +215,18 @@ func TestSpread(t *testing.T) {
 	t.Logf("%d nodes, %d MiB, %.1f MB/s each: the last had it after %.1f s, %.3f of the bound of %.1f s; the holder sent %.3f F, all sent %.3f N F",
 		*nodes, *mib, float64(*rate)/1e6, last, over, bound,
 		float64(f[0].sent.Load())/float64(blob.Size), float64(all)/float64(blob.Size)/float64(*nodes))
-	if !*star && over > *goal {
+	if *star {
+		row(fmt.Sprintf("star_%d_nodes", *nodes), over, "x bound", 0)
+		return
+	}
+	name := fmt.Sprintf("spread_%d_nodes", *nodes)
+	row(name, over, "x bound", *goal)
+	row(name+"_source_sent", float64(f[0].sent.Load())/float64(blob.Size), "F", 1.25)
+	row(name+"_all_sent", float64(all)/float64(blob.Size)/float64(*nodes), "N F", 1.02)
+	if over > *goal {
 		t.Errorf("the goal is %.2f", *goal)
 	}
-	if most := blob.Size * 5 / 4; !*star && f[0].sent.Load() > most {
+	if most := blob.Size * 5 / 4; f[0].sent.Load() > most {
 		t.Errorf("the holder sent %d bytes, %d at most", f[0].sent.Load(), most)
 	}
 }

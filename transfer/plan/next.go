@@ -143,7 +143,8 @@ func (w *Want) late(now time.Duration, h *Holder, r *request) bool {
 	return now-max(r.since, r.of[0].moved) >= patience
 }
 
-// rarest is the missing piece of the holder's that the fewest have; -1: none.
+// rarest is the missing piece of the holder's that the fewest have; -1: none. While nobody
+// else fetches the blob none is rarer than another, and a reader gets on fastest in order.
 func (w *Want) rarest(h *Holder) int {
 	if w.left == 0 {
 		return -1
@@ -152,8 +153,11 @@ func (w *Want) rarest(h *Holder) int {
 	if !h.complete {
 		of = func(k int) byte { return h.have[k] }
 	}
-	best, seen := -1, 0
-	each(w.missing, w.rand.IntN(len(w.missing)), of, func(i int) bool {
+	best, seen, start := -1, 0, w.rand.IntN(len(w.missing))
+	if w.partial == 0 && len(w.urgent) > 0 {
+		start = w.urgent[0] / 8
+	}
+	each(w.missing, start, of, func(i int) bool {
 		seen++
 		if h.far && w.spread[i] > 0 {
 			return seen < sample // somebody near has it

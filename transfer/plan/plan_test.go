@@ -508,3 +508,27 @@ func TestSpecific(t *testing.T) {
 		t.Error("notes for nobody")
 	}
 }
+
+// While nobody else fetches the blob, what comes after a reader comes in order: else it
+// has half of the wire and waits for the other half in the end.
+func TestAReaderAloneGetsTheRestInOrder(t *testing.T) {
+	w := NewWant(400, Rules{}, seeded())
+	a := w.Join(nil, false)
+	w.Cursors([]int{160, 161})
+	next := func() int {
+		ask, ok := w.Next(0, a)
+		if !ok {
+			t.Fatal("nothing is asked for")
+		}
+		return ask.Piece
+	}
+	for want := 160; want < 175; want++ {
+		if got := next(); got != want {
+			t.Errorf("piece %d is asked for, want %d", got, want)
+		}
+		if want == 161 { // until it comes nothing else is asked for
+			w.Arrived(0, a, 160)
+			w.Cursors([]int{161, 162})
+		}
+	}
+}

@@ -56,12 +56,13 @@ func (h *hunt) words(p transfer.Peer) (w words) {
 	if far := h.e.cfg.Distance != nil && h.e.distance(p) == Farthest; far && len(h.dealing) > 0 {
 		return w // another of this site may be elected
 	}
-	w.table = !h.ready
 	for _, i := range h.a.Urgent(urgentWindow) {
 		if h.want.Missing(i) {
 			w.pieces = append(w.pieces, i)
 		}
 	}
+	// Where nobody waits, who else wants the blob is better known before the first choice.
+	w.table = !h.ready && len(w.pieces) > 0
 	return w
 }
 
