@@ -109,6 +109,9 @@ func (n *Node) admit(ctx context.Context, body []byte) (any, error) {
 		}
 		return n.enter(tx, a, known, now)
 	})
+	if holder := new(nameHolder); errors.As(err, &holder) {
+		return nil, n.contest(ctx, holder)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -196,7 +199,7 @@ func (n *Node) takeName(tx *table.Tx, a applicant) error {
 				return joining.Refuse(joining.CodeLater, "this node has just started and does not know yet who is up: try again in a few seconds")
 			}
 			if n.live(old.ID) {
-				return joining.Refuse(joining.CodeName, "the name %q belongs to a node that is up (%s at %s): choose another with --name", a.Name, old.ID, old.Addr)
+				return &nameHolder{old}
 			}
 			old.ReplacedBy = a.Node
 			if err := n.rows.members.Put(tx, old, old.ID); err != nil {
@@ -205,6 +208,26 @@ func (n *Node) takeName(tx *table.Tx, a applicant) error {
 		}
 	}
 	return n.rows.names.Put(tx, nameRow{Node: a.Node}, a.Name)
+}
+
+// nameHolder is a member that seems to be up and has the name that an applicant wants.
+type nameHolder struct{ Member }
+
+func (h *nameHolder) Error() string {
+	return fmt.Sprintf("the name %q belongs to a node that is up (%s at %s): choose another with --name", h.Name, h.ID, h.Addr)
+}
+
+// contest says whether the name is taken for good. A node that died, or was wiped, a
+// moment ago counts as up for some seconds yet; if it does not answer, the applicant
+// is told to try again, by which time it is known to be down, or has answered.
+func (n *Node) contest(ctx context.Context, h *nameHolder) error {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timings.RPC)
+	defer cancel()
+	var answer ping
+	if err := n.ask(ctx, h.Addr, pathPing, &answer); err == nil && answer.Node == h.ID {
+		return joining.Refuse(joining.CodeName, "%v", h)
+	}
+	return joining.Refuse(joining.CodeLater, "the name %q belongs to node %s at %s, which was up a moment ago and does not answer now: it is yours when it is down", h.Name, h.ID, h.Addr)
 }
 
 // renewal issues a new certificate for the key that a member's row names. The
