@@ -208,7 +208,7 @@ func TestASurvivorServesWhatWasAcknowledged(t *testing.T) {
 		const words = 40
 		say(t, c.Leader(), 0, words)
 		c.Blackout()
-		behind := 0
+		behind, whole := 0, 0
 		for _, n := range nodes {
 			state, there := applied(t, n), 0
 			var newest uint64
@@ -218,8 +218,8 @@ func TestASurvivorServesWhatWasAcknowledged(t *testing.T) {
 					newest = max(newest, i)
 				}
 			}
-			if there < words-1 {
-				t.Fatalf("%s has %d words in its log", n.Name, there)
+			if there == words {
+				whole++
 			}
 			if state < newest-1 {
 				behind++
@@ -233,6 +233,9 @@ func TestASurvivorServesWhatWasAcknowledged(t *testing.T) {
 		}
 		if behind == 0 {
 			t.Error("no state was behind its log")
+		}
+		if whole < 2 {
+			t.Errorf("%d of three nodes have all words in their logs", whole)
 		}
 		for _, n := range nodes {
 			n.Start()
