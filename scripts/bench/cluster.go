@@ -255,25 +255,32 @@ func (b *bench) rates(ctx context.Context, s *site) error {
 	return nil
 }
 
+// leader is the place of the node that leads; for a moment there may be none.
+func (s *site) leader(ctx context.Context) (lead int, err error) {
+	err = s.nodes[0].await(ctx, func() error {
+		st, err := s.state(ctx, s.nodes[0])
+		if err != nil {
+			return err
+		}
+		for _, m := range st.Nodes {
+			lead = slices.IndexFunc(s.nodes, func(n *server) bool { return m.ID == st.Leader && m.Name == n.name })
+			if lead >= 0 {
+				return nil
+			}
+		}
+		return errors.New("no node of the site leads")
+	})
+	return lead, err
+}
+
 // failovers kills the leader again and again and measures until another node
 // acknowledges a push.
 func (b *bench) failovers(ctx context.Context, s *site) error {
 	var took []float64
 	for round := range kills {
-		st, err := s.state(ctx, s.nodes[0])
+		lead, err := s.leader(ctx)
 		if err != nil {
 			return err
-		}
-		lead := slices.IndexFunc(s.nodes, func(n *server) bool {
-			return slices.ContainsFunc(st.Nodes, func(m struct {
-				ID, Name  string
-				Voter, Up bool
-			}) bool {
-				return m.ID == st.Leader && m.Name == n.name
-			})
-		})
-		if lead < 0 {
-			return errors.New("no node of the site leads")
 		}
 		dead, other := s.nodes[lead], s.nodes[(lead+1)%len(s.nodes)]
 		data, err := manifest(round)
