@@ -78,6 +78,9 @@ func (n *Naive) Fetch(ctx context.Context, mi *metainfo.MetaInfo, peers []string
 	}
 }
 
+// Dir is where it keeps its files.
+func (n *Naive) Dir() string { return n.dir }
+
 // Sent is how many bytes of pieces the client has sent.
 func (n *Naive) Sent() int64 {
 	stats := n.client.Stats()
