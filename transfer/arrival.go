@@ -35,6 +35,18 @@ func (a *Arrival) Present(content Content) {
 	_ = a.f.content.leave()
 }
 
+// For says what the blob is wanted for, before anybody joins; else it is for a pull.
+func (a *Arrival) For(c Class) { a.f.class.Store(int32(c)) }
+
+// Urge makes the fetch as urgent as the class, if it is less.
+func (a *Arrival) Urge(c Class) {
+	for was := a.f.class.Load(); int32(c) < was; was = a.f.class.Load() {
+		if a.f.class.CompareAndSwap(was, int32(c)) {
+			return
+		}
+	}
+}
+
 // OnHold has f called for each piece after it is held, and with -1 after the end of
 // the fetch. Call it before Begin; f must not block.
 func (a *Arrival) OnHold(f func(piece int)) { a.f.onHold = f }

@@ -4,12 +4,14 @@ import (
 	"context"
 	"io"
 	"sync"
+	"sync/atomic"
 )
 
 // Fetch is one blob on its way to this node, shared by everybody who wants it.
 // Safe for concurrent use. Nothing has to be closed but the readers.
 type Fetch struct {
-	blob Blob
+	blob  Blob
+	class atomic.Int32
 	// done is closed when the fetch has ended; err is set before.
 	done chan struct{}
 
@@ -43,6 +45,10 @@ type Progress struct {
 
 // Blob that is being fetched.
 func (f *Fetch) Blob() Blob { return f.blob }
+
+// Class is what the blob is fetched for, as far as the most urgent of those who want
+// it says.
+func (f *Fetch) Class() Class { return Class(f.class.Load()) }
 
 // Done is closed when the fetch has ended, well or not.
 func (f *Fetch) Done() <-chan struct{} { return f.done }

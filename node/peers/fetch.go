@@ -239,7 +239,7 @@ func (p *Peers) makeEngines() (err error) {
 	}
 	p.swarm, err = swarm.New(swarm.Config{
 		Node: p.Roster.Self(), Source: source{p}, Peers: candidates{p}, Distance: p.distance, Log: p.Log, Hooks: hooks,
-		Limiter: p.Limiter, Meter: p.Meter,
+		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return p.Network.Dial(ctx, addr, peernet.ServiceSwarm)
 		},

@@ -42,7 +42,7 @@ func (e *Engine) board(blob transfer.Blob, o transfer.Options) (fl *flight, fres
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if fl := e.fetches[blob.Digest]; fl != nil {
-		fl.urge(o.Class)
+		fl.arrival.Urge(o.Class)
 		fl.expect(o)
 		return fl, false
 	}
@@ -53,7 +53,7 @@ func (e *Engine) board(blob transfer.Blob, o transfer.Options) (fl *flight, fres
 		arrival: transfer.NewArrival(blob, reopen), way: o.Way, gone: make(chan struct{}),
 		news: make(chan string, maxAsked),
 	}
-	fl.class.Store(int32(o.Class))
+	fl.arrival.For(o.Class)
 	fl.expect(o)
 	fl.arrival.OnHold(func(piece int) {
 		e.desk.held(blob.Digest, piece, fl.arrival.Fetch().Progress().Done)

@@ -55,7 +55,7 @@ func newLink(conn net.Conn) *link {
 	if p, ok := conn.(interface{ PeerID() string }); ok {
 		l.peer = p.PeerID()
 	}
-	keepShort(conn)
+	transfer.KeepShort(conn)
 	return l
 }
 

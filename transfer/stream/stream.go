@@ -19,7 +19,6 @@ import (
 	"log/slog"
 	"net"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -115,22 +114,12 @@ type Engine struct {
 type flight struct {
 	arrival *transfer.Arrival
 	way     transfer.Way
-	news    chan string // ids of nodes that have said that they fetch it too
-	class   atomic.Int32
+	news    chan string   // ids of nodes that have said that they fetch it too
 	gone    chan struct{} // closed when it is off the list and its Partial is free
 }
 
 // urgency is what the fetch is for, as far as the most urgent of those who want it says.
-func (fl *flight) urgency() transfer.Class { return transfer.Class(fl.class.Load()) }
-
-// urge makes it as urgent as the class.
-func (fl *flight) urge(c transfer.Class) {
-	for was := fl.class.Load(); int32(c) < was; was = fl.class.Load() {
-		if fl.class.CompareAndSwap(was, int32(c)) {
-			return
-		}
-	}
-}
+func (fl *flight) urgency() transfer.Class { return fl.arrival.Fetch().Class() }
 
 // expect notes where somebody is about to read.
 func (fl *flight) expect(o transfer.Options) {

@@ -46,12 +46,14 @@ type Config struct {
 	Lacks func(error) bool
 	// Arriving finds the fetch of a blob that this node has under way, whoever moves it.
 	Arriving func(digest.Digest) (*transfer.Arrival, bool)
-	// Limiter is asked before a chunk goes out; nil: never. Meter is told what moved; may
+	// Limiter is asked before a chunk goes out, Incoming before one that comes is read,
+	// and so how much its sender has on the way; nil: never. Meter is told what moved; may
 	// be nil.
-	Limiter transfer.Limiter
-	Meter   transfer.Meter
-	Log     *slog.Logger // discards
-	Hooks   transfer.Hooks
+	Limiter  transfer.Limiter
+	Incoming transfer.Limiter
+	Meter    transfer.Meter
+	Log      *slog.Logger // discards
+	Hooks    transfer.Hooks
 
 	// AskTimeout for a candidate to say whether it holds a blob. 2 s.
 	AskTimeout time.Duration
@@ -172,20 +174,6 @@ func (e *Engine) begin(do func(ctx context.Context)) bool {
 	return true
 }
 
-// limit waits until n bytes may go out, or ctx is done.
-func (e *Engine) limit(ctx context.Context, f transfer.Flow, n int) error {
-	for e.cfg.Limiter != nil {
-		wait := e.cfg.Limiter.Take(f, n)
-		if wait <= 0 {
-			return nil
-		}
-		if !pause(ctx, wait) {
-			return ctx.Err()
-		}
-	}
-	return nil
-}
-
 // sent and received tell the meter and the hooks.
 func (e *Engine) sent(f transfer.Flow, n int) {
 	if e.cfg.Meter != nil {
@@ -282,6 +270,22 @@ func (e *Engine) leave(s *swarm) {
 		return
 	}
 	s.rest.Reset(e.cfg.Linger)
+}
+
+// abandon closes a torrent whose blob does not arrive by it; who is served from it may
+// ask again.
+func (e *Engine) abandon(s *swarm) {
+	e.mu.Lock()
+	ours := e.swarms[s.hash] == s
+	if ours {
+		delete(e.swarms, s.hash)
+		e.wg.Add(1)
+	}
+	e.mu.Unlock()
+	if ours {
+		defer e.wg.Done()
+		s.close()
+	}
 }
 
 // retire closes a torrent if nobody has come to use it since.

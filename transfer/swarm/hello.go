@@ -15,7 +15,7 @@ import (
 // holder says what it has of it. So a holder makes a torrent of a blob only when
 // somebody asks for it, and nobody waits for a handshake that will never come.
 //
-//	hello:   "ATBT" 1 size:8 root:32 length:1 digest:length
+//	hello:   "ATBT" 1 class:1 size:8 root:32 length:1 digest:length
 //	answer:  status:1 size:8
 //	request: 'T' for the piece table, or 'B': from here on it is BitTorrent
 //	table:   'w' now and then while it is computed, then 't' and the table's wire
@@ -23,7 +23,7 @@ import (
 const (
 	helloMagic   = "ATBT"
 	helloVersion = 1
-	helloFixed   = len(helloMagic) + 1 + 8 + transfer.HashSize + 1
+	helloFixed   = len(helloMagic) + 1 + 1 + 8 + transfer.HashSize + 1
 	maxDigest    = 200
 	answerSize   = 1 + 8
 
@@ -47,43 +47,43 @@ const (
 
 var errHello = errors.New("not a hello of this protocol")
 
-// marshalHello says which blob is wanted; it must have a root.
-func marshalHello(b transfer.Blob) []byte {
+// marshalHello says which blob is wanted, which must have a root, and what for.
+func marshalHello(b transfer.Blob, class transfer.Class) []byte {
 	out := append(make([]byte, 0, helloFixed+len(b.Digest)), helloMagic...)
-	out = append(out, helloVersion)
+	out = append(out, helloVersion, byte(class))
 	out = binary.BigEndian.AppendUint64(out, uint64(b.Size))
 	out = append(out, b.Root...)
 	out = append(out, byte(len(b.Digest)))
 	return append(out, b.Digest...)
 }
 
-// readHello reads what the other end wants. Errors wrap errHello when it makes no
-// sense.
-func readHello(r io.Reader) (transfer.Blob, error) {
+// readHello reads what the other end wants, and what for. Errors wrap errHello when it
+// makes no sense.
+func readHello(r io.Reader) (transfer.Blob, transfer.Class, error) {
 	var fixed [helloFixed]byte
 	if _, err := io.ReadFull(r, fixed[:]); err != nil {
-		return transfer.Blob{}, fmt.Errorf("reading a hello: %w", err)
+		return transfer.Blob{}, 0, fmt.Errorf("reading a hello: %w", err)
 	}
 	at := len(helloMagic)
 	if string(fixed[:at]) != helloMagic || fixed[at] != helloVersion {
-		return transfer.Blob{}, fmt.Errorf("%w: it begins with %q", errHello, fixed[:at+1])
+		return transfer.Blob{}, 0, fmt.Errorf("%w: it begins with %q", errHello, fixed[:at+1])
 	}
 	name := make([]byte, fixed[helloFixed-1])
 	if len(name) > maxDigest {
-		return transfer.Blob{}, fmt.Errorf("%w: a digest of %d bytes", errHello, len(name))
+		return transfer.Blob{}, 0, fmt.Errorf("%w: a digest of %d bytes", errHello, len(name))
 	}
 	if _, err := io.ReadFull(r, name); err != nil {
-		return transfer.Blob{}, fmt.Errorf("reading a hello: %w", err)
+		return transfer.Blob{}, 0, fmt.Errorf("reading a hello: %w", err)
 	}
 	b := transfer.Blob{
 		Digest: digest.Digest(name),
-		Size:   int64(binary.BigEndian.Uint64(fixed[at+1:])),
-		Root:   append([]byte(nil), fixed[at+9:at+9+transfer.HashSize]...),
+		Size:   int64(binary.BigEndian.Uint64(fixed[at+2:])),
+		Root:   append([]byte(nil), fixed[at+10:at+10+transfer.HashSize]...),
 	}
 	if err := b.Check(); err != nil || b.Size == 0 {
-		return transfer.Blob{}, fmt.Errorf("%w: %w", errHello, errors.Join(err, errEmpty(b)))
+		return transfer.Blob{}, 0, fmt.Errorf("%w: %w", errHello, errors.Join(err, errEmpty(b)))
 	}
-	return b, nil
+	return b, min(transfer.Class(fixed[at+1]), transfer.Prefetch), nil
 }
 
 func errEmpty(b transfer.Blob) error {

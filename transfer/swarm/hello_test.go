@@ -15,28 +15,28 @@ func TestHello(t *testing.T) {
 	sha512 := b
 	sha512.Digest = digest.SHA512.FromBytes([]byte("x"))
 	for _, want := range []transfer.Blob{b, sha512} {
-		got, err := readHello(bytes.NewReader(marshalHello(want)))
-		if err != nil || got.Digest != want.Digest || got.Size != want.Size || !bytes.Equal(got.Root, want.Root) {
+		got, class, err := readHello(bytes.NewReader(marshalHello(want, transfer.Repair)))
+		if err != nil || class != transfer.Repair || got.Digest != want.Digest || got.Size != want.Size || !bytes.Equal(got.Root, want.Root) {
 			t.Errorf("%+v reads as %+v, %v", want, got, err)
 		}
 	}
-	raw := marshalHello(b)
+	raw := marshalHello(b, transfer.Pull)
 	for name, change := range map[string]func([]byte) []byte{
 		"other magic":   func(r []byte) []byte { r[0] = 'X'; return r },
 		"other version": func(r []byte) []byte { r[4] = 9; return r },
-		"size 2^63":     func(r []byte) []byte { r[5] = 0x80; return r },
-		"size 2^62":     func(r []byte) []byte { r[5] = 0x40; return r },
-		"size 0":        func(r []byte) []byte { clear(r[5:13]); return r },
+		"size 2^63":     func(r []byte) []byte { r[6] = 0x80; return r },
+		"size 2^62":     func(r []byte) []byte { r[6] = 0x40; return r },
+		"size 0":        func(r []byte) []byte { clear(r[6:14]); return r },
 		"no digest":     func(r []byte) []byte { r[helloFixed-1] = 0; return r },
 		"md5":           func(r []byte) []byte { copy(r[helloFixed:], "md5:aaaa"); return r },
 		"long digest":   func(r []byte) []byte { r[helloFixed-1] = 255; return append(r, make([]byte, 255)...) },
 	} {
-		if _, err := readHello(bytes.NewReader(change(bytes.Clone(raw)))); !errors.Is(err, errHello) {
+		if _, _, err := readHello(bytes.NewReader(change(bytes.Clone(raw)))); !errors.Is(err, errHello) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	for n := range raw {
-		if _, err := readHello(bytes.NewReader(raw[:n])); err == nil {
+		if _, _, err := readHello(bytes.NewReader(raw[:n])); err == nil {
 			t.Errorf("%d bytes of it are a hello", n)
 		}
 	}
@@ -83,17 +83,17 @@ func TestReadTable(t *testing.T) {
 
 func FuzzReadHello(f *testing.F) {
 	b := transfer.Blob{Digest: digest.FromString("x"), Size: 7, Root: make([]byte, transfer.HashSize)}
-	f.Add(marshalHello(b))
+	f.Add(marshalHello(b, transfer.Pull))
 	f.Add([]byte(helloMagic))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		b, err := readHello(bytes.NewReader(raw))
+		b, _, err := readHello(bytes.NewReader(raw))
 		if err != nil {
 			return
 		}
 		if err := b.Check(); err != nil || b.Size <= 0 || b.Root == nil {
 			t.Fatalf("%+v is taken: %v", b, err)
 		}
-		if out := marshalHello(b); !bytes.Equal(out, raw[:len(out)]) {
+		if out := marshalHello(b, transfer.Pull); !bytes.Equal(out, raw[:len(out)]) {
 			t.Fatalf("%x comes back as %x", raw, out)
 		}
 	})

@@ -34,6 +34,7 @@ type wire struct {
 	conns         sync.WaitGroup
 	stall, linger time.Duration
 	lines         map[string]*uplink // by node; nil: as fast as it goes
+	config        func(*Config)      // changes an engine's; may be nil
 }
 
 func (w *wire) dial(from string) func(context.Context, string) (net.Conn, error) {
@@ -73,7 +74,7 @@ func (w *wire) engine(t testing.TB, id string, store *transfertest.Store, peers 
 	for _, p := range peers {
 		ask = append(ask, transfer.Peer{ID: p, Addr: p})
 	}
-	e, err := New(Config{
+	cfg := Config{
 		Node: id, Source: store, Peers: ask, Dial: w.dial(id),
 		Arriving: func(d digest.Digest) (*transfer.Arrival, bool) {
 			r.mu.Lock()
@@ -88,7 +89,11 @@ func (w *wire) engine(t testing.TB, id string, store *transfertest.Store, peers 
 		}},
 		StallTimeout: cmp.Or(w.stall, 300*time.Millisecond), AskTimeout: 5 * time.Second, Backoff: time.Millisecond, IdleTimeout: cmp.Or(w.stall, time.Second),
 		Linger: w.linger,
-	})
+	}
+	if w.config != nil {
+		w.config(&cfg)
+	}
+	e, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,9 +137,14 @@ func (q *queue) Accept() (net.Conn, error) {
 func (q *queue) Close() error   { q.once.Do(func() { close(q.done) }); return nil }
 func (q *queue) Addr() net.Addr { return peerAddr("test") }
 
-// fetch carries a blob to a store.
+// fetch carries a blob to a store, for a pull.
 func (r *rig) fetch(ctx context.Context, store *transfertest.Store, b transfer.Blob) error {
+	return r.fetchFor(ctx, store, b, transfer.Pull)
+}
+
+func (r *rig) fetchFor(ctx context.Context, store *transfertest.Store, b transfer.Blob, class transfer.Class) error {
 	a := transfer.NewArrival(b, func(ctx context.Context) (transfer.Content, error) { return store.Open(ctx, b.Digest) })
+	a.For(class)
 	p, err := store.Create(ctx, b)
 	if err != nil {
 		return err
@@ -245,7 +255,7 @@ func evils(node string, b transfer.Blob) map[string]evil {
 func hostileHolder(table transfer.PieceTable, do evil) func(string, net.Conn) {
 	return func(_ string, c net.Conn) {
 		defer c.Close()
-		b, err := readHello(c)
+		b, _, err := readHello(c)
 		if err != nil {
 			return
 		}
@@ -327,7 +337,7 @@ func TestHostileWanters(t *testing.T) {
 			}
 			defer c.Close()
 			_ = c.SetDeadline(time.Now().Add(10 * time.Second))
-			_, _ = c.Write(marshalHello(b))
+			_, _ = c.Write(marshalHello(b, transfer.Pull))
 			if ans, err := readAnswer(c); err != nil || ans.status != complete {
 				t.Fatalf("%+v, %v", ans, err)
 			}

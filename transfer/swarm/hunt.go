@@ -190,7 +190,8 @@ func (h *hunt) run(ctx context.Context) error {
 	}
 }
 
-// end gives up what the fetch has used. Others may go on to use the torrent.
+// end gives up what the fetch has used. Others may go on to use the torrent, unless
+// pieces are left half done in it.
 func (h *hunt) end() {
 	if !h.ready() {
 		return
@@ -201,6 +202,9 @@ func (h *hunt) end() {
 		if t.outgoing {
 			t.end(errLeft)
 		}
+	}
+	if !h.a.Complete() {
+		h.e.abandon(h.s)
 	}
 	h.e.leave(h.s)
 }
@@ -300,7 +304,7 @@ func (h *hunt) hello(ctx context.Context, p transfer.Peer) (conn net.Conn, all b
 	}
 	stop := context.AfterFunc(ask, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	if _, err := conn.Write(marshalHello(h.blob)); err != nil {
+	if _, err := conn.Write(marshalHello(h.blob, h.a.Fetch().Class())); err != nil {
 		return conn, false, because(ask, err)
 	}
 	ans, err := readAnswer(conn)

@@ -25,6 +25,12 @@ const (
 	msgAllowedFast   = 17
 )
 
+// Messages that BitTorrent does not have. The library does not see them.
+const (
+	msgHeld  = 160 // a limit holds back what was asked for
+	msgClass = 161 // what the blob is wanted for
+)
+
 const (
 	lengthSize = 4
 	pieceHead  = 9 // type, piece and offset
@@ -41,6 +47,12 @@ type chunk struct{ piece, begin, length uint32 }
 type shape struct {
 	size   int64
 	pieces int
+}
+
+// chunks is how many a piece has.
+func (s shape) chunks(piece int) int {
+	_, n := transfer.PieceRange(s.size, piece)
+	return int((n + chunkSize - 1) / chunkSize)
 }
 
 // check says whether a chunk is one that this engine asks for: aligned, no longer
@@ -62,8 +74,9 @@ type message struct {
 	piece    int             // of have, suggest and allowed fast
 	chunk    chunk           // of request, piece, cancel and reject
 	have     transfer.Bitmap // of bitfield; aliases the input
-	useless  bool            // to be ignored
-	trailing int             // bytes of the piece that follow
+	class    transfer.Class
+	useless  bool // to be ignored
+	trailing int  // bytes of the piece that follow
 }
 
 // header is how much of a message of n bytes and a kind is read before parse: all of
@@ -72,7 +85,9 @@ type message struct {
 func (s shape) header(kind byte, n uint32) (int, error) {
 	want, exact := 1, true
 	switch kind {
-	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHaveAll, msgHaveNone:
+	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHaveAll, msgHaveNone, msgHeld:
+	case msgClass:
+		want = 2
 	case msgHave, msgSuggest, msgAllowedFast:
 		want = 5
 	case msgRequest, msgCancel, msgReject:
@@ -101,7 +116,9 @@ func (s shape) parse(head []byte, n uint32) (m message, err error) {
 	m.kind = head[0]
 	body := head[1:]
 	switch m.kind {
-	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHaveAll, msgHaveNone:
+	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHaveAll, msgHaveNone, msgHeld:
+	case msgClass:
+		m.class = min(transfer.Class(body[0]), transfer.Prefetch)
 	case msgHave, msgSuggest, msgAllowedFast:
 		i := binary.BigEndian.Uint32(body)
 		if int64(i) >= int64(s.pieces) {
@@ -151,6 +168,10 @@ func appendChunk(b []byte, kind byte, c chunk) []byte {
 	}
 	return b
 }
+
+func appendClass(b []byte, c transfer.Class) []byte { return append(b, 0, 0, 0, 2, msgClass, byte(c)) }
+
+func appendHeld(b []byte) []byte { return append(b, 0, 0, 0, 1, msgHeld) }
 
 func appendPiece(b []byte, kind byte, piece int) []byte {
 	b = append(b, 0, 0, 0, 5, kind)

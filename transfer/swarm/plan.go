@@ -57,6 +57,7 @@ type want struct {
 	missing int
 	asks    map[int]*ask
 	links   map[*tap]*link
+	class   transfer.Class // as the peers know it
 	over    bool
 	done    chan struct{} // closed with the last piece
 }
@@ -92,7 +93,7 @@ func newWant(s *swarm, a *transfer.Arrival, shout func(verdict)) *want {
 	w := &want{
 		e: s.e, s: s, a: a, shout: shout,
 		states: make([]state, n), slotted: make([]bool, n), alone: make([]bool, n), spread: make([]uint16, n),
-		asks: make(map[int]*ask), links: make(map[*tap]*link), done: make(chan struct{}),
+		asks: make(map[int]*ask), links: make(map[*tap]*link), class: a.Fetch().Class(), done: make(chan struct{}),
 	}
 	for i := range w.states {
 		if a.Holds(i) {
@@ -120,6 +121,7 @@ func (w *want) join(t *tap, all bool) {
 		l.window = firstWindow
 	}
 	w.links[t] = l
+	t.speak(appendClass(nil, w.class))
 	w.learn(l)
 	w.assign()
 }
@@ -212,6 +214,9 @@ func (w *want) release(l *link, i int) {
 		if w.states[i] == asked {
 			w.states[i] = missing
 			w.missing++
+			// Half of it may be here: whoever brings it next brings all of it.
+			w.s.store.forget(i)
+			w.free(i)
 		}
 	}
 }
@@ -428,6 +433,12 @@ func (w *want) tick(stall time.Duration) (stalled []*tap) {
 		}
 		if len(again) > 0 {
 			t.put(again)
+		}
+	}
+	if class := w.a.Fetch().Class(); class != w.class {
+		w.class = class
+		for t := range w.links {
+			t.speak(appendClass(nil, class))
 		}
 	}
 	w.assign()

@@ -58,7 +58,7 @@ func (e *Engine) welcome(ctx context.Context, c net.Conn) error {
 	defer stop()
 	peer := peerOf(c)
 	_ = c.SetDeadline(time.Now().Add(handshakeTimeout))
-	blob, err := readHello(c)
+	blob, class, err := readHello(c)
 	if err != nil {
 		return err
 	}
@@ -81,7 +81,7 @@ func (e *Engine) welcome(ctx context.Context, c net.Conn) error {
 				return err
 			}
 		case askBegin:
-			return e.serveSwarm(ctx, c, peer, blob, a)
+			return e.serveSwarm(ctx, c, wanter{peer, class}, blob, a)
 		default:
 			return fmt.Errorf("asks for %q", ask[0])
 		}
@@ -162,8 +162,14 @@ func (e *Engine) giveTable(ctx context.Context, c net.Conn, b transfer.Blob, a *
 	}
 }
 
+// wanter is who has said hello, and what it wants the blob for.
+type wanter struct {
+	peer  string
+	class transfer.Class
+}
+
 // serveSwarm lets BitTorrent begin on an accepted connection.
-func (e *Engine) serveSwarm(ctx context.Context, c net.Conn, peer string, b transfer.Blob, a *transfer.Arrival) error {
+func (e *Engine) serveSwarm(ctx context.Context, c net.Conn, from wanter, b transfer.Blob, a *transfer.Arrival) error {
 	var table transfer.PieceTable
 	if a != nil {
 		t, ok := a.Fetch().AwaitTable(ctx)
@@ -187,7 +193,9 @@ func (e *Engine) serveSwarm(ctx context.Context, c net.Conn, peer string, b tran
 		return errBusy
 	}
 	_ = c.SetDeadline(time.Time{})
-	t := s.attach(c, peer, false)
+	t := newTap(s, c, from.peer, false)
+	t.class.Store(uint32(from.class))
+	s.attach(t)
 	if w := s.want.Load(); w != nil {
 		w.join(t, false) // two that fetch the same blob need one connection only
 	}

@@ -28,8 +28,9 @@ type store struct {
 
 // arriving is a piece on its way.
 type arriving struct {
-	data []byte
-	from map[string]int64 // bytes by peer
+	data  []byte
+	from  map[string]int64   // bytes by peer
+	parts map[int64]struct{} // chunks that are here, by their offset
 }
 
 var _ storage.ClientImpl = (*store)(nil)
@@ -65,7 +66,7 @@ func (st *store) came(peer string, c chunk) {
 	defer st.mu.Unlock()
 	a := st.pieces[int(c.piece)]
 	if a == nil {
-		a = &arriving{from: make(map[string]int64)}
+		a = &arriving{from: make(map[string]int64), parts: make(map[int64]struct{})}
 		st.pieces[int(c.piece)] = a
 	}
 	a.from[peer] += int64(c.length)
@@ -85,6 +86,14 @@ func (st *store) drop(i int) {
 	if a := st.pieces[i]; a != nil && a.data != nil {
 		st.s.e.reuse(a.data)
 	}
+	delete(st.pieces, i)
+}
+
+// forget removes a piece of which nobody brings the rest. Its buffer is not used again,
+// for the library may be about to hash it.
+func (st *store) forget(i int) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
 	delete(st.pieces, i)
 }
 
@@ -160,6 +169,7 @@ func (p piece) WriteAt(b []byte, off int64) (int, error) {
 	if a.data == nil {
 		a.data = p.st.s.e.buffer()[:n]
 	}
+	a.parts[off] = struct{}{}
 	return copy(a.data[off:], b), nil
 }
 
@@ -170,9 +180,10 @@ func (p piece) WriteTo(w io.Writer) (int64, error) {
 	st, s := p.st, p.st.s
 	st.mu.Lock()
 	a := st.pieces[p.i]
+	whole := a != nil && len(a.parts) == s.shape.chunks(p.i)
 	st.mu.Unlock()
-	if a == nil || a.data == nil || s.arrival == nil {
-		return 0, fs.ErrClosed
+	if !whole || s.arrival == nil {
+		return 0, fs.ErrClosed // a part was forgotten: it begins anew
 	}
 	want := s.want.Load()
 	if want == nil {
@@ -183,7 +194,7 @@ func (p piece) WriteTo(w io.Writer) (int64, error) {
 		return 0, err
 	}
 	for peer, n := range a.from {
-		s.e.received(transfer.Flow{Blob: s.blob, Peer: peer}, int(n))
+		s.e.received(s.inFlow(peer), int(n))
 	}
 	n, err := w.Write(a.data)
 	return int64(n), err

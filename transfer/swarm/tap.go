@@ -26,6 +26,8 @@ const (
 	idleTimeout = 3 * time.Minute
 	// writeTimeout within which a peer must take what is written at once, about a chunk.
 	writeTimeout = 30 * time.Second
+	// heldMost is how long a peer may say that a limit holds it back.
+	heldMost = 10 * time.Minute
 	// maxAsked chunks that a peer may have asked for and not got: what a wanter asks
 	// for at once is less.
 	maxRefusals = 64 // in a row
@@ -71,9 +73,12 @@ type tap struct {
 	ending sync.Once
 	err    error // why it ended; set before done is closed
 
-	shaken   atomic.Bool  // the library has read the peer's handshake
-	brought  atomic.Bool  // a chunk that was asked for
-	progress atomic.Int64 // when bytes of a piece last came, Unix nanoseconds
+	shaken   atomic.Bool    // the library has read the peer's handshake
+	parts    map[uint32]int // chunks that came of pieces that have not come whole; pump's own
+	brought  atomic.Bool    // all of a piece
+	progress atomic.Int64   // when bytes of a piece last came, or a limit held them back; Unix nanoseconds
+	bytes    atomic.Int64   // when they came
+	class    atomic.Uint32  // what the peer wants the blob for
 
 	mu      sync.Mutex
 	shown   []byte                // messages that the engine puts before the library
@@ -89,6 +94,7 @@ type tap struct {
 	ended   bool
 	words   []byte // messages of the engine's own to be sent
 	telling bool   // somebody sends them
+	greeted bool   // they may be
 
 	wmu   sync.Mutex
 	part  []byte // the beginning of a message that the library has not written all of
@@ -102,7 +108,7 @@ func newTap(s *swarm, c net.Conn, peer string, outgoing bool) *tap {
 		addr: peerAddr(fmt.Sprintf("%s#%d", peer, s.e.serial.Add(1))),
 		feed: make(chan []byte), ack: make(chan struct{}), wake: make(chan struct{}, 1), done: make(chan struct{}),
 		asks: make(map[chunk]bool), asked: make(map[chunk]bool), inRead: make(map[chunk]*time.Timer), ready: make(map[chunk]struct{}),
-		have: transfer.PiecesBitmap(s.shape.pieces), sent: make(map[int]struct{}), offered: make(map[int]time.Time),
+		have: transfer.PiecesBitmap(s.shape.pieces), parts: make(map[uint32]int), sent: make(map[int]struct{}), offered: make(map[int]time.Time),
 	}
 	t.touch()
 	return t
@@ -123,13 +129,23 @@ func (t *tap) Close() error {
 	return nil
 }
 
-// flow is what goes out on it. What for, the peer does not say: it is taken for the
-// most urgent.
+// flow is what goes out on it.
 func (t *tap) flow() transfer.Flow {
-	return transfer.Flow{Blob: t.s.blob, Peer: t.peer, Class: transfer.Pull}
+	return transfer.Flow{Blob: t.s.blob, Peer: t.peer, Class: transfer.Class(t.class.Load())}
 }
 
-func (t *tap) touch() { t.progress.Store(time.Now().UnixNano()) }
+func (t *tap) touch() {
+	now := time.Now().UnixNano()
+	t.progress.Store(now)
+	t.bytes.Store(now)
+}
+
+// excuse notes that a limit of the peer's holds back what it is to bring.
+func (t *tap) excuse() {
+	if now := time.Now(); now.Sub(time.Unix(0, t.bytes.Load())) < heldMost {
+		t.progress.Store(now.UnixNano())
+	}
+}
 
 func (t *tap) quiet() time.Duration { return time.Since(time.Unix(0, t.progress.Load())) }
 
@@ -300,6 +316,9 @@ func (t *tap) nextPiece(in *bufio.Reader, b []byte, m message) error {
 	if !ours {
 		return &failure{transfer.Broken, fmt.Errorf("sends a part of piece %d that was not asked for", m.chunk.piece)}
 	}
+	if err := t.admit(m.trailing); err != nil {
+		return err
+	}
 	data := b[lengthSize+pieceHead:]
 	for at := 0; at < len(data); {
 		next := min(at+transfer.LeafSize, len(data))
@@ -309,10 +328,32 @@ func (t *tap) nextPiece(in *bufio.Reader, b []byte, m message) error {
 		at = next
 		t.touch()
 	}
-	t.brought.Store(true)
+	if t.parts[m.chunk.piece]++; t.parts[m.chunk.piece] >= t.s.shape.chunks(int(m.chunk.piece)) {
+		delete(t.parts, m.chunk.piece)
+		t.brought.Store(true)
+	}
 	t.refusals = 0
 	t.s.came(t, m.chunk)
 	return t.pass(b)
+}
+
+// admit waits until bytes may come in. The peer is not to blame meanwhile.
+func (t *tap) admit(n int) error {
+	limiter := t.s.e.cfg.Incoming
+	for limiter != nil {
+		wait := limiter.Take(t.s.inFlow(t.peer), n)
+		if wait <= 0 {
+			break
+		}
+		t.touch()
+		select {
+		case <-time.After(min(wait, max(time.Millisecond, t.s.e.cfg.StallTimeout/4))):
+		case <-t.done:
+			return t.err
+		}
+	}
+	t.touch()
+	return nil
 }
 
 // heard takes note of a message and says whether the library should see it.
@@ -335,6 +376,10 @@ func (t *tap) heard(m message) (passes bool, err error) {
 	case msgHaveNone, msgAllowedFast:
 	case msgSuggest:
 		t.s.offeredBy(t, m.piece)
+	case msgHeld:
+		t.excuse()
+	case msgClass:
+		t.class.Store(uint32(m.class))
 	case msgRequest:
 		return false, t.requested(m.chunk)
 	case msgCancel:

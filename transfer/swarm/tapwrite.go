@@ -34,6 +34,10 @@ func (t *tap) flush(b []byte) (int, error) {
 		}
 		t.shook = true
 		n, err := t.flushMessages(b[handshakeSize:], b[:handshakeSize])
+		t.mu.Lock()
+		t.greeted = true
+		t.tell(nil)
+		t.mu.Unlock()
 		return handshakeSize + n, err
 	}
 	return t.flushMessages(b, nil)
@@ -54,7 +58,7 @@ func (t *tap) flushMessages(b, before []byte) (int, error) {
 		at += lengthSize + n
 	}
 	if bytes > 0 {
-		if err := t.s.e.limit(t.s.ctx(), t.flow(), bytes); err != nil {
+		if err := t.limit(bytes); err != nil {
 			return at, err
 		}
 	}
@@ -110,11 +114,39 @@ func (t *tap) suggest(pieces []int) {
 	}
 }
 
-// tell sends a message of the engine's own. It does not wait until that is sent. t.mu
-// is held.
+// limit waits until bytes may go out, and tells the peer meanwhile that it is not
+// forgotten. wmu is held.
+func (t *tap) limit(bytes int) error {
+	limiter := t.s.e.cfg.Limiter
+	for limiter != nil {
+		wait := limiter.Take(t.flow(), bytes)
+		if wait <= 0 {
+			break
+		}
+		select {
+		case <-time.After(min(wait, max(time.Millisecond, t.s.e.cfg.StallTimeout/4))):
+		case <-t.done:
+			return t.err
+		}
+		_ = t.Conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+		if _, err := t.Conn.Write(appendHeld(nil)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// speak sends a message of the engine's own. It does not wait until that is sent.
+func (t *tap) speak(message []byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.tell(message)
+}
+
+// tell is speak with t.mu held. Nothing goes out before the handshake.
 func (t *tap) tell(message []byte) {
 	t.words = append(t.words, message...)
-	if !t.telling {
+	if !t.telling && t.greeted && len(t.words) > 0 {
 		t.telling = true
 		t.s.e.wg.Go(t.say)
 	}

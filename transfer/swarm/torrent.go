@@ -200,13 +200,13 @@ func (s *swarm) follow(ctx context.Context) {
 
 // attach puts a connection to use, on which BitTorrent begins now. The tap is done when
 // the connection is.
-func (s *swarm) attach(conn net.Conn, peer string, outgoing bool) *tap {
-	t := newTap(s, conn, peer, outgoing)
+func (s *swarm) attach(t *tap) {
+	transfer.KeepShort(t.Conn)
 	s.mu.Lock()
 	s.taps[t] = struct{}{}
 	s.mu.Unlock()
 	ctx := s.ctx()
-	if outgoing {
+	if t.outgoing {
 		s.dials.put(t)
 		s.torrent.AddPeers([]torrent.PeerInfo{{Addr: torrent.StringAddr(t.addr), Source: torrent.PeerSourceDirect, Trusted: true}})
 	} else {
@@ -216,7 +216,15 @@ func (s *swarm) attach(conn net.Conn, peer string, outgoing bool) *tap {
 		t.pump(ctx)
 		s.detach(t)
 	})
-	return t
+}
+
+// inFlow is what comes in from a peer.
+func (s *swarm) inFlow(peer string) transfer.Flow {
+	f := transfer.Flow{Blob: s.blob, Peer: peer}
+	if s.arrival != nil {
+		f.Class = s.arrival.Fetch().Class()
+	}
+	return f
 }
 
 func (s *swarm) detach(t *tap) {

@@ -66,7 +66,8 @@ func (h *hunt) use(ctx context.Context, hd *holder, conn net.Conn) (delivered bo
 		conn.Close()
 		return false, transfer.ErrStopped
 	}
-	t := h.s.attach(conn, hd.peer.ID, true)
+	t := newTap(h.s, conn, hd.peer.ID, true)
+	h.s.attach(t)
 	h.w.join(t, hd.all)
 	select {
 	case <-t.done:

@@ -1,4 +1,4 @@
-package stream
+package transfer
 
 import (
 	"net"
@@ -11,9 +11,9 @@ const (
 	tcpNotSentLowat = 25 // TCP_NOTSENT_LOWAT; package syscall does not name it
 )
 
-// keepShort bounds what waits in the kernel, so that a piece is in service while it is
+// KeepShort bounds what waits in the kernel, so that a piece is in service while it is
 // on the wire, and what is urgent does not stand behind megabytes.
-func keepShort(c net.Conn) {
+func KeepShort(c net.Conn) {
 	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
 		c = t.NetConn()
 	}

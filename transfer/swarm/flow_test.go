@@ -1,0 +1,158 @@
+package swarm
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/atoll-registry/atoll/transfer"
+	"github.com/atoll-registry/atoll/transfer/transfertest"
+)
+
+// toll is a Limiter that lets bytes pass only every so often, and a Meter.
+type toll struct {
+	every time.Duration
+
+	mu       sync.Mutex
+	next     time.Time
+	passed   int64
+	classes  map[transfer.Class]int64 // bytes sent by class
+	received map[transfer.Class]int64
+}
+
+func (l *toll) Take(_ transfer.Flow, n int) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	if wait := l.next.Sub(now); wait > 0 {
+		return wait
+	}
+	l.next = now.Add(l.every)
+	l.passed += int64(n)
+	return 0
+}
+
+func (l *toll) Sent(f transfer.Flow, n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.classes[f.Class] += int64(n)
+}
+
+func (l *toll) Received(f transfer.Flow, n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.received[f.Class] += int64(n)
+}
+
+func newToll(every time.Duration) *toll {
+	return &toll{every: every, classes: make(map[transfer.Class]int64), received: make(map[transfer.Class]int64)}
+}
+
+// What comes in and what goes out passes the limiters, byte for byte, and is counted by
+// what the wanter wants it for. Nobody is to blame for what a limiter holds back, though
+// it takes longer than a stall.
+func TestLimitsAndClasses(t *testing.T) {
+	content := tide(2*transfer.PieceSize + 7)
+	b, _ := blobOf(t, content)
+	for name, out := range map[string]bool{"out": true, "in": false} {
+		t.Run(name, func(t *testing.T) {
+			slow, count := newToll(900*time.Millisecond), newToll(0)
+			w := &wire{at: make(map[string]func(string, net.Conn)), stall: 500 * time.Millisecond}
+			w.config = func(c *Config) {
+				c.Meter = count
+				switch {
+				case out && c.Node == "from":
+					c.Limiter = slow
+				case !out && c.Node == "to":
+					c.Incoming = slow
+				}
+			}
+			held, store := transfertest.NewStore(), transfertest.NewStore()
+			held.Put(content)
+			w.engine(t, "from", held)
+			to := w.engine(t, "to", store, "from")
+			ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+			defer cancel()
+			if err := to.fetchFor(ctx, store, b, transfer.Repair); err != nil {
+				t.Fatal(err)
+			}
+			to.mu.Lock()
+			defer to.mu.Unlock()
+			if len(to.drops) > 0 {
+				t.Errorf("dropped: %v", to.drops)
+			}
+			if slow.passed != b.Size {
+				t.Errorf("the limiter let %d of %d bytes pass", slow.passed, b.Size)
+			}
+			if got := count.classes[transfer.Repair]; got != b.Size || len(count.classes) != 1 {
+				t.Errorf("sent by class: %v of %d bytes", count.classes, b.Size)
+			}
+			if got := count.received[transfer.Repair]; got != b.Size || len(count.received) != 1 {
+				t.Errorf("received by class: %v of %d bytes", count.received, b.Size)
+			}
+		})
+	}
+}
+
+// cut is a connection that breaks after so many bytes were written to it.
+type cut struct {
+	net.Conn
+	left int
+}
+
+func (c *cut) Write(p []byte) (int, error) {
+	if len(p) <= c.left {
+		c.left -= len(p)
+		return c.Conn.Write(p)
+	}
+	n, _ := c.Conn.Write(p[:c.left])
+	c.left = 0
+	c.Conn.Close()
+	return n, net.ErrClosed
+}
+
+// A piece whose second half does not come is forgotten: its memory is free for others,
+// and nobody is blamed when the rest comes from somebody else.
+func TestHalfAPieceIsForgotten(t *testing.T) {
+	content := tide(3 * transfer.PieceSize)
+	b, _ := blobOf(t, content)
+	w := &wire{at: make(map[string]func(string, net.Conn))}
+	held := transfertest.NewStore()
+	held.Put(content)
+	w.engine(t, "half", held)
+	accept := w.at["half"]
+	w.at["half"] = func(from string, c net.Conn) { accept(from, &cut{c, chunkSize + 4096}) }
+	alone := w.engine(t, "alone", transfertest.NewStore(), "half")
+	if err := alone.fetch(t.Context(), transfertest.NewStore(), b); err == nil {
+		t.Error("the blob came from a holder that sends half a piece at most")
+	}
+	if n := len(alone.slots); n != 0 {
+		t.Errorf("%d pieces still have memory", n)
+	}
+	if n, _ := alone.Torrents(); n != 0 {
+		t.Error("the torrent of a failed fetch is kept")
+	}
+
+	w.engine(t, "honest", held)
+	store := transfertest.NewStore()
+	to := w.engine(t, "to", store, "half", "honest")
+	if err := to.fetch(t.Context(), store, b); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(store.Bytes(b.Digest), content) {
+		t.Error("another blob arrived")
+	}
+	to.mu.Lock()
+	defer to.mu.Unlock()
+	for peer, why := range to.drops {
+		if why.Lie() {
+			t.Errorf("%s dropped for %s", peer, why)
+		}
+	}
+	if n := len(to.slots); n != 0 {
+		t.Errorf("%d pieces still have memory", n)
+	}
+}
