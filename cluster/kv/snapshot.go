@@ -65,6 +65,9 @@ type fsmSnapshot struct {
 func (s *fsmSnapshot) Persist(sink raft.SnapshotSink) error {
 	defer s.Release()
 	err := WriteSnapshot(sink, s.state)
+	// The engine waits for readers when its file outgrows what is mapped, and who
+	// waits for the engine must not be one.
+	s.Release()
 	if err == nil {
 		err = s.sync()
 	}

@@ -197,3 +197,41 @@ func FuzzRestore(f *testing.F) {
 		_ = m.Restore(io.NopCloser(bytes.NewReader(data)))
 	})
 }
+
+// released notes whether a state is still read.
+type released struct {
+	Snapshot
+	done bool
+}
+
+func (r *released) Release() {
+	r.done = true
+	r.Snapshot.Release()
+}
+
+type discardSink struct{ io.Writer }
+
+func (discardSink) ID() string    { return "test" }
+func (discardSink) Cancel() error { return nil }
+func (discardSink) Close() error  { return nil }
+
+// A snapshot does not read any more when it waits for the engine, which may wait for
+// its readers.
+func TestPersistLetsGoBeforeItWaits(t *testing.T) {
+	e := NewMemory()
+	state, err := e.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &released{Snapshot: state}
+	waited := false
+	s := &fsmSnapshot{state: r, sync: func() error {
+		if waited = true; !r.done {
+			t.Error("it waits while it reads")
+		}
+		return nil
+	}}
+	if err := s.Persist(discardSink{io.Discard}); err != nil || !waited {
+		t.Errorf("%v, waited: %v", err, waited)
+	}
+}
