@@ -257,6 +257,8 @@ func TestOperations(t *testing.T) {
 	}
 	m.run(ctx, "Bring images to nodes before the morning", m.typed(one, "NODE", "three"), m.on(one))
 
+	m.run(ctx, "Something is slow, or nodes do not reach each other", m.on(one))
+
 	m.run(ctx, "Move the leadership", m.on(one, "NODE", "two"))
 	m.leads(ctx, one, "two")
 
@@ -299,6 +301,9 @@ func TestOperations(t *testing.T) {
 	m.run(ctx, "Upgrading", m.on(one), m.on(one))
 	m.run(ctx, "Renew certificates", m.on(one), m.on(one))
 	m.run(ctx, "Replace the site's CA", m.on(one), m.on(one), m.on(one))
+	m.run(ctx, "Replace the cluster key", m.on(one), m.on(one))
+	m.sealed(ctx, heir)
+	m.voting(ctx, one, 3)
 	m.run(ctx, "Join tokens", keep(m.on(one)))
 	stolen := machine(7, "stolen")
 	join(stolen)(ctx, []string{"atoll", "serve", "--join", "ADDR:5001", "--token", "TOKEN"})
@@ -314,6 +319,22 @@ func TestOperations(t *testing.T) {
 	m.backups(ctx, s, img, machine(6, "restored"))
 	m.recovery(ctx, s, []*lab.Node{one, two, heir, four}, join, keep)
 	m.done()
+}
+
+// sealed gives a node's keys a passphrase, and takes it away again.
+func (m *manual) sealed(ctx context.Context, n *lab.Node) {
+	m.t.Helper()
+	file := filepath.Join(m.t.TempDir(), "passphrase")
+	m.must("", os.WriteFile(file, []byte("a passphrase of this test\n"), 0o600))
+	stopped := func(do step) step {
+		return func(ctx context.Context, words []string) string {
+			m.must("", n.Stop(ctx))
+			return do(ctx, words)
+		}
+	}
+	m.run(ctx, "Seal the keys of a node with a passphrase",
+		stopped(m.off(n, "FILE", file)), m.start(n, "FILE", file), stopped(m.off(n, "FILE", file)))
+	m.must("", n.Start(ctx))
 }
 
 // together founds a site on three machines that are told the same.
