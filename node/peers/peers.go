@@ -181,6 +181,13 @@ func New(c Config) (*Peers, error) {
 	if err := p.makeEngines(); err != nil {
 		return nil, err
 	}
+	torrents := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "atoll_peers_torrents", Help: "Blobs that this node fetches or serves by BitTorrent at the moment, or did a few seconds ago."}, func() float64 {
+		n, _ := p.swarm.Torrents()
+		return float64(n)
+	})
+	if err := c.Registerer.Register(torrents); err != nil {
+		return nil, fmt.Errorf("peers: %w", err)
+	}
 	return p, nil
 }
 

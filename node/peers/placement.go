@@ -244,7 +244,11 @@ func DefineSettings(s *settings.Settings) Policy {
 		Name: "peers.release-minutes", Default: "60", Kind: settings.Count(0, 365*24*60),
 		Summary: "minutes after which a node lets go of a blob that other nodes are to keep, once all of those hold it; 0: it keeps it",
 	})
-	return Policy{Durability: durability.Value, Replicas: replicas.Value, Release: func() time.Duration { return time.Duration(release.Value()) * time.Minute }}
+	engine := settings.Define(s, settings.Spec[Engine]{
+		Name: "peers.transfer-engine", Default: string(EngineAuto), Kind: settings.Kind[Engine]{Parse: parseEngine},
+		Summary: "how blobs move between nodes: stream, bittorrent, or auto, which leaves the choice to Atoll",
+	})
+	return Policy{Durability: durability.Value, Replicas: replicas.Value, Engine: engine.Value, Release: func() time.Duration { return time.Duration(release.Value()) * time.Minute }}
 }
 
 // placesAsked bounds the places of a blob that are looked at for the replicas that
