@@ -10,7 +10,7 @@ import (
 // until its first piece is here.
 func (w *Want) Cursors(urgent []int) {
 	for _, i := range urgent {
-		if w.rush < 0 && !slices.Contains(w.urgent, i) && !slices.Contains(w.urgent, i-1) {
+		if w.rush < 0 && !w.follows(urgent, i) {
 			w.rush = i
 		}
 	}
@@ -20,14 +20,27 @@ func (w *Want) Cursors(urgent []int) {
 	w.urgent = slices.Clone(urgent)
 }
 
+// follows says whether a reader that waited for one of the urgent pieces gets to this one
+// by going on: what lies between is here, or urgent too.
+func (w *Want) follows(urgent []int, i int) bool {
+	for j := i; j >= 0; j-- {
+		if slices.Contains(w.urgent, j) || j < i && slices.Contains(urgent, j) {
+			return true
+		}
+		if j < i && !w.held.Has(j) {
+			return false
+		}
+	}
+	return false
+}
+
 // NextUrgent is the part of Next that is for readers: all that may be asked for while
 // nothing that comes can be verified yet.
 func (w *Want) NextUrgent(now time.Duration, h *Holder) (a Ask, ok bool) {
 	if h.gone || h.far && (!w.elected || w.near > 0) {
 		return Ask{}, false
 	}
-	i := w.nextUrgent(now, h)
-	return Ask{Piece: i, Urgent: true}, i >= 0
+	return w.nextUrgent(now, h)
 }
 
 // Asked notes that a holder was asked for a piece before it joined, in the same breath as
@@ -49,8 +62,8 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 	if h.gone || h.far && (!w.elected || w.near > 0) {
 		return Ask{}, false
 	}
-	if i := w.nextUrgent(now, h); i >= 0 {
-		return Ask{Piece: i, Urgent: true}, true
+	if a, ok := w.nextUrgent(now, h); ok {
+		return a, true
 	}
 	if w.rush >= 0 {
 		return Ask{}, false
@@ -90,8 +103,8 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 }
 
 // nextUrgent is a piece that a reader waits for and that this holder should hear
-// about; -1: none.
-func (w *Want) nextUrgent(now time.Duration, h *Holder) int {
+// about.
+func (w *Want) nextUrgent(now time.Duration, h *Holder) (a Ask, ok bool) {
 	for _, i := range w.urgent {
 		if !h.has(i) || w.held.Has(i) || h.far && w.spread[i] > 0 {
 			continue
@@ -103,21 +116,21 @@ func (w *Want) nextUrgent(now time.Duration, h *Holder) int {
 				continue
 			}
 			w.ask(now, h, i, true)
-			return i
+			return Ask{Piece: i, Urgent: true}, true
 		case r == nil: // set aside, to be verified again
 		case r.of[0] == h || r.of[1] == h:
 			if r.urgent {
 				continue
 			}
 			r.urgent = true
-			return i
+			return Ask{Piece: i, Urgent: true, Again: true}, true
 		case r.of[1] == nil && w.late(now, h, r):
 			r.of[1], r.since, r.urgent = h, now, true
 			h.took(now, i)
-			return i
+			return Ask{Piece: i, Urgent: true}, true
 		}
 	}
-	return -1
+	return Ask{}, false
 }
 
 // faster says whether another holder would send the piece in half the time.

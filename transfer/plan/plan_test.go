@@ -170,7 +170,7 @@ func TestReadersOvertake(t *testing.T) {
 	asked := was[2].Piece
 	w.Cursors([]int{asked, 63})
 	asks := all(w, 0, h)
-	if len(asks) != 2 || asks[0] != (Ask{asked, true}) || asks[1] != (Ask{63, true}) {
+	if len(asks) != 2 || asks[0] != (Ask{Piece: asked, Urgent: true, Again: true}) || asks[1] != (Ask{Piece: 63, Urgent: true}) {
 		t.Fatalf("asked %v", asks)
 	}
 	w.Arrived(0, h, was[0].Piece)
@@ -204,7 +204,7 @@ func TestReadersAreServedByTheFast(t *testing.T) {
 	if a, ok := w.Next(time.Second, slow); ok {
 		t.Errorf("%v is asked of the slow one", a)
 	}
-	if a, ok := w.Next(time.Second, fast); !ok || a != (Ask{next, true}) {
+	if a, ok := w.Next(time.Second, fast); !ok || a != (Ask{Piece: next, Urgent: true}) {
 		t.Errorf("%v is asked of the fast one", a)
 	}
 }
@@ -530,5 +530,52 @@ func TestAReaderAloneGetsTheRestInOrder(t *testing.T) {
 			w.Arrived(0, a, 160)
 			w.Cursors([]int{161, 162})
 		}
+	}
+}
+
+// A reader that goes on over several pieces at once has not jumped: nothing stops for it.
+func TestAReaderThatGoesOnStopsNothing(t *testing.T) {
+	w := NewWant(400, Rules{}, seeded())
+	a := w.Join(nil, false)
+	w.Cursors([]int{0, 1})
+	all(w, 0, a)
+	w.Arrived(0, a, 0)
+	w.Cursors([]int{1, 2})
+	all(w, 0, a)
+	for i := 1; i < 6; i++ {
+		w.Arrived(0, a, i)
+	}
+	w.Cursors([]int{6, 7})
+	if got := len(all(w, 0, a)); got < 5 {
+		t.Errorf("%d pieces were asked for in the place of five that came", got)
+	}
+	w.Cursors([]int{300, 301})
+	if got := all(w, 0, a); len(got) != 2 {
+		t.Errorf("after a jump %v is asked for", got)
+	}
+}
+
+// A piece that becomes urgent when it has gone out does not go out twice.
+func TestWhatHasGoneOutOnlyOvertakes(t *testing.T) {
+	q := NewQueue(Slots{}, seeded())
+	a := q.Offer(4, nil).Join("a", transfer.Pull)
+	a.Ask(Ask{Piece: 0})
+	a.Ask(Ask{Piece: 1})
+	a.Ask(Ask{Piece: 2})
+	turn, _ := q.Next(0, nil)
+	if turn == nil || turn.Piece != 0 {
+		t.Fatalf("%+v goes out first", turn)
+	}
+	a.Ask(Ask{Piece: 0, Urgent: true, Again: true})
+	a.Ask(Ask{Piece: 2, Urgent: true, Again: true})
+	for _, want := range []int{2, 1} {
+		q.Done(0, turn)
+		if turn, _ = q.Next(0, nil); turn == nil || turn.Piece != want {
+			t.Fatalf("%+v goes out, want %d", turn, want)
+		}
+	}
+	q.Done(0, turn)
+	if turn, _ = q.Next(0, nil); turn != nil {
+		t.Errorf("piece %d goes out again", turn.Piece)
 	}
 }

@@ -195,6 +195,8 @@ func (a *Asker) Ask(ask Ask) {
 			return
 		}
 		a.queue = slices.Delete(a.queue, k, k+1)
+	} else if ask.Again {
+		return // it has gone out
 	}
 	if !ask.Urgent {
 		a.queue = append(a.queue, ask.Piece)

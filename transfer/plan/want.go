@@ -23,7 +23,8 @@ const Any = -1
 // Ask is what to ask of a holder.
 type Ask struct {
 	Piece  int  // or Any
-	Urgent bool // a reader waits for it; of a piece asked for before: now one does
+	Urgent bool // a reader waits for it
+	Again  bool // it was asked for before, and is urgent by now: it overtakes if it is not on its way
 }
 
 // Note is what holders should hear about this node; see Holder.Hears.

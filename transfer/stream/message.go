@@ -22,7 +22,7 @@ type kind byte
 // From the wanter.
 const (
 	kindHello  kind = 1 // version, class, patience in ms (4), size (8), digest: a session begins
-	kindAsk    kind = 2 // 5 bytes each: piece (4) or any, 1 when urgent
+	kindAsk    kind = 2 // 5 bytes each: piece (4) or any, 1 when urgent, 2 when it is by now
 	kindCancel kind = 3 // 4 bytes each: piece
 	kindSkip   kind = 4 // 4 bytes each: piece
 	kindNeed   kind = 5 // 4 bytes each: piece
@@ -184,6 +184,9 @@ func appendAsks(to []byte, asks []plan.Ask) []byte {
 			if a.Urgent {
 				urgent = 1
 			}
+			if a.Again {
+				urgent = 2
+			}
 			body = append(binary.BigEndian.AppendUint32(body, piece), urgent)
 		}
 		to = frame(to, kindAsk, body...)
@@ -200,14 +203,14 @@ func decodeAsks(body []byte, pieces int) ([]plan.Ask, error) {
 	for ; len(body) > 0; body = body[5:] {
 		piece, urgent := binary.BigEndian.Uint32(body), body[4]
 		switch {
-		case urgent > 1:
+		case urgent > 2:
 			return nil, fmt.Errorf("ask: %w", errFrame)
 		case piece == anyPiece:
 			asks = append(asks, plan.Ask{Piece: plan.Any})
 		case int64(piece) >= int64(pieces):
 			return nil, fmt.Errorf("ask for piece %d of %d: %w", piece, pieces, errFrame)
 		default:
-			asks = append(asks, plan.Ask{Piece: int(piece), Urgent: urgent == 1})
+			asks = append(asks, plan.Ask{Piece: int(piece), Urgent: urgent > 0, Again: urgent == 2})
 		}
 	}
 	return asks, nil
