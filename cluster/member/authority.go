@@ -467,7 +467,7 @@ func (n *Node) keepClock(ctx context.Context, in *instance) error {
 		}
 		voters++
 		seen := n.peers.of(string(s.ID))
-		if s.ID == in.self || seen.clocked && n.live(string(s.ID)) && seen.skew.Abs() < clocksAgree {
+		if s.ID == in.self || seen.clocked && n.live(string(s.ID)) && seen.ahead(now).Abs() < clocksAgree {
 			agree++
 		}
 	}

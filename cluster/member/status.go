@@ -111,7 +111,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 			ms.Lag = s.Applied - said.Applied
 		}
 		ms.Version, ms.Fitness, ms.Codes = cmp.Or(said.Version, m.Version), said.Fitness, said.Codes
-		ms.Skew, ms.SkewBound, ms.Clocked = seen.skew, seen.bound, seen.clocked
+		ms.Skew, ms.SkewBound, ms.Clocked = seen.ahead(n.cfg.Clock()), seen.bound, seen.clocked
 		if said.Expires != 0 {
 			ms.CertExpires = time.Unix(said.Expires, 0)
 		}
@@ -196,10 +196,20 @@ type sightings struct {
 type sighting struct {
 	ping
 	at time.Time
-	// skew is by how much its clock is ahead, known to within bound; not clocked:
-	// not known.
-	skew, bound time.Duration
-	clocked     bool
+	// theirs is what its clock said at that moment, known to within bound; not
+	// clocked: not known.
+	theirs  time.Time
+	bound   time.Duration
+	clocked bool
+}
+
+// ahead is by how much its clock is ahead of this node's, which says now. Both may
+// have been set since it was seen: ours counts as it is now.
+func (s sighting) ahead(now time.Time) time.Duration {
+	if !s.clocked {
+		return 0
+	}
+	return s.theirs.Add(time.Since(s.at)).Sub(now)
 }
 
 func newSightings() *sightings { return &sightings{seen: make(map[string]sighting)} }
@@ -210,15 +220,15 @@ func (s *sightings) of(id string) sighting {
 	return s.seen[id]
 }
 
-// saw takes an answer to a ping that was sent at a time of this node's clock and
-// took so long. The answer's clock was read somewhere between the two.
-func (s *sightings) saw(p ping, sent time.Time, took time.Duration) {
+// saw takes an answer to a ping that took so long. The answer's clock was read
+// somewhere in between.
+func (s *sightings) saw(p ping, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := sighting{ping: p, at: time.Now()}
 	now.Fitness = min(p.Fitness, Unfit)
 	if p.Clock != 0 {
-		now.skew, now.bound, now.clocked = time.UnixMilli(p.Clock).Sub(sent.Add(took/2)), took/2+time.Millisecond, true
+		now.theirs, now.bound, now.clocked = time.UnixMilli(p.Clock).Add(took/2), took/2+time.Millisecond, true
 	}
 	s.seen[p.Node] = now
 }
@@ -364,13 +374,13 @@ func (n *Node) pingAll(ctx context.Context, members []Member) {
 		}
 		asked.Go(func() error {
 			var answer ping
-			clock, sent := n.cfg.Clock(), time.Now()
+			sent := time.Now()
 			if err := n.ask(ctx, m.Addr, pathPing, &answer); err != nil {
 				n.log.Debug("asking a member how it is", "node", m.ID, "name", m.Name, "address", m.Addr, "error", err)
 				return nil
 			}
 			if answer.Node == m.ID { // else another node has its address now
-				n.peers.saw(answer, clock, time.Since(sent))
+				n.peers.saw(answer, time.Since(sent))
 			}
 			return nil
 		})
