@@ -75,6 +75,7 @@ type child struct {
 	Started
 	t    *testing.T
 	name string
+	data string // its directory
 	cmd  *exec.Cmd
 	once sync.Once
 }
@@ -95,7 +96,7 @@ func startChild(t *testing.T, s childStart) *child {
 		t.Fatal(err)
 	}
 	log := &lines{}
-	c := &child{t: t, name: s.Name, cmd: exec.Command(self)}
+	c := &child{t: t, name: s.Name, data: s.Data, cmd: exec.Command(self)}
 	c.cmd.Env, c.cmd.Stderr = append(os.Environ(), childConfig+"="+string(text)), log
 	if s.Disk != "" {
 		ownDisks(c.cmd)
@@ -237,16 +238,21 @@ func TestLocalReadsOfTagsAreNotLinearizable(t *testing.T) {
 	leader, others := split(t, nodes)
 	behind, other := others[0], others[1]
 	c := newTagClients(t, []string{leader.URL})
-	old := c.do(0, leader.URL, tagInput{kind: moveTag, tag: "a"})
-	await(t, "the first push reaches the node", func() string {
-		a := c.ask(behind.URL, "GET", "manifests/a", nil)
-		if a.Status != http.StatusOK || a.Header.Get("Docker-Content-Digest") != old.at.String() {
-			return fmt.Sprint(a.Status, a.Header)
-		}
-		return ""
-	})
-	behind.signal(syscall.SIGSTOP)
-	t.Cleanup(func() { behind.signal(syscall.SIGCONT) })
+	arrives := func(tag string) tagOutput {
+		put := c.do(0, leader.URL, tagInput{kind: moveTag, tag: tag})
+		await(t, "a push reaches the node", func() string {
+			a := c.ask(behind.URL, "GET", "manifests/"+tag, nil)
+			if a.Status != http.StatusOK || a.Header.Get("Docker-Content-Digest") != put.at.String() {
+				return fmt.Sprint(a.Status, a.Header)
+			}
+			return ""
+		})
+		return put
+	}
+	old := arrives("a")
+	arrives("b") // with it the node's log says that the first is committed
+	// Not frozen: what the others send meanwhile would wait for it.
+	behind.kill()
 	moved := c.do(0, leader.URL, tagInput{kind: moveTag, tag: "a"})
 	if moved.status != http.StatusCreated {
 		t.Fatalf("with two of three up a push answers %d", moved.status)
@@ -255,7 +261,7 @@ func TestLocalReadsOfTagsAreNotLinearizable(t *testing.T) {
 	other.signal(syscall.SIGSTOP)
 	defer leader.signal(syscall.SIGCONT)
 	defer other.signal(syscall.SIGCONT)
-	behind.signal(syscall.SIGCONT)
+	behind = startChild(t, childStart{Name: behind.name, Data: behind.data})
 
 	honest := c.do(1, behind.URL, tagInput{kind: readTag, tag: "a"})
 	if honest.status != http.StatusOK || honest.at != old.at || c.history.stale != 1 {

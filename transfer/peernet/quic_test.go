@@ -54,11 +54,11 @@ func newRelay(t *testing.T, target string, most int) *relay {
 			}
 			r.mu.Lock()
 			r.client = from
-			back := r.back
+			back, target := r.back, r.target
 			r.mu.Unlock()
 			if n <= r.most {
 				r.passed.Add(1)
-				_, _ = back.WriteToUDP(buf[:n], r.target)
+				_, _ = back.WriteToUDP(buf[:n], target)
 			}
 		}
 	})
@@ -180,7 +180,7 @@ func TestRestartIsNoticed(t *testing.T) {
 		t.Fatal(err)
 	}
 	path.mu.Lock()
-	*path.target = *target
+	path.target = target
 	path.mu.Unlock()
 	begun := time.Now()
 	_ = c.SetDeadline(begun.Add(deadline))
@@ -223,7 +223,7 @@ func TestDialAfterRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	path.mu.Lock()
-	*path.target = *target
+	path.target = target
 	path.mu.Unlock()
 	begun := time.Now()
 	if c, err = b.Dial(within(t), path.addr(), peernet.ServiceControl); err != nil {
