@@ -25,18 +25,25 @@ run: build
 # All that CI runs. The S3 server's suite goes without the race detector: it finds
 # the S3 driver of distribution 3.1.2 reusing the buffer of a request that was
 # broken off (its writer's pool); our own part of it runs under the detector on
-# the disk and memory backends. Four packages at once, because some wait much:
-# for elections, and for disks and nodes that are late.
+# the disk and memory backends. Whole nodes and the command line run without it here,
+# which saves minutes, and with it in test-race; so do the rooms they are made of. Four
+# packages at once, because some wait much: for elections, and for disks and nodes
+# that are late.
 test: testdeps build
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
-	$(TESTED) CGO_ENABLED=1 go test -race -p 4 -timeout 12m $$(go list ./... | grep -v /scripts/)
+	$(TESTED) CGO_ENABLED=1 go test -race -p 4 -timeout 12m $$(go list ./... | grep -vE '/scripts/|atoll/(node|cmd/atoll)$$')
+	$(TESTED) go test -p 2 -timeout 6m ./node ./cmd/atoll
 	$(TESTED) go test -timeout 5m -tags s3 -run S3 ./node/blobs/cloud
 	PATH="$(TOOLS):$$PATH" go test -count=1 -timeout 12m ./scripts/...
 
 # The quick part, with nothing installed.
 test-unit:
 	go test $$(go list ./... | grep -v -e /scripts/e2e -e /scripts/spread)
+
+# All under the race detector, whole nodes and the command line too.
+test-race: testdeps build
+	$(TESTED) CGO_ENABLED=1 go test -race -p 4 -timeout 20m $$(go list ./... | grep -v /scripts/)
 
 # All object stores, against a server of S3 and emulators of GCS and Azure. From
 # nothing the emulators take two minutes of CPU time, so CI has S3 only.
