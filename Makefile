@@ -25,10 +25,9 @@ run: build
 # All that CI runs. The S3 server's suite goes without the race detector: it finds
 # the S3 driver of distribution 3.1.2 reusing the buffer of a request that was
 # broken off (its writer's pool); our own part of it runs under the detector on
-# the disk and memory backends. Whole nodes and the command line run without it here,
-# which saves minutes, and with it in test-race; so do the rooms they are made of. Four
-# packages at once, because some wait much: for elections, and for disks and nodes
-# that are late.
+# the disk and memory backends. Whole nodes and the command line go without it too,
+# which saves minutes; test-race has them. Four packages at once, because some wait
+# much: for elections, and for disks and nodes that are late.
 test: testdeps build
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
