@@ -121,7 +121,7 @@ SPREAD = go test -count=1 -v -timeout 15m ./scripts/spread
 bench-transfer:
 	$(SPREAD) -run TestSpread -args -rate 1300000 -nodes 8 -mib 64 -goal 1.3
 	$(SPREAD) -run TestSpread -args -rate 1300000 -nodes 12 -mib 64 -goal 1.4
-	$(SPREAD) -run TestWays -args -rate 1300000 -nodes 8 -mib 32 -goal 1.3
+	$(SPREAD) -run TestWays -args -engine stream,bittorrent,defaults,star -rate 1300000 -nodes 8 -mib 32 -goal 1.3
 	$(SPREAD) -run 'TestFirstByte|TestThroughANode|TestMemoryOfWhatIsHeld' -args -mib 64
 	$(SPREAD) -run TestProcessorTime -args -mib 256
 	$(SPREAD) -run TestMemoryOfPulls -args -mib 1024

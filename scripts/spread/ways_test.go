@@ -233,7 +233,7 @@ func (f *crew) fetch(ctx context.Context, n *member) error {
 	return fetch.Wait(ctx)
 }
 
-var ways = flag.String("engine", "stream,bittorrent,defaults,star", "of TestWays: some of these, one run after the other")
+var ways = flag.String("engine", byStream, "of TestWays: some of these, one run after the other")
 
 // One node holds a blob and all the others want it at once: by each engine, by
 // BitTorrent's library as it comes, and all from the holder.
