@@ -301,8 +301,11 @@ func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class) er
 	if err != nil {
 		return err
 	}
-	// A copy is read by nobody while it arrives, so it needs no root; a blob
-	// without one is fetched whole.
+	// Without a root the blob is fetched whole, and a client who comes meanwhile reads
+	// nothing before its end. Only a push does not wait for one.
+	if root == nil && b.Size > transfer.PieceSize && class != transfer.Replication {
+		root = p.askForRoot(ctx, b.Digest)
+	}
 	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root}, transfer.For(class))
 	if err == nil {
 		err = fetch.Wait(ctx)

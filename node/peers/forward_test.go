@@ -2,6 +2,7 @@ package peers
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"net/http/httptest"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -210,6 +212,37 @@ func TestAskForRoot(t *testing.T) {
 		e := s.put(bytesOf("other", 5*transfer.PieceSize), s.nodes[2])
 		if got := s.nodes[0].askForRoot(t.Context(), e); got != nil {
 			t.Errorf("no holder is up, and the root is %x", got)
+		}
+	})
+}
+
+// TestACopyAsksForARoot: who reads a blob while repair brings it reads it as it comes,
+// for which the fetch needs a root. A push does not wait for one.
+func TestACopyAsksForARoot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSite(t, 2)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		defer cancel()
+		for _, n := range s.nodes { // without their repairs, which name roots, too
+			wg.Go(func() { _ = n.runEngines(ctx) })
+			wg.Go(func() { _ = n.tables.run(ctx) })
+			wg.Go(func() { _ = n.engine.Serve(ctx, n.Network.Listen(peernet.ServiceBlob)) })
+			wg.Go(func() { _ = n.serveHTTP(ctx, peernet.ServiceAPI, n.apiServer()) })
+		}
+		for _, c := range []struct {
+			class transfer.Class
+			roots bool
+		}{{transfer.Replication, false}, {transfer.Repair, true}, {transfer.Prefetch, true}} {
+			b := bytesOf(c.class.String(), 5*transfer.PieceSize)
+			d := s.put(b, s.nodes[1])
+			if err := s.nodes[0].obtain(ctx, heldBlob{d, int64(len(b))}, c.class); err != nil {
+				t.Fatal(err)
+			}
+			if root, err := s.nodes[0].root(d); err != nil || (root != nil) != c.roots {
+				t.Errorf("after a copy by %s the root is %x (%v)", c.class, root, err)
+			}
 		}
 	})
 }
