@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -148,6 +149,30 @@ type NoHolderError struct {
 type Asked struct {
 	Peer   Peer
 	Reason error
+}
+
+// Heard notes what came of asking a peer, in the place of what came of it before; nil
+// when it holds the blob.
+func (e *NoHolderError) Heard(p Peer, reason error) {
+	for i := range e.Asked {
+		if e.Asked[i].Peer == p {
+			e.Asked[i].Reason = reason
+			return
+		}
+	}
+	e.Asked = append(e.Asked, Asked{p, reason})
+}
+
+// Final is the error to end a fetch with: those that hold the blob, and brought nothing
+// all the same, have the reason given.
+func (e *NoHolderError) Final(reason error) *NoHolderError {
+	final := &NoHolderError{Digest: e.Digest, Asked: slices.Clone(e.Asked)}
+	for i := range final.Asked {
+		if final.Asked[i].Reason == nil {
+			final.Asked[i].Reason = reason
+		}
+	}
+	return final
 }
 
 func (e *NoHolderError) Error() string {

@@ -125,12 +125,10 @@ func (t *Traffic) askAll(ctx context.Context, q question, each func(member.Membe
 	}
 }
 
-// hear asks the others, and gives what is under way to those who watch.
-func (t *Traffic) hear(ctx context.Context, watched bool) {
-	ctx, cancel := context.WithTimeout(ctx, talkTimeout)
-	defer cancel()
-	seen := newSeen()
-	t.askAll(ctx, question{Transfers: watched}, func(m member.Member, raw json.RawMessage, err error) {
+// reports asks the others and gives each report; seen gets what is under way there, and
+// who is silent.
+func (t *Traffic) reports(ctx context.Context, q question, seen *seen, each func(member.Member, report)) {
+	t.askAll(ctx, q, func(m member.Member, raw json.RawMessage, err error) {
 		var r report
 		if err == nil {
 			err = json.Unmarshal(raw, &r)
@@ -140,6 +138,16 @@ func (t *Traffic) hear(ctx context.Context, watched bool) {
 			return
 		}
 		seen.add(r.Transfers)
+		each(m, r)
+	})
+}
+
+// hear asks the others, and gives what is under way to those who watch.
+func (t *Traffic) hear(ctx context.Context, watched bool) {
+	ctx, cancel := context.WithTimeout(ctx, talkTimeout)
+	defer cancel()
+	seen := newSeen()
+	t.reports(ctx, question{Transfers: watched}, seen, func(m member.Member, r report) {
 		r.Transfers = nil
 		t.mu.Lock()
 		t.fellows[m.ID] = fellow{r, t.now()}

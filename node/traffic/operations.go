@@ -53,17 +53,7 @@ func (t *Traffic) View(ctx context.Context) View {
 	ctx, cancel := context.WithTimeout(ctx, talkTimeout)
 	defer cancel()
 	seen := newSeen()
-	t.askAll(ctx, question{Transfers: true}, func(m member.Member, raw json.RawMessage, err error) {
-		var r report
-		if err == nil {
-			err = json.Unmarshal(raw, &r)
-		}
-		if err != nil {
-			seen.silent(m, err)
-			return
-		}
-		seen.add(r.Transfers)
-	})
+	t.reports(ctx, question{Transfers: true}, seen, func(member.Member, report) {})
 	seen.add(t.own())
 	return seen.view(t.Clock())
 }

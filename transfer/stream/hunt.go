@@ -70,8 +70,7 @@ type hunt struct {
 	reach    int  // how far away candidates are asked
 	active   map[transfer.Peer]*holder
 	reserve  []reply
-	verdict  map[transfer.Peer]*transfer.Asked
-	order    []transfer.Peer
+	asked    transfer.NoHolderError // whom, and what came of it
 	banned   map[transfer.Peer]bool
 	absent   map[transfer.Peer]*absent
 	most     int64     // how far the fetch had come when it last advanced
@@ -100,7 +99,7 @@ func newHunt(e *Engine, fl *flight) *hunt {
 		checked:  make(chan struct{}, 1),
 		asking:   make(map[transfer.Peer]bool),
 		active:   make(map[transfer.Peer]*holder),
-		verdict:  make(map[transfer.Peer]*transfer.Asked),
+		asked:    transfer.NoHolderError{Digest: blob.Digest},
 		banned:   make(map[transfer.Peer]bool),
 		absent:   make(map[transfer.Peer]*absent),
 		advanced: time.Now(),
@@ -321,7 +320,7 @@ func (e *Engine) distance(p transfer.Peer) int {
 
 // heard takes a candidate's answer.
 func (h *hunt) heard(ctx context.Context, r reply) {
-	h.judge(r.peer, r.err)
+	h.asked.Heard(r.peer, r.err)
 	if r.err != nil {
 		var f *failure
 		if !errors.As(r.err, &f) {
@@ -386,7 +385,7 @@ func (h *hunt) lost(ctx context.Context, hd *holder) {
 	h.electLocked()
 	why := hd.dropped
 	h.mu.Unlock()
-	h.judge(hd.peer, why)
+	h.asked.Heard(hd.peer, why)
 	h.stale = true
 	if why.away || errors.Is(why, errBusy) {
 		h.dropped(hd.peer, why)
@@ -400,17 +399,6 @@ func (h *hunt) lost(ctx context.Context, hd *holder) {
 		h.engage(ctx, next)
 	}
 	h.pump()
-}
-
-// judge remembers what came of a peer.
-func (h *hunt) judge(p transfer.Peer, err error) {
-	v := h.verdict[p]
-	if v == nil {
-		v = &transfer.Asked{Peer: p}
-		h.verdict[p] = v
-		h.order = append(h.order, p)
-	}
-	v.Reason = err
 }
 
 // ban keeps a peer out of this fetch and reports it.
@@ -439,17 +427,7 @@ func (h *hunt) someComplete() bool {
 }
 
 // forsaken is the error that names everybody who was asked.
-func (h *hunt) forsaken() error {
-	err := &transfer.NoHolderError{Digest: h.blob.Digest}
-	for _, p := range h.order {
-		v := *h.verdict[p]
-		if v.Reason == nil {
-			v.Reason = errNoProgress
-		}
-		err.Asked = append(err.Asked, v)
-	}
-	return err
-}
+func (h *hunt) forsaken() error { return h.asked.Final(errNoProgress) }
 
 // learn takes the piece table, which has been verified; by it the pieces that an earlier
 // attempt marked can be verified again.

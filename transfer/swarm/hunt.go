@@ -54,9 +54,8 @@ type hunt struct {
 	lacking  bool // a candidate does not know the service
 	reach    int  // how far away candidates are asked
 	active   map[transfer.Peer]*holder
-	verdict  map[transfer.Peer]*transfer.Asked
-	order    []transfer.Peer
-	banned   map[string]bool // by node id
+	asked    transfer.NoHolderError // whom, and what came of it
+	banned   map[string]bool        // by node id
 }
 
 // holder is a peer that answered that it has the blob, whole or in part.
@@ -115,7 +114,7 @@ func (e *Engine) Carry(ctx context.Context, a *transfer.Arrival) error {
 		turn: make(chan struct{}, 1), known: make(chan struct{}),
 		answers: make(chan reply), drops: make(chan drop), verdicts: make(chan verdict, 64),
 		fatal: make(chan error, 1), marked: make(chan []int, 1), checked: make(chan struct{}, 1),
-		active: make(map[transfer.Peer]*holder), verdict: make(map[transfer.Peer]*transfer.Asked), banned: make(map[string]bool),
+		active: make(map[transfer.Peer]*holder), asked: transfer.NoHolderError{Digest: blob.Digest}, banned: make(map[string]bool),
 	}
 	if e.cfg.Distance == nil {
 		h.reach = Farthest
@@ -340,7 +339,7 @@ func because(ctx context.Context, err error) error {
 
 // heard takes a candidate's answer.
 func (h *hunt) heard(ctx context.Context, r reply) {
-	h.judge(r.peer, r.err)
+	h.asked.Heard(r.peer, r.err)
 	if r.err != nil {
 		var f *failure
 		if errors.As(r.err, &f) && f.why.Lie() {
@@ -375,22 +374,11 @@ func (h *hunt) lost(d drop) {
 		delete(h.active, d.h.peer)
 	}
 	h.stale = true
-	h.judge(d.h.peer, d.why)
+	h.asked.Heard(d.h.peer, d.why)
 	if d.why.why == transfer.Gone && !d.h.all { // it may have it another time
 		return
 	}
 	h.ban(d.h.peer, d.why)
-}
-
-// judge remembers what came of a peer.
-func (h *hunt) judge(p transfer.Peer, err error) {
-	v := h.verdict[p]
-	if v == nil {
-		v = &transfer.Asked{Peer: p}
-		h.verdict[p] = v
-		h.order = append(h.order, p)
-	}
-	v.Reason = err
 }
 
 // ban keeps a peer out of this fetch and reports it.
@@ -440,12 +428,12 @@ func (h *hunt) judgeLie(v verdict) {
 		}
 	}
 	p := transfer.Peer{ID: v.peers[0]} // it has dialled itself
-	for _, known := range h.order {
-		if known.ID == p.ID {
-			p = known
+	for _, asked := range h.asked.Asked {
+		if asked.Peer.ID == p.ID {
+			p = asked.Peer
 		}
 	}
-	h.judge(p, f)
+	h.asked.Heard(p, f)
 	h.ban(p, f)
 	h.stale = true
 }
@@ -462,14 +450,7 @@ func (h *hunt) someComplete() bool {
 // nobody is the error when no holder is left: it names everybody who was asked. When
 // some of them do not know the service, they may be asked in another way.
 func (h *hunt) nobody() error {
-	err := &transfer.NoHolderError{Digest: h.blob.Digest}
-	for _, p := range h.order {
-		v := *h.verdict[p]
-		if v.Reason == nil {
-			v.Reason = errNoProgress
-		}
-		err.Asked = append(err.Asked, v)
-	}
+	err := h.asked.Final(errNoProgress)
 	if h.lacking {
 		return fmt.Errorf("%w: %w", transfer.ErrNotCarried, err)
 	}
