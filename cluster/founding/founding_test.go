@@ -2,6 +2,7 @@ package founding
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/atomicfile"
 	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/member"
 )
@@ -102,53 +104,82 @@ func TestPartitions(t *testing.T) {
 
 var errKilled = errors.New("killed by the test")
 
-// Every machine is killed at every step that any of them takes, and comes back a
-// while later, or before the others notice.
+// kill is a machine, by its place among the boxes, that ends at a step.
+type kill struct {
+	box  int
+	step string
+}
+
+// Machines are killed at every step that they can take, where it can be so twice, and
+// come back before the others notice, or a while later. Who founds is settled by the
+// ids, and so is who takes which steps, in whatever order the machines run.
 func TestKilledAtEveryStep(t *testing.T) {
-	for _, away := range []time.Duration{0, time.Minute} {
-		steps := map[string]bool{}
-		for kill := 0; ; kill++ {
-			reached := false
-			synctest.Test(t, func(t *testing.T) {
-				w := newWorld(t)
-				defer w.end()
-				boxes := w.add(3, 3, newPairing(t))
-				var mu sync.Mutex
-				n := 0
-				victim := make(chan *box, 1)
-				w.faults(func(b *box, step string) error {
-					mu.Lock()
-					defer mu.Unlock()
-					if n++; n == kill+1 {
-						steps[step] = true
-						reached = true
-						victim <- b
-						return errKilled
-					}
-					return nil
-				})
-				for _, b := range boxes {
-					b.start()
-				}
-				patience := time.After(10 * time.Minute)
-				select {
-				case b := <-victim:
-					b.kill()
-					time.Sleep(away)
-				case <-patience:
-				}
-				w.settled(boxes...)
+	const founder = 0
+	taken, killed := map[string]bool{}, map[string]bool{}
+	for follower, away := range map[int]time.Duration{1: 0, 2: 20 * time.Second} {
+		for _, plan := range [][]kill{
+			{{founder, "began"}, {founder, "began"}}, {{founder, "agreed"}, {founder, "agreed"}}, {{founder, "founded"}},
+			{{follower, "began"}, {follower, "began"}}, {{follower, "pledged"}, {follower, "released"}, {follower, "pledged"}},
+			{{founder, "agreed"}, {follower, "released"}}, {{follower, "saw the site"}}, {{follower, "granted"}, {follower, "granted"}},
+			{{follower, "joined"}}, {{founder, "founded"}, {follower, "saw the site"}, {follower, "granted"}, {follower, "joined"}},
+		} {
+			t.Run(fmt.Sprint(plan, " away ", away), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) { killedAt(t, plan, away, taken) })
 			})
-			if !reached || t.Failed() {
-				break
-			}
-		}
-		for _, step := range []string{"began", "pledged", "agreed", "founded", "saw the site", "granted", "joined"} {
-			if !steps[step] {
-				t.Errorf("nobody was killed at %q: %v", step, steps)
+			for _, k := range plan {
+				killed[k.step] = true
 			}
 		}
 	}
+	for step := range taken {
+		if !killed[step] {
+			t.Errorf("nobody is killed at %q", step)
+		}
+	}
+}
+
+// killedAt kills as planned, one after the other, and notes all steps that are taken.
+func killedAt(t *testing.T, plan []kill, away time.Duration, taken map[string]bool) {
+	w := newWorld(t)
+	defer w.end()
+	p := newPairing(t)
+	boxes := w.add(3, 3, p)
+	for i, b := range boxes {
+		if err := os.MkdirAll(b.config.Dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := atomicfile.WriteJSON(filepath.Join(b.config.Dir, member.MachineFile), promise{Machine: fmt.Sprintf("%032x", i+1), Token: p.ID()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var mu sync.Mutex
+	left := plan
+	victim := make(chan *box, len(plan))
+	w.faults(func(b *box, step string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		taken[step] = true
+		if len(left) == 0 || boxes[left[0].box] != b || left[0].step != step {
+			return nil
+		}
+		left = left[1:]
+		victim <- b
+		return errKilled
+	})
+	for _, b := range boxes {
+		b.start()
+	}
+	for _, k := range plan {
+		select {
+		case b := <-victim:
+			b.kill()
+			<-time.After(away)
+			b.start()
+		case <-time.After(10 * time.Minute):
+			t.Fatalf("%s never came to %q", boxes[k.box].config.Name, k.step)
+		}
+	}
+	w.settled(boxes...)
 }
 
 // The founder dies when it has founded: the others wait for it, and name it.
