@@ -2,6 +2,8 @@ package kv
 
 import (
 	"errors"
+	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -128,5 +130,53 @@ func TestCatchUpIsCertain(t *testing.T) {
 	}
 	if err := m.CatchUp(log); !errors.Is(err, ErrHalted) || m.Applied() != 14 {
 		t.Errorf("an entry that nobody can read: %v, applied up to %d", err, m.Applied())
+	}
+}
+
+// The newest committed entry is marked beside the log. The mark counts only while the
+// log has that very entry.
+func TestMark(t *testing.T) {
+	entryAt := func(index, term uint64, data string) *raft.Log {
+		return &raft.Log{Index: index, Term: term, Type: raft.LogCommand, Data: []byte(data)}
+	}
+	for name, c := range map[string]struct {
+		harm func(log *Log, path string) error
+		want uint64
+	}{
+		"as it should be": {func(*Log, string) error { return nil }, 9},
+		"more is staged":  {func(log *Log, _ string) error { log.Stage(11); return log.StoreLog(entryAt(12, 2, "12")) }, 11},
+		"another entry":   {func(log *Log, _ string) error { return log.StoreLog(entryAt(9, 2, "of another log")) }, 5},
+		"another term":    {func(log *Log, _ string) error { return log.StoreLog(entryAt(9, 3, "9")) }, 5},
+		"no such entry":   {func(log *Log, _ string) error { return log.DeleteRange(9, 9) }, 5},
+		"a torn mark":     {func(_ *Log, path string) error { return os.WriteFile(path+".committed", make([]byte, 7), 0o600) }, 5},
+		"a damaged mark":  {func(_ *Log, path string) error { return os.WriteFile(path+".committed", make([]byte, 24), 0o600) }, 5},
+		"no mark":         {func(_ *Log, path string) error { return os.Remove(path + ".committed") }, 5},
+	} {
+		path := filepath.Join(t.TempDir(), "log.db")
+		log, err := OpenLog(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		log.Stage(5)
+		for i := range uint64(11) {
+			if err := log.StoreLog(entryAt(i+1, 2, fmt.Sprint(i+1))); err != nil {
+				t.Fatal(err)
+			}
+			if i < 9 {
+				log.Reached(entryAt(i+1, 2, fmt.Sprint(i+1)))
+			}
+		}
+		if err := errors.Join(c.harm(log, path), log.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if log, err = OpenLog(path); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := log.Committed(); n != c.want || err != nil {
+			t.Errorf("%s: committed up to %d, %v; want %d", name, n, err, c.want)
+		}
+		if err := log.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

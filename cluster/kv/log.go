@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"os"
 	"sync/atomic"
 	"time"
 
@@ -77,6 +79,7 @@ type Log struct {
 	mapped    *mappedPages
 	cut       int           // how much of the log's start goes in one transaction, in bytes
 	committed atomic.Uint64 // is written with the next entries
+	mark      *os.File      // see Reached; nil when the disk had no room for it
 }
 
 var (
@@ -99,6 +102,8 @@ func OpenLog(path string) (*Log, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening the log %s: %w", path, err), db.Close())
 	}
+	// Without it nothing is lost, and a start must not fail on a full disk.
+	l.mark, _ = os.OpenFile(path+markSuffix, os.O_RDWR|os.O_CREATE, 0o600)
 	return l, nil
 }
 
@@ -147,6 +152,9 @@ func prepareLog(tx *bbolt.Tx) error {
 // Close waits for reads and writes under way to end.
 func (l *Log) Close() error {
 	err := l.db.Close()
+	if l.mark != nil {
+		err = errors.Join(err, l.mark.Close())
+	}
 	l.mapped.close()
 	l.unpack.Close()
 	return err
@@ -219,14 +227,62 @@ func (l *Log) Stage(committed uint64) {
 	}
 }
 
+// Beside the log lies a file of one mark, the newest entry that is known to be
+// committed: its index and term (8 bytes each, big-endian), the CRC-32C of its data
+// and that of what goes before. It is written in place and never synced: it costs a
+// commit a microsecond and no flush, a process that is killed leaves it as it was,
+// and a power cut leaves it old or unreadable, which is no more than not to know.
+const (
+	markSuffix = ".committed"
+	markBytes  = 24
+)
+
+// Reached tells that an entry, which must be in the log, is committed. Stage tells the
+// same with the entries that follow; of the last ones nothing would be known until
+// others come.
+func (l *Log) Reached(entry *raft.Log) {
+	if l.mark != nil {
+		// A mark that cannot be written is an old one.
+		_, _ = l.mark.WriteAt(markOf(entry), 0)
+	}
+}
+
+func markOf(entry *raft.Log) []byte {
+	table := crc32.MakeTable(crc32.Castagnoli)
+	b := make([]byte, 0, markBytes)
+	b = binary.BigEndian.AppendUint64(b, entry.Index)
+	b = binary.BigEndian.AppendUint64(b, entry.Term)
+	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(entry.Data, table))
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, table))
+}
+
 // Committed gives an index up to which the stored log is certain to be committed;
 // there may be more. 0 when nothing is known.
 func (l *Log) Committed() (uint64, error) {
 	committed, err := l.GetUint64(committedKey)
-	if errors.Is(err, ErrNotFound) {
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return 0, err
+	}
+	marked, err := l.marked()
+	return max(committed, marked), err
+}
+
+// marked gives the index of the mark when the log has the very entry that it names,
+// and so, as logs do, all the entries before it that the others had; else 0.
+func (l *Log) marked() (uint64, error) {
+	var stored [markBytes]byte
+	if l.mark == nil {
 		return 0, nil
 	}
-	return committed, err
+	if _, err := l.mark.ReadAt(stored[:], 0); err != nil {
+		return 0, nil // there is none yet
+	}
+	var entry raft.Log
+	err := l.GetLog(fromBE64(stored[:]), &entry)
+	if errors.Is(err, raft.ErrLogNotFound) || err == nil && !bytes.Equal(markOf(&entry), stored[:]) {
+		return 0, nil
+	}
+	return entry.Index, err
 }
 
 // DeleteRange implements raft.LogStore: first and last included. The start of a

@@ -105,7 +105,7 @@ func (n *Node) open() (_ *instance, err error) {
 	if err := n.bootstrap(cfg, logs, stable, snapshots, in.transport); err != nil {
 		return nil, err
 	}
-	if in.Raft, err = raft.NewRaft(cfg, in.machine, logs, stable, history, in.transport); err != nil {
+	if in.Raft, err = raft.NewRaft(cfg, raftnet.Machine{Machine: in.machine, Log: store}, logs, stable, history, in.transport); err != nil {
 		return nil, fmt.Errorf("starting the consensus: %w", err)
 	}
 	return in, nil

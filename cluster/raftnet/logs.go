@@ -36,3 +36,21 @@ func (l *Logs) StageCommitIndex(index uint64) error {
 // there are many. kv.Machine.CatchUp has applied them before raft starts, and so
 // there is nothing to restore.
 func (l *Logs) GetCommitIndex() (uint64, error) { return 0, nil }
+
+// Machine is the state machine as raft drives it. What raft hands to it is committed,
+// which the log takes down first.
+type Machine struct {
+	*kv.Machine
+	Log *kv.Log
+}
+
+var _ raft.BatchingFSM = Machine{}
+
+// Apply implements raft.FSM.
+func (m Machine) Apply(l *raft.Log) any { return m.ApplyBatch([]*raft.Log{l})[0] }
+
+// ApplyBatch implements raft.BatchingFSM.
+func (m Machine) ApplyBatch(logs []*raft.Log) []any {
+	m.Log.Reached(logs[len(logs)-1])
+	return m.Machine.ApplyBatch(logs)
+}
