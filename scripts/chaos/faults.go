@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,7 +35,8 @@ type attack struct {
 	dice  *rand.Rand
 	judge *client // that tries what must be refused
 	made  map[string]int
-	pairs int // two faults at once
+	took  map[string]time.Duration // the rounds that began with it
+	pairs int                      // two faults at once
 	// exits are nodes that ended by themselves.
 	exits int
 }
@@ -54,7 +56,7 @@ var faults = [...]fault{
 const noQuorum = "most nodes killed"
 
 // run makes faults until the time is up; between two of them the site has some
-// moments to itself, sometimes too few. In half of the cases another node gets
+// moments to itself, sometimes too few. In two of three cases another node gets
 // a fault as well while the first one has its: of three nodes that leaves no
 // quorum for as long as both last.
 func (a *attack) run(ctx context.Context) error {
@@ -67,7 +69,7 @@ func (a *attack) run(ctx context.Context) error {
 		if err := a.revive(ctx); err != nil {
 			return err
 		}
-		a.rest(ctx, 2*time.Second)
+		a.rest(ctx, time.Second)
 		select {
 		case <-end.C:
 			return nil
@@ -81,8 +83,10 @@ func (a *attack) run(ctx context.Context) error {
 // round makes one fault, or two that overlap.
 func (a *attack) round(ctx context.Context) error {
 	f, b := a.choose(), a.victim(ctx)
+	began := time.Now()
+	defer func() { a.took[f.name] += time.Since(began) }()
 	a.made[f.name]++
-	if f.alone || a.dice.IntN(2) == 0 {
+	if f.alone || a.dice.IntN(3) == 0 {
 		return a.strike(ctx, f, b)
 	}
 	g, other := a.choose(), a.nodes[a.dice.IntN(len(a.nodes))]
@@ -120,15 +124,26 @@ func (a *attack) strike(ctx context.Context, f fault, b *box) error {
 func (a *attack) choose() fault {
 	total := 0
 	for _, f := range faults {
-		total += f.weight
+		total += a.weight(f)
 	}
 	at := a.dice.IntN(total)
 	for _, f := range faults {
-		if at -= f.weight; at < 0 {
+		if at -= a.weight(f); at < 0 {
 			return f
 		}
 	}
 	return faults[0]
+}
+
+// oftenWeight is that of the faults that the plan wants often: about as much as all
+// others have together.
+const oftenWeight = 24
+
+func (a *attack) weight(f fault) int {
+	if slices.Contains(a.plan.Often, f.name) {
+		return oftenWeight
+	}
+	return f.weight
 }
 
 // victim is the leader in half of the cases.
@@ -202,11 +217,11 @@ func (a *attack) killMost(ctx context.Context, b *box) error {
 		}
 	}
 	at := slices.Index(a.nodes, b)
-	if err := within(ctx, func(op context.Context) { a.judge.pullAnchor(op, at) }); err != nil {
-		return err
-	}
-	acked := false
-	if err := within(ctx, func(op context.Context) { acked = a.judge.push(op, at, "t0") }); err != nil {
+	var acked bool
+	var pulling sync.WaitGroup
+	pulling.Go(func() { _ = within(ctx, func(op context.Context) { a.judge.pullAnchor(op, at) }) }) // its error is the other's
+	err := within(ctx, func(op context.Context) { acked = a.judge.push(op, at, "t0") })
+	if pulling.Wait(); err != nil {
 		return err
 	}
 	if acked {
@@ -320,7 +335,7 @@ func (a *attack) loseDisk(ctx context.Context, b *box) error {
 		if ctx.Err() != nil {
 			return err
 		}
-		a.rest(ctx, 2*time.Second) // the site takes some seconds to see that it is dead, and to elect
+		a.rest(ctx, time.Second/2) // the site takes some seconds to see that it is dead, and to elect
 		if err := os.RemoveAll(b.Data); err != nil {
 			return err
 		}

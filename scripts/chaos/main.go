@@ -17,6 +17,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -27,20 +29,24 @@ func main() {
 	binary := flag.String("atoll", "bin/atoll", "the binary under test")
 	nodes := flag.Int("nodes", 3, "nodes of the site: 3 or 5")
 	clients := flag.Int("clients", 6, "clients that push, pull and delete at once")
+	often := flag.String("often", "", "faults, by their names and parted by commas, that are made most of the time")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	wanted, err := named(*often)
+	if err != nil {
+		log.Fatal(err)
+	}
 	dir, err := os.MkdirTemp("", "atoll-chaos")
 	if err != nil {
 		log.Fatal(err)
 	}
 	r, err := play(ctx, Plan{
 		Binary: *binary, Dir: dir, Nodes: *nodes, Clients: *clients, Seed: *seed,
-		Length: time.Duration(*seconds) * time.Second, Say: log.Printf,
+		Length: time.Duration(*seconds) * time.Second, Often: wanted, Say: log.Printf,
 	})
 	if err != nil {
-		log.Printf("seed %d: %v", *seed, err)
-		os.RemoveAll(dir)
+		log.Printf("seed %d: %v; what the nodes held, if there were any yet, is in %s", *seed, err, dir)
 		os.Exit(1)
 	}
 	fmt.Print(r)
@@ -51,4 +57,18 @@ func main() {
 	if err := os.RemoveAll(dir); err != nil {
 		log.Fatal(err)
 	}
+}
+
+// named gives the names of faults in a list that commas part.
+func named(list string) (names []string, err error) {
+	for name := range strings.SplitSeq(list, ",") {
+		if name == "" {
+			continue
+		}
+		if !slices.ContainsFunc(faults[:], func(f fault) bool { return f.name == name }) {
+			return nil, fmt.Errorf("there is no fault %q", name)
+		}
+		names = append(names, name)
+	}
+	return names, nil
 }

@@ -96,19 +96,19 @@ func play(ctx context.Context, p Plan) (r *Report, err error) {
 		}
 		clients.Go(func() { c.work(working) })
 	}
-	a := &attack{site: s, plan: p, dice: rand.New(rand.NewPCG(p.Seed, 0)), judge: judge, made: map[string]int{}}
+	a := &attack{site: s, plan: p, dice: rand.New(rand.NewPCG(p.Seed, 0)), judge: judge, made: map[string]int{}, took: map[string]time.Duration{}}
 	err = a.run(ctx)
 	stop()
 	clients.Wait()
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, s.keep(p))
 	}
 	p.Say("mended; waiting for all nodes, voters and copies")
 	mending, cancel := context.WithTimeout(ctx, settling)
 	defer cancel()
 	began := time.Now()
 	if err := errors.Join(a.revive(mending), s.settled(mending)); err != nil {
-		return nil, err
+		return nil, errors.Join(err, s.keep(p))
 	}
 	took := time.Since(began)
 	r, err = judge.judge(ctx, a, took)
@@ -161,6 +161,7 @@ func (c *client) judge(ctx context.Context, a *attack, took time.Duration) (*Rep
 	total := 0
 	for _, f := range faults {
 		r.add("faults "+f.name, float64(a.made[f.name]), "", "-", true)
+		r.add("time with it first "+f.name, a.took[f.name].Seconds(), "s", "-", true)
 		total += a.made[f.name]
 	}
 	r.add("faults", float64(total), "", "-", true)

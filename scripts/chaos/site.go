@@ -19,6 +19,8 @@ type Plan struct {
 	Nodes, Clients int
 	Seed           uint64
 	Length         time.Duration
+	// Often names the faults that are made most of the time.
+	Often []string
 	// Say tells what is done, line by line; it may be called from everywhere.
 	Say func(format string, args ...any)
 }
