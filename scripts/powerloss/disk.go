@@ -47,8 +47,8 @@ type disk struct {
 // inode is a file or a directory.
 type inode struct {
 	names   map[string]*inode // of a directory; nil for a file
-	data    []byte            // as a running program reads it
-	synced  []byte
+	data    content           // as a running program reads it
+	synced  content
 	pending []edit
 }
 
@@ -111,13 +111,13 @@ func (d *disk) set(sets ...name) {
 func (d *disk) write(f *inode, off int64, data []byte) {
 	d.clock++
 	f.pending = append(f.pending, edit{d.clock, off, data})
-	f.data = put(f.data, off, data)
+	f.data.put(off, data)
 }
 
 func (d *disk) resize(f *inode, size int64) {
 	d.clock++
 	f.pending = append(f.pending, edit{d.clock, size, nil})
-	f.data = sized(f.data, size)
+	f.data.resize(size)
 }
 
 // sync makes durable what was done to an inode up to the moment mark.
@@ -128,7 +128,7 @@ func (d *disk) sync(f *inode, mark int) {
 	if f.names == nil {
 		n := 0
 		for n < len(f.pending) && f.pending[n].at <= mark {
-			f.synced = f.pending[n].apply(f.synced)
+			f.pending[n].apply(&f.synced)
 			n++
 		}
 		f.pending = slices.Delete(f.pending, 0, n)
@@ -146,42 +146,17 @@ func (d *disk) sync(f *inode, mark int) {
 	}
 }
 
-func (e edit) apply(b []byte) []byte {
+func (e edit) apply(c *content) {
 	if e.data == nil {
-		return sized(b, e.off)
+		c.resize(e.off)
+	} else {
+		c.put(e.off, e.data)
 	}
-	return put(b, e.off, e.data)
-}
-
-// put gives b with data at off, with zeros before it where b ends earlier. It
-// may use b.
-func put(b []byte, off int64, data []byte) []byte {
-	if end := off + int64(len(data)); end > int64(len(b)) {
-		b = sized(b, end)
-	}
-	copy(b[off:], data)
-	return b
-}
-
-func sized(b []byte, size int64) []byte {
-	if size <= int64(len(b)) {
-		// What is cut off must not come back when the file grows again.
-		clear(b[size:])
-		return b[:size]
-	}
-	if size <= int64(cap(b)) {
-		grown := b[:size]
-		clear(grown[len(b):])
-		return grown
-	}
-	grown := make([]byte, size, size+size/4)
-	copy(grown, b)
-	return grown
 }
 
 // image is the tree that the next start finds: files by path, and directories
 // with nil.
-type image map[string][]byte
+type image map[string]*content
 
 // after gives what a loss leaves of the disk.
 func (d *disk) after(l loss, dice *rand.Rand) image {
@@ -228,19 +203,20 @@ func (d *disk) after(l loss, dice *rand.Rand) image {
 }
 
 // after gives the bytes that a loss leaves of a file; never nil.
-func (f *inode) after(l loss, dice *rand.Rand) []byte {
+func (f *inode) after(l loss, dice *rand.Rand) *content {
 	if l == killed {
-		return append([]byte{}, f.data...)
+		c := f.data.copied()
+		return &c
 	}
-	b := append([]byte{}, f.synced...)
+	c := f.synced.copied()
 	if l == cut || len(f.pending) == 0 {
-		return b
+		return &c
 	}
 	percent := []int{10, 50, 90, 100}[dice.IntN(4)]
 	for _, e := range f.pending {
 		if e.data == nil {
 			if dice.IntN(100) < percent {
-				b = sized(b, e.off)
+				c.resize(e.off)
 			}
 			continue
 		}
@@ -248,20 +224,27 @@ func (f *inode) after(l loss, dice *rand.Rand) []byte {
 			off := e.off + int64(at)
 			end := min(len(e.data), at+int(sector-off%sector))
 			if dice.IntN(100) < percent {
-				b = put(b, off, e.data[at:end])
+				c.put(off, e.data[at:end])
 			}
 			at = end
 		}
 	}
 	// The size may be durable without the bytes: what shows then is zeros, or what
 	// was there before.
-	if was := len(b); was < len(f.data) && dice.IntN(2) == 0 {
-		b = sized(b, int64(len(f.data)))
+	if was := c.size; was < f.data.size && dice.IntN(2) == 0 {
+		c.resize(f.data.size)
 		if dice.IntN(2) == 0 {
-			for i := was; i < len(b); i++ {
-				b[i] = byte(dice.Uint32())
-			}
+			c.put(was, garbage(f.data.size-was, dice))
 		}
+	}
+	return &c
+}
+
+// garbage is what was on the disk before.
+func garbage(size int64, dice *rand.Rand) []byte {
+	b := make([]byte, size)
+	for i := range b {
+		b[i] = byte(dice.Uint32())
 	}
 	return b
 }

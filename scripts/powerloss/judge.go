@@ -71,8 +71,10 @@ func (s scene) mark(seed maphash.Seed) uint64 {
 	var h maphash.Hash
 	h.SetSeed(seed)
 	for _, path := range slices.Sorted(maps.Keys(s.image)) {
-		fmt.Fprintf(&h, "%q %d ", path, len(s.image[path]))
-		h.Write(s.image[path])
+		fmt.Fprintf(&h, "%q", path)
+		if c := s.image[path]; c != nil {
+			c.mark(&h, seed)
+		}
 	}
 	fmt.Fprintf(&h, "%v %v", s.loss == killed, s.held) // fmt sorts maps
 	return h.Sum64()
@@ -92,29 +94,27 @@ func (s scene) lay(root, boot string) error {
 		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 			return err
 		}
-		if path == bootFile && s.loss != killed && string(b) == boot {
-			b = []byte(otherBoot)
+		if path == bootFile && s.loss != killed && string(b.bytes()) == boot {
+			b = &content{}
+			b.put(0, []byte(otherBoot))
 		}
-		if err := sparse(name, b); err != nil {
+		if err := b.lay(name); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// sparse writes a file without its zeros.
-func sparse(name string, b []byte) error {
+// lay writes a file without its zeros.
+func (c *content) lay(name string) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	const block = 64 << 10
-	var zeros [block]byte
-	err = f.Truncate(int64(len(b)))
-	for at := 0; at < len(b) && err == nil; at += block {
-		part := b[at:min(len(b), at+block)]
-		if !slices.Equal(part, zeros[:len(part)]) {
-			_, err = f.WriteAt(part, int64(at))
+	err = f.Truncate(c.size)
+	for i := 0; i < len(c.pages) && err == nil; i++ {
+		if b := c.part(i); b != nil {
+			_, err = f.WriteAt(b, int64(i)*pageSize)
 		}
 	}
 	return errors.Join(err, f.Close())

@@ -14,6 +14,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"log"
 	"math/rand/v2"
@@ -32,6 +33,8 @@ func main() {
 	flag.IntVar(&p.Samples, "samples", 0, "moments to try, chosen at random; 0: every one")
 	flag.IntVar(&p.InSite, "site", 40, "moments to try at one node of three whose others go on; 0: none")
 	flag.IntVar(&p.Workers, "workers", 2*runtime.NumCPU(), "nodes that start at once")
+	flag.DurationVar(&p.Most, "most", 0, "begin no pass over the recording later; each is spread over all of it. 0: make all")
+	scenes := flag.String("scenes", "/dev/shm", "where what a power cut left is laid out and started; in memory no start waits for a disk")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -40,10 +43,13 @@ func main() {
 		log.Fatal(err)
 	}
 	p.Dir, p.Say = dir, log.Printf
-	if _, err := run(ctx, p); err != nil {
-		log.Fatalf("seed %d, files in %s: %v", p.Seed, dir, err)
+	if p.Scenes, err = os.MkdirTemp(*scenes, "atoll-powerloss"); err != nil {
+		log.Fatalf("%v; name another directory with -scenes", err)
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	if _, err := run(ctx, p); err != nil {
+		log.Fatalf("seed %d, files in %s and %s: %v", p.Seed, dir, p.Scenes, err)
+	}
+	if err := errors.Join(os.RemoveAll(dir), os.RemoveAll(p.Scenes)); err != nil {
 		log.Fatal(err)
 	}
 }

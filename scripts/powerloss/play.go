@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,11 +17,13 @@ import (
 // Plan is what a run is to be.
 type Plan struct {
 	Binary, Dir     string
+	Scenes          string // where a scene's directory is; Dir when empty
 	Clients, Pushes int
 	Seed            uint64
 	Samples         int // moments to try; 0 is every one with every loss
 	InSite          int // moments to try at one node of three; 0: none
 	Workers         int
+	Most            time.Duration // no pass over the lone node's recording begins later; 0: all are made
 	Say             func(format string, args ...any)
 }
 
@@ -35,6 +38,7 @@ func run(ctx context.Context, p Plan) (*recording, error) {
 	if p.Binary, err = filepath.Abs(p.Binary); err != nil {
 		return nil, err
 	}
+	p.Scenes = cmp.Or(p.Scenes, p.Dir)
 	rec, err := runLone(ctx, p)
 	if err == nil && p.InSite > 0 {
 		err = runInSite(ctx, p)
@@ -83,8 +87,12 @@ func choose(p Plan, calls []string) map[int][]loss {
 	return chosen
 }
 
+// passes over a recording: each judges one of so many moments, so that what has been
+// judged when the time is up is spread over all of it.
+const passes = 16
+
 // cutAll judges every scene that was chosen. It stops at the first that is not
-// as it should be.
+// as it should be, and when the plan's time is up.
 func (r *recording) cutAll(ctx context.Context, p Plan, chosen map[int][]loss) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -97,7 +105,7 @@ func (r *recording) cutAll(ctx context.Context, p Plan, chosen map[int][]loss) e
 				if ctx.Err() != nil {
 					continue
 				}
-				if err := s.judge(ctx, p.Binary, p.Dir, r.boot); err != nil {
+				if err := s.judge(ctx, p.Binary, p.Scenes, r.boot); err != nil {
 					cancel(err)
 				} else if n := judged.Add(1); n%500 == 0 {
 					p.Say("%d scenes judged", n)
@@ -106,29 +114,38 @@ func (r *recording) cutAll(ctx context.Context, p Plan, chosen map[int][]loss) e
 		})
 	}
 	begun := time.Now()
-	d, moment, answered := newDisk(), 0, map[string]bool{}
 	known, seed := map[uint64]bool{}, maphash.MakeSeed()
-	err := r.play(d, visitor{
-		moved: func(string) error {
-			moment++
-			for _, l := range chosen[moment] {
-				dice := rand.New(rand.NewPCG(p.Seed, uint64(moment)))
-				s := scene{moment, l, d.after(l, dice), holding(r.deeds, maps.Clone(answered))}
-				if mark := s.mark(seed); known[mark] {
-					continue // a change that was not synced leaves what was there before
-				} else {
-					known[mark] = true
+	var err error
+	pass, passes := 0, passes
+	if p.Samples > 0 {
+		passes = 1
+	}
+	for ; pass < passes && err == nil && (p.Most == 0 || time.Since(begun) < p.Most); pass++ {
+		d, moment, answered := newDisk(), 0, map[string]bool{}
+		err = r.play(d, visitor{
+			moved: func(string) error {
+				if moment++; moment%passes != pass {
+					return nil
 				}
-				select {
-				case scenes <- s:
-				case <-ctx.Done():
-					return context.Cause(ctx)
+				for _, l := range chosen[moment] {
+					dice := rand.New(rand.NewPCG(p.Seed, uint64(moment)))
+					s := scene{moment, l, d.after(l, dice), holding(r.deeds, maps.Clone(answered))}
+					if mark := s.mark(seed); known[mark] {
+						continue // a change that was not synced leaves what was there before
+					} else {
+						known[mark] = true
+					}
+					select {
+					case scenes <- s:
+					case <-ctx.Done():
+						return context.Cause(ctx)
+					}
 				}
-			}
-			return nil
-		},
-		answered: func(id string) error { answered[id] = true; return nil },
-	})
+				return nil
+			},
+			answered: func(id string) error { answered[id] = true; return nil },
+		})
+	}
 	close(scenes)
 	workers.Wait()
 	if cause := context.Cause(ctx); cause != nil {
@@ -138,7 +155,7 @@ func (r *recording) cutAll(ctx context.Context, p Plan, chosen map[int][]loss) e
 		err = errors.New("nothing was judged")
 	}
 	if err == nil {
-		p.Say("%d scenes judged in %v", judged.Load(), time.Since(begun).Round(time.Second))
+		p.Say("%d scenes judged in %v, in %d of %d passes", judged.Load(), time.Since(begun).Round(time.Second), pass, passes)
 	}
 	return err
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"math/rand/v2"
 	"os/exec"
@@ -63,6 +62,8 @@ func lines(t *testing.T, trace string) *disk {
 	return d
 }
 
+func text(c *content) string { return string(c.bytes()) }
+
 // hexed writes strings as strace -xx does.
 func hexed(trace string) string {
 	var b strings.Builder
@@ -104,30 +105,30 @@ func TestWhatIsDurable(t *testing.T) {
 		1 unlinkat(AT_FDCWD, "/data/none", 0) = -1 ENOENT (No such file or directory)
 	`))
 	dice := rand.New(rand.NewPCG(1, 1))
-	if got := d.after(cut, dice); len(got) != 1 || string(got["a"]) != "first" {
-		t.Errorf("after a cut: %q", got)
+	if got := d.after(cut, dice); len(got) != 1 || text(got["a"]) != "first" {
+		t.Errorf("after a cut: %v", got)
 	}
 	live := d.after(killed, dice)
-	if len(live) != 3 || len(live["a"]) != 1004 || string(live["late"]) != "late" || string(live["b"]) != "not" {
-		t.Errorf("after a kill: %q", live)
+	if len(live) != 3 || live["a"].size != 1004 || text(live["late"]) != "late" || text(live["b"]) != "not" {
+		t.Errorf("after a kill: %v", live)
 	}
 	unordered, tornApart := false, false
 	for range 300 {
 		for _, l := range []loss{torn, reordered} {
 			got := d.after(l, dice)
-			if !bytes.HasPrefix(got["a"], []byte("first")) {
-				t.Fatalf("%s took what was synced: %q", l, got)
+			if !strings.HasPrefix(text(got["a"]), "first") {
+				t.Fatalf("%s took what was synced: %q", l, text(got["a"]))
 			}
 			_, late := got["late"]
 			_, b := got["b"]
 			if l == torn && b && !late {
 				t.Fatal("torn took a name from before one that it left")
 			}
-			if late && string(got["late"]) != "late" {
-				t.Fatalf("%s took bytes that were synced: %q", l, got["late"])
+			if late && text(got["late"]) != "late" {
+				t.Fatalf("%s took bytes that were synced: %q", l, text(got["late"]))
 			}
 			unordered = unordered || b && !late
-			tornApart = tornApart || b && !bytes.Equal(got["b"], live["b"])
+			tornApart = tornApart || b && text(got["b"]) != text(live["b"])
 		}
 	}
 	if !unordered || !tornApart {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -228,7 +229,7 @@ func same(i image, root string) error {
 			return nil
 		}
 		b, err := os.ReadFile(path)
-		if err == nil && string(b) != string(want) {
+		if err == nil && !bytes.Equal(b, want.bytes()) {
 			err = fmt.Errorf("%s has other bytes in the replay", key)
 		}
 		return err

@@ -295,7 +295,7 @@ func (p *player) open(c call) error {
 		p.disk.set(name{parent, key, found})
 	}
 	p.files[c.result] = &handle{file: found, append: slices.Contains(flags, "O_APPEND")}
-	if slices.Contains(flags, "O_TRUNC") && len(found.data) > 0 {
+	if slices.Contains(flags, "O_TRUNC") && found.data.size > 0 {
 		p.disk.resize(found, 0)
 		made = true
 	}
@@ -309,7 +309,7 @@ func (p *player) bytes(c call, h *handle) error {
 	switch c.name {
 	case "write":
 		if h.append {
-			h.offset = int64(len(h.file.data))
+			h.offset = h.file.data.size
 		}
 		p.disk.write(h.file, h.offset, []byte(c.args[1][:c.result]))
 		h.offset += c.result
@@ -319,7 +319,7 @@ func (p *player) bytes(c call, h *handle) error {
 		p.disk.resize(h.file, c.number(1))
 	case "fallocate":
 		end := c.number(2) + c.number(3)
-		if c.args[1] != "0" || end <= int64(len(h.file.data)) {
+		if c.args[1] != "0" || end <= h.file.data.size {
 			return nil // it reserves, the bytes stay
 		}
 		p.disk.resize(h.file, end)
