@@ -55,13 +55,13 @@ type place struct{ zone, rack string }
 
 func placeOf(m member.Member) place { return place{m.Labels[labelZone], m.Labels[labelRack]} }
 
-// distance of two nodes: 0 in the same rack, 1 in the same zone, else 2. A node
-// that does not say where it stands is near nobody.
+// distance of two nodes: 0 in the same rack, 1 in the same zone, else 2. Those that name
+// no zone are in one: what is far is beyond a slow link, and only an operator knows that.
 func (p place) distance(o place) int {
 	switch {
 	case p.rack != "" && p == o:
 		return 0
-	case p.zone != "" && p.zone == o.zone:
+	case p.zone == o.zone:
 		return 1
 	}
 	return farthest

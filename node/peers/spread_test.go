@@ -220,6 +220,27 @@ func TestEnsurePassesOverCachesAndDrainingNodes(t *testing.T) {
 	})
 }
 
+// Who is far is asked by one of a site and chooses nothing: nodes without labels, which
+// are most, must not be far from each other.
+func TestOnlyAnotherZoneIsFar(t *testing.T) {
+	for _, c := range []struct {
+		a, b place
+		want int
+	}{
+		{place{}, place{}, 1},
+		{place{rack: "a"}, place{rack: "b"}, 1},
+		{place{rack: "a"}, place{rack: "a"}, 0},
+		{place{rack: "a"}, place{}, 1},
+		{place{zone: "north"}, place{zone: "north"}, 1},
+		{place{zone: "north", rack: "a"}, place{zone: "south", rack: "a"}, farthest},
+		{place{zone: "north"}, place{}, farthest},
+	} {
+		if got := c.a.distance(c.b); got != c.want || c.b.distance(c.a) != got {
+			t.Errorf("from %+v to %+v it is %d, want %d", c.a, c.b, got, c.want)
+		}
+	}
+}
+
 func TestNearPeersAreAskedFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t, 4)
