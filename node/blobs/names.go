@@ -20,7 +20,8 @@ import (
 //	boot                              the run of the kernel that wrote last
 //	blobs/<algorithm>/ab/<hex>        whole, verified, durable blobs
 //	uploads/<id>                      bytes of a session; <id>.state its last checkpoint
-//	partials/<algorithm>-<hex>        a blob being fetched; <algorithm>-<hex>.have its pieces
+//	partials/<algorithm>-<hex>        a blob being fetched; <algorithm>-<hex>.have its pieces,
+//	                                  .seen those too that are not synced yet
 //	staging/<id>/<algorithm>-<hex>    verified blobs of an import, not visible yet
 //	quarantine/<algorithm>-<hex>      blobs that were found damaged; made when first needed
 const (
@@ -35,6 +36,7 @@ const (
 
 	stateSuffix = ".state"
 	haveSuffix  = ".have"
+	seenSuffix  = ".seen"
 	tempSuffix  = ".tmp"
 )
 

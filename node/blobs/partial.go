@@ -29,8 +29,9 @@ const (
 )
 
 // Partial is a blob that arrives in pieces of PieceSize in any order. What is
-// marked survives a restart and a power cut, but for the last few: the list of
-// pieces on disk names only those that were synced before it was written.
+// marked survives the end of the process, and a power cut but for the last few: the
+// list of pieces on disk names only those that were synced before it was written, and
+// what is noted besides is believed only while the kernel runs that has the bytes.
 // Nothing in a Partial is visible as a blob before Commit. It is safe for
 // concurrent use.
 type Partial struct {
@@ -38,9 +39,11 @@ type Partial struct {
 	key  key
 	size int64
 	file Handle
+	seen Handle // a bit for each piece, noted when it is marked and not synced
 
 	flushing sync.Mutex   // held by whoever syncs; taken first
 	writing  sync.RWMutex // writers share it; Commit has it alone
+	noting   sync.Mutex   // held by whoever writes to seen
 
 	mu     sync.Mutex
 	have   []byte // a bit for each piece, the first in the lowest bit
@@ -89,14 +92,7 @@ func (s *Store) closePartial(k key) {
 }
 
 func (p *Partial) open() error {
-	if b, err := p.s.read(p.key.partial() + haveSuffix); err == nil {
-		if have, err := decodeHave(b, p.size); err == nil {
-			p.have = have
-			for _, b := range have {
-				p.marked += bits.OnesCount8(b)
-			}
-		}
-	}
+	p.remember()
 	if err := p.s.room(p.size - p.bytes()); err != nil {
 		return err
 	}
@@ -106,19 +102,51 @@ func (p *Partial) open() error {
 	}
 	fi, err := f.Stat()
 	if err == nil && fi.Size() != p.size {
-		// Not the file that the list speaks of. The list goes first: after a crash
-		// it must not vouch for the new file.
+		// Not the file that the lists speak of. They go first: after a crash they must
+		// not vouch for the new file.
 		clear(p.have)
 		p.marked = 0
-		err = p.s.fs.Remove(p.key.partial() + haveSuffix)
-		if err == nil || errors.Is(err, fs.ErrNotExist) {
+		if err = p.s.disown(p.key); err == nil {
 			err = f.Truncate(p.size)
 		}
+	}
+	if err == nil {
+		p.seen, err = p.s.fs.OpenFile(p.key.partial()+seenSuffix, os.O_RDWR|os.O_CREATE)
 	}
 	if err != nil {
 		return errors.Join(p.failed(err, "opening"), f.Close())
 	}
 	p.file = f
+	return nil
+}
+
+// remember reads which pieces an earlier Partial left.
+func (p *Partial) remember() {
+	if b, err := p.s.read(p.key.partial() + haveSuffix); err == nil {
+		if have, err := decodeHave(b, p.size); err == nil {
+			p.have = have
+		}
+	}
+	if b, err := p.s.read(p.key.partial() + seenSuffix); err == nil {
+		for i := range min(len(b), len(p.have)) {
+			p.have[i] |= b[i]
+		}
+		if last := pieces(p.size) % 8; last != 0 {
+			p.have[len(p.have)-1] &= 1<<last - 1
+		}
+	}
+	for _, b := range p.have {
+		p.marked += bits.OnesCount8(b)
+	}
+}
+
+// disown removes what vouches for the pieces of a partial.
+func (s *Store) disown(k key) error {
+	for _, suffix := range []string{haveSuffix, seenSuffix} {
+		if err := s.fs.Remove(k.partial() + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -184,8 +212,8 @@ func (p *Partial) bytes() int64 {
 	return n
 }
 
-// MarkPiece says that piece i is written and was verified. Now and then it also
-// syncs the file and saves the list; a failure of that drops the partial.
+// MarkPiece says that piece i is written and was verified, and notes it. Now and then
+// it also syncs the file and saves the list; a failure of that drops the partial.
 func (p *Partial) MarkPiece(i int) error {
 	p.mu.Lock()
 	if i < 0 || i >= pieces(p.size) {
@@ -199,11 +227,23 @@ func (p *Partial) MarkPiece(i int) error {
 	}
 	due := p.dirty >= flushEvery
 	p.mu.Unlock()
+	p.note(i)
 	if due && p.flushing.TryLock() {
 		defer p.flushing.Unlock()
 		return p.flush()
 	}
 	return nil
+}
+
+// note has the kernel keep the mark of a piece beyond a kill of this process. What the
+// disk refuses here would cost that piece then, and nothing now.
+func (p *Partial) note(i int) {
+	p.noting.Lock()
+	defer p.noting.Unlock()
+	p.mu.Lock()
+	b := [1]byte{p.have[i/8]}
+	p.mu.Unlock()
+	_, _ = p.seen.WriteAt(b[:], int64(i/8))
 }
 
 // flush saves the list of pieces. The caller holds p.flushing.
@@ -266,6 +306,7 @@ func (p *Partial) Commit(ctx context.Context) (Info, error) {
 	p.placed = true
 	p.mu.Unlock()
 	p.s.sweep(p.key.partial() + haveSuffix)
+	p.s.sweep(p.key.partial() + seenSuffix)
 	return Info{Digest: p.key.digest(), Size: p.size}, nil
 }
 
@@ -274,7 +315,8 @@ func (p *Partial) drop(err error) {
 	p.mu.Lock()
 	p.broken = err
 	p.mu.Unlock()
-	p.s.sweep(p.key.partial() + haveSuffix) // before the file that it vouches for
+	p.s.sweep(p.key.partial() + haveSuffix) // before the file that they vouch for
+	p.s.sweep(p.key.partial() + seenSuffix)
 	p.s.sweep(p.key.partial())
 }
 
@@ -294,7 +336,7 @@ func (p *Partial) Close() error {
 	if !placed && broken == nil {
 		err = p.flush()
 	}
-	return errors.Join(err, p.file.Close())
+	return errors.Join(err, p.seen.Close(), p.file.Close())
 }
 
 // Abort drops what the partial holds and closes it.
@@ -309,8 +351,9 @@ func (p *Partial) Abort() error {
 	return p.Close()
 }
 
-// recoverPartials sweeps lists without a file and files of unfinished writes.
-func (s *Store) recoverPartials() error {
+// recoverPartials sweeps lists without a file and files of unfinished writes. What was
+// noted without a sync goes with the kernel that had the bytes.
+func (s *Store) recoverPartials(sameBoot bool) error {
 	names, err := s.fs.ReadDir(partialsDir)
 	if err != nil {
 		return err
@@ -322,7 +365,11 @@ func (s *Store) recoverPartials() error {
 		}
 	}
 	for _, name := range names {
-		if !files[strings.TrimSuffix(name, haveSuffix)] {
+		if noted := strings.HasSuffix(name, seenSuffix); noted && !sameBoot {
+			if err := s.fs.Remove(partialsDir + "/" + name); err != nil {
+				return err
+			}
+		} else if !files[strings.TrimSuffix(strings.TrimSuffix(name, haveSuffix), seenSuffix)] {
 			s.sweep(partialsDir + "/" + name)
 		}
 	}
@@ -353,6 +400,7 @@ func (s *Store) expirePartials(ctx context.Context, olderThan time.Duration) (n 
 			continue
 		}
 		s.sweep(k.partial() + haveSuffix)
+		s.sweep(k.partial() + seenSuffix)
 		s.sweep(k.partial())
 		s.closePartial(k)
 		n++

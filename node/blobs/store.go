@@ -152,13 +152,13 @@ func (s *Store) recover() error {
 	if err := s.recoverUploads(sameBoot); err != nil {
 		return err
 	}
+	if err := s.recoverPartials(sameBoot); err != nil {
+		return err
+	}
 	if !sameBoot {
 		if err := s.replace(bootName, []byte(s.boot)); err != nil {
 			return err
 		}
-	}
-	if err := s.recoverPartials(); err != nil {
-		return err
 	}
 	return s.recoverStaging()
 }

@@ -523,3 +523,44 @@ func TestPushesShareTheSync(t *testing.T) {
 	}
 	blobstest.Check(t, s, content)
 }
+
+// What was marked is there after a kill, and after a power cut only what was synced.
+func TestPartialAfterAKill(t *testing.T) {
+	content := blobstest.Content(1, 10*blobs.PieceSize+5)
+	d, size := digest.FromBytes(content), int64(10*blobs.PieceSize+5)
+	for _, c := range []struct {
+		name string
+		loss faultfs.Loss
+		boot string
+		want int
+	}{{"killed", faultfs.Killed, "1", 3}, {"power cut", faultfs.PowerCut, "2", 0}, {"rebooted in peace", faultfs.Killed, "2", 0}} {
+		t.Run(c.name, func(t *testing.T) {
+			disk := faultfs.New()
+			s := open(t, "/", blobs.Options{FS: disk, Boot: "1"})
+			p, err := s.NewPartial(t.Context(), d, size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, i := range []int{10, 0, 9} {
+				at := i * blobs.PieceSize
+				if _, err := p.WriteAt(content[at:min(at+blobs.PieceSize, len(content))], int64(at)); err != nil {
+					t.Fatal(err)
+				}
+				if err := p.MarkPiece(i); err != nil {
+					t.Fatal(err)
+				}
+			}
+			disk.Restart(c.loss, 0)
+			for range 2 { // it stays so: the second start is another one of the same kernel
+				s = open(t, "/", blobs.Options{FS: disk, Boot: c.boot})
+			}
+			if p, err = s.NewPartial(t.Context(), d, size); err != nil {
+				t.Fatal(err)
+			}
+			defer p.Close()
+			if n, _ := p.Held(); n != c.want || c.want > 0 && (!p.Have(10) || !p.Have(0) || !p.Have(9)) {
+				t.Errorf("%d pieces are marked, want %d", n, c.want)
+			}
+		})
+	}
+}
