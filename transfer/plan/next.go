@@ -69,7 +69,7 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 		return Ask{}, false
 	}
 	if h.choosing {
-		if h.credit >= maxCredit || w.left == 0 {
+		if h.credit >= maxCredit || w.choices() >= w.mayChoose() {
 			return Ask{}, false
 		}
 		h.credit++
@@ -102,6 +102,23 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 	return Ask{}, false
 }
 
+// choices is how many pieces holders are left to choose by now.
+func (w *Want) choices() (n int) {
+	for _, h := range w.holders {
+		n += h.credit
+	}
+	return n
+}
+
+// mayChoose is how many it may be. Of few that are missing several holders would choose
+// the same ones, and what has gone out comes.
+func (w *Want) mayChoose() int {
+	if w.choice < 2 {
+		return w.left
+	}
+	return min(w.left, max(1, w.left/4))
+}
+
 // nextUrgent is a piece that a reader waits for and that this holder should hear
 // about.
 func (w *Want) nextUrgent(now time.Duration, h *Holder) (a Ask, ok bool) {
@@ -112,7 +129,7 @@ func (w *Want) nextUrgent(now time.Duration, h *Holder) (a Ask, ok bool) {
 		r := w.asks[i]
 		switch {
 		case r == nil && w.missing.Has(i):
-			if w.faster(h, i) {
+			if h.choosing && !w.starves(now, i) || w.faster(h, i) {
 				continue
 			}
 			w.ask(now, h, i, true)
@@ -133,13 +150,30 @@ func (w *Want) nextUrgent(now time.Duration, h *Holder) (a Ask, ok bool) {
 	return Ask{}, false
 }
 
+// starves says whether to ask a holder that chooses for a piece that a reader waits for:
+// all who read at once wait for the same pieces, and would have all of them from there.
+// The first piece of a reader is asked for unless another has it; later ones are chosen
+// soon, or come from others, and are asked for only when that takes too long.
+func (w *Want) starves(now time.Duration, i int) bool {
+	if i == w.rush && w.spread[i] == 0 {
+		return true
+	}
+	if len(w.urgent) == 0 || i != w.urgent[0] {
+		return false
+	}
+	if i != w.awaited {
+		w.awaited, w.awaits = i, now
+	}
+	return now-w.awaits >= w.rules.Steal
+}
+
 // faster says whether another holder would send the piece in half the time.
 func (w *Want) faster(h *Holder, i int) bool {
 	if h.pace == 0 {
 		return false
 	}
 	for _, o := range w.holders {
-		if o != h && o.pace > 0 && 2*o.pace < h.pace && o.has(i) && (!o.far || w.elected && w.near == 0) {
+		if o != h && !o.choosing && o.pace > 0 && 2*o.pace < h.pace && o.has(i) && (!o.far || w.elected && w.near == 0) {
 			return true
 		}
 	}

@@ -17,6 +17,9 @@ type Slots struct {
 	Most int
 }
 
+// inOrder is among how many pieces that come next for readers a holder chooses.
+const inOrder = 2
+
 // Queue is everything that others ask of this node. Not safe for concurrent use.
 type Queue struct {
 	slots  Slots
@@ -45,6 +48,7 @@ type Offer struct {
 	askers []*Asker
 	sent   []uint16 // times each piece went out; nil while there is one asker
 	first  []*Asker // who got a piece first, until somebody else has it
+	reader int      // a piece that a reader has waited for; -1: nobody reads
 }
 
 // Asker is one node that wants one blob.
@@ -93,7 +97,7 @@ func (q *Queue) Offer(pieces int, have transfer.Bitmap) *Offer {
 	for i := range pieces {
 		all.Add(i)
 	}
-	return &Offer{queue: q, pieces: pieces, all: all, have: have}
+	return &Offer{queue: q, pieces: pieces, all: all, have: have, reader: -1}
 }
 
 // Hold notes that a piece of a blob that is still arriving may be chosen.
@@ -197,6 +201,9 @@ func (a *Asker) Ask(ask Ask) {
 		a.queue = slices.Delete(a.queue, k, k+1)
 	} else if ask.Again {
 		return // it has gone out
+	}
+	if ask.Urgent {
+		a.offer.reader = ask.Piece
 	}
 	if !ask.Urgent {
 		a.queue = append(a.queue, ask.Piece)
@@ -367,25 +374,34 @@ func (a *Asker) piece() int {
 	return a.queue[k]
 }
 
-// least is the piece to choose for an asker: the one that went out least; -1: none.
+// least is the piece to choose for an asker: the one that went out least; -1: none. Where
+// there are readers it is one of the next after them, for they all get on by what comes
+// in order; not the very next, which another holder would choose too.
 func (o *Offer) least(a *Asker) int {
-	best, seen := -1, 0
+	best, seen, fresh, ahead := -1, 0, 0, 0
 	wanted := func(k int) byte {
 		if o.have == nil {
 			return ^a.skip[k]
 		}
 		return ^a.skip[k] & o.have[k]
 	}
-	each(o.all, o.queue.rand.IntN(len(o.all)), wanted, func(i int) bool {
+	start := o.queue.rand.IntN(len(o.all))
+	if o.reader >= 0 {
+		start, ahead = o.reader/8, o.queue.rand.IntN(inOrder)
+	}
+	each(o.all, start, wanted, func(i int) bool {
 		if o.sent == nil {
 			best = i
 			return false
 		}
-		if best < 0 || o.sent[i] < o.sent[best] {
+		if best < 0 || o.sent[i] < o.sent[best] || o.sent[i] == 0 {
 			best = i
 		}
+		if o.sent[i] == 0 {
+			fresh++
+		}
 		seen++
-		return seen < sample && o.sent[best] > 0
+		return seen < sample && fresh <= ahead
 	})
 	return best
 }

@@ -74,6 +74,9 @@ type Want struct {
 
 	urgent []int // what readers wait for
 	rush   int   // the first piece of a reader that has just come; -1: none
+	// awaited is the piece that the first reader has been waiting for since awaits.
+	awaited int
+	awaits  time.Duration
 
 	elected bool
 }
@@ -124,6 +127,7 @@ func NewWant(pieces int, rules Rules, r *rand.Rand) *Want {
 		spread:  make([]uint16, pieces),
 		asks:    make(map[int]*request),
 		rush:    -1,
+		awaited: -1,
 		elected: true,
 	}
 	for i := range pieces {

@@ -56,9 +56,12 @@ func (h *hunt) words(p transfer.Peer) (w words) {
 	if far := h.e.cfg.Distance != nil && h.e.distance(p) == Farthest; far && len(h.dealing) > 0 {
 		return w // another of this site may be elected
 	}
+	// Not all of the window: others may begin to read at the same time, and each would have
+	// from there what they could have from each other.
 	for _, i := range h.a.Urgent(urgentWindow) {
 		if h.want.Missing(i) {
-			w.pieces = append(w.pieces, i)
+			w.pieces = []int{i}
+			break
 		}
 	}
 	// Where nobody waits, who else wants the blob is better known before the first choice.

@@ -26,6 +26,7 @@ type Node struct {
 	Dies     time.Duration // 0: never
 	Holds    bool          // the blob, from the start; else it wants it
 	Site     int           // below 16
+	Reads    bool          // a client there reads the blob from its beginning on
 }
 
 // Fleet to simulate.
@@ -50,6 +51,7 @@ type Result struct {
 	Holders  float64   // bytes that those sent who held it, over the blob's size
 	All      float64   // bytes that all sent, over what all wanted
 	Crossed  []float64 // bytes into each site from others
+	Stalled  float64   // the longest that a reader waited for its next piece, seconds
 }
 
 // deathNoticed is how long the others take a dead node for a slow one.
@@ -83,6 +85,10 @@ type simNode struct {
 	got     int
 	done    float64
 	sent    float64
+
+	at      int     // where its reader is
+	moved   float64 // when that last changed
+	stalled float64 // the longest that it waited
 }
 
 type sim struct {
@@ -129,6 +135,7 @@ func (s *sim) result() Result {
 		r.Done = append(r.Done, n.done)
 		r.Sent = append(r.Sent, n.sent)
 		r.All += n.sent
+		r.Stalled = max(r.Stalled, n.stalled)
 		if n.Holds {
 			r.Holders += n.sent / size
 		} else {
@@ -217,7 +224,7 @@ func (s *sim) handle(e event) {
 		}
 	case evAsk:
 		if a := n.askers[int(e.b)]; n.alive && a != nil {
-			a.Ask(plan.Ask{Piece: int(e.piece)})
+			a.Ask(plan.Ask{Piece: int(e.piece), Urgent: e.x > 0, Again: e.x > 1})
 			s.serve(n)
 		}
 	case evCancel:
@@ -262,6 +269,10 @@ func (s *sim) join(n *simNode) {
 	}
 	if !n.Holds {
 		n.want = plan.NewWant(s.f.Pieces, s.f.Rules, s.rand)
+		if n.Reads {
+			n.moved = s.now
+			s.read(n)
+		}
 		s.push(event{at: s.now + 0.1, kind: evTick, a: int32(n.id)})
 	} else {
 		for i := range s.f.Pieces {
@@ -380,7 +391,14 @@ func (s *sim) pumpOne(n *simNode, p int) {
 		if !ok {
 			break
 		}
-		s.later(event{kind: evAsk, a: int32(p), b: int32(n.id), piece: int32(a.Piece)})
+		how := int32(0)
+		if a.Urgent {
+			how = 1
+		}
+		if a.Again {
+			how = 2
+		}
+		s.later(event{kind: evAsk, a: int32(p), b: int32(n.id), piece: int32(a.Piece), x: how})
 	}
 	s.notes(n)
 }
@@ -460,6 +478,30 @@ func (s *sim) arrive(m, from *simNode, piece int) {
 			}
 		}
 	}
+	if m.Reads {
+		s.read(m)
+		s.pump(m)
+		return
+	}
 	s.pumpOne(m, from.id)
 	s.notes(m)
+}
+
+// readAhead is how many pieces a reader gets ahead of the rest.
+const readAhead = 2
+
+// read tells the planner what the node's reader waits for.
+func (s *sim) read(n *simNode) {
+	for n.at < s.f.Pieces && n.have.Has(n.at) {
+		n.at++
+		n.stalled = max(n.stalled, s.now-n.moved)
+		n.moved = s.now
+	}
+	var next []int
+	for i := n.at; i < min(n.at+readAhead, s.f.Pieces); i++ {
+		if !n.have.Has(i) {
+			next = append(next, i)
+		}
+	}
+	n.want.Cursors(next)
 }

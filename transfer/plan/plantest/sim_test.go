@@ -72,6 +72,26 @@ func TestManyWantTheBlobAtOnce(t *testing.T) {
 	}
 }
 
+// Clients that read at all nodes at once wait for the same pieces in the same order: the
+// nodes have to pass those on to each other all the same.
+func TestManyReadTheBlobAtOnce(t *testing.T) {
+	for _, c := range []struct{ nodes, pieces int }{{8, 256}, {12, 256}, {8, 64}} {
+		for seed := range 5 {
+			f := even(c.nodes, c.pieces, 0)
+			f.Seed = uint64(seed)
+			for i := range f.Nodes {
+				f.Nodes[i].Reads = i > 0
+			}
+			r := Run(f)
+			last := slices.Max(r.Done) / f.bound()
+			t.Logf("%d nodes, %d pieces, seed %d: %.3f of the bound; the holder sent %.3f F, all sent %.3f N F; a reader waited %.2f s at most", c.nodes, c.pieces, seed, last, r.Holders, r.All, r.Stalled)
+			if !r.Finished || last > 1.25 || r.Holders > 1.25 || r.All > 1.02 {
+				t.Errorf("seed %d: the goals are 1.25, 1.25 and 1.02", seed)
+			}
+		}
+	}
+}
+
 // The same seed gives the same run, or a failure could not be looked into.
 func TestRunsRepeat(t *testing.T) {
 	f := even(12, 64, 5)
