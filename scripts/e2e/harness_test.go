@@ -67,6 +67,9 @@ type plan struct {
 	net   int    // its hosts are 10.NET.0.1, .2 ... on a switch of their own: no other net has a route to them
 	nodes int
 	args  []string // further flags of every node
+	// caches: all nodes but the first are caches, which keep nothing for the site and fetch
+	// only what their clients ask for.
+	caches bool
 	// binary that the nodes run; the one that TestMain built when "".
 	binary string
 }
@@ -82,9 +85,12 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 			t.Fatal(err)
 		}
 		node := lab.NewNode(host, cmp.Or(p.binary, built.atoll), filepath.Join(dir, host.Name), p.args...)
-		if i == 1 {
+		switch {
+		case i == 1:
 			err = node.Found(ctx)
-		} else {
+		case p.caches:
+			err = node.Join(ctx, s.nodes[0], "--cache")
+		default:
 			err = node.Join(ctx, s.nodes[0])
 		}
 		if err != nil {
@@ -98,7 +104,7 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 		})
 		s.nodes = append(s.nodes, node)
 	}
-	voters := p.nodes - (p.nodes+1)%2 // always an odd number
+	voters := min(5, p.nodes-(p.nodes+1)%2) // always an odd number, and five at most
 	if err := s.nodes[0].WaitStatus(ctx, "all to be up and vote", func(st lab.Status) bool {
 		up, vote := 0, 0
 		for _, node := range st.Nodes {

@@ -121,6 +121,16 @@ func (h *Host) ShapeOut(ctx context.Context, bytesPerSecond int64) error {
 	return runAll(ctx, fmt.Sprintf("tc -n %s qdisc replace dev eth0 root tbf rate %dbps burst 64kb latency 200ms", h.space, bytesPerSecond))
 }
 
+// Unplug takes the host's link down: nothing reaches it and nobody is told. Plug ends it.
+func (h *Host) Unplug(ctx context.Context) error {
+	return runAll(ctx, "ip -n "+h.sw+" link set "+h.port+" down")
+}
+
+// Plug takes the host's link up again.
+func (h *Host) Plug(ctx context.Context) error {
+	return runAll(ctx, "ip -n "+h.sw+" link set "+h.port+" up")
+}
+
 // Inside runs fn on a thread of its own that is in the host's network: sockets that fn
 // opens are the host's.
 func (h *Host) Inside(fn func() error) error { return inside(h.space, fn) }

@@ -22,7 +22,10 @@ type Path struct {
 	// Queue is how many bytes may wait for the line before more are dropped; 0
 	// means what the line carries in 100 ms, at least 64 KiB.
 	Queue int64
-	Seed  uint64 // of what is lost
+	// MTU of the line, bytes with the headers of IP; longer packets vanish, and nobody is
+	// told. 0: as long as the links' own.
+	MTU  int
+	Seed uint64 // of what is lost
 }
 
 // Line joins two switches by a long path: every frame passes through this process,
@@ -38,7 +41,10 @@ type Line struct {
 }
 
 // frameRoom holds an Ethernet frame: the links here have an MTU of 1500.
-const frameRoom = 1600
+const (
+	frameRoom   = 1600
+	etherHeader = 14
+)
 
 // Line joins the switches a and b, on which there must be hosts. The hosts of both
 // share one subnet then. Close the line before the lab.
@@ -150,7 +156,7 @@ func (l *Line) carry(from int, p Path) {
 				}
 				waiting = int64(busy.Sub(now).Seconds() * float64(p.Rate))
 			}
-			if waiting+int64(n) > p.Queue || luck.Float64() < p.Loss {
+			if p.MTU > 0 && n > p.MTU+etherHeader || waiting+int64(n) > p.Queue || luck.Float64() < p.Loss {
 				l.Lost.Add(1)
 				free.Put(buf)
 				continue

@@ -103,13 +103,13 @@ func (n *Node) Bare(ctx context.Context, args ...string) (string, error) {
 // Found starts the first node of a site.
 func (n *Node) Found(ctx context.Context) error { return n.Start(ctx, "--init") }
 
-// Join starts a node that joins the site of another.
-func (n *Node) Join(ctx context.Context, first *Node) error {
+// Join starts a node that joins the site of another; args are further flags of this start.
+func (n *Node) Join(ctx context.Context, first *Node, args ...string) error {
 	token, err := first.Atoll(ctx, "token", "create")
 	if err != nil {
 		return err
 	}
-	return n.Start(ctx, "--join", first.PeerAddr(), "--token", strings.TrimSpace(token))
+	return n.Start(ctx, append([]string{"--join", first.PeerAddr(), "--token", strings.TrimSpace(token)}, args...)...)
 }
 
 // Status is what atoll cluster status says, as far as tests need it.

@@ -26,14 +26,37 @@ import (
 // row prints a figure with its goal, which it is to be at most; a goal of 0 is none. A
 // missed goal is for the reader to judge: the machine may have been busy.
 func row(name string, value float64, unit string, goal float64) {
-	verdict, want := "-", "-"
-	if goal > 0 {
-		verdict, want = "met", fmt.Sprintf("<= %.4g", goal)
-		if value > goal {
-			verdict = "missed"
-		}
+	if goal == 0 {
+		fmt.Printf("%s\t%.3g\t%s\t-\t-\n", name, value, unit)
+		return
 	}
-	fmt.Printf("%s\t%.3g\t%s\t%s\t%s\n", name, value, unit, want, verdict)
+	verdict := "met"
+	if value > goal {
+		verdict = "missed"
+	}
+	fmt.Printf("%s\t%.3g\t%s\t<= %.4g\t%s\n", name, value, unit, goal, verdict)
+}
+
+// rowAtLeast prints a figure that is to be at least its goal.
+func rowAtLeast(name string, value float64, unit string, goal float64) {
+	verdict := "met"
+	if value < goal {
+		verdict = "missed"
+	}
+	fmt.Printf("%s\t%.3g\t%s\t>= %.4g\t%s\n", name, value, unit, goal, verdict)
+}
+
+// limits of a figure: what it is to be, and what it may be on a busy machine.
+type limits struct{ goal, most float64 }
+
+// judge prints a figure with its goal, and fails the test when it is worse than a busy
+// machine explains.
+func judge(t *testing.T, name string, value float64, unit string, l limits) {
+	t.Helper()
+	row(name, value, unit, l.goal)
+	if value > l.most {
+		t.Errorf("%s is %.3g %s, %.3g at most", name, value, unit, l.most)
+	}
 }
 
 func median(values []float64) float64 { return slices.Sorted(slices.Values(values))[len(values)/2] }

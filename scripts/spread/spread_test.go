@@ -13,7 +13,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -28,8 +27,6 @@ var (
 	nodes = flag.Int("nodes", 8, "nodes that want the blob at once")
 	mib   = flag.Int("mib", 16, "size of the blob")
 	rate  = flag.Int64("rate", 3_300_000, "uplink of each node, bytes a second")
-	star  = flag.Bool("star", false, "let the nodes know of nobody but the holder, to compare")
-	goal  = flag.Float64("goal", 2.5, "of the bound, at most")
 )
 
 // node is one of the fleet.
@@ -65,8 +62,8 @@ type others struct {
 
 func (o others) Candidates(context.Context, digest.Digest) []transfer.Peer {
 	var list []transfer.Peer
-	for i, n := range *o.fleet {
-		if n != o.self && (i == 0 || !*star) {
+	for _, n := range *o.fleet {
+		if n != o.self {
 			list = append(list, transfer.Peer{ID: n.id, Addr: n.host.IP + ":7000"})
 		}
 	}
@@ -176,57 +173,4 @@ func (f *fleet) add(t *testing.T, g ground, sw string) *node {
 	})
 	*f = append(*f, n)
 	return n
-}
-
-// One node holds a blob and all the others want it at once.
-func TestSpread(t *testing.T) {
-	g := newGround(t, *rate)
-	var f fleet
-	for range *nodes + 1 {
-		f.add(t, g, "s")
-	}
-	_, blob := g.blob(t, *mib<<20, f[0])
-
-	began := time.Now()
-	took := make([]time.Duration, len(f))
-	var wg sync.WaitGroup
-	for i, n := range f[1:] {
-		wg.Go(func() {
-			fetch, err := n.Fetch(t.Context(), blob)
-			if err == nil {
-				err = fetch.Wait(t.Context())
-			}
-			if err != nil {
-				t.Errorf("%s: %v", n.id, err)
-			}
-			took[i+1] = time.Since(began)
-		})
-	}
-	wg.Wait()
-
-	// With equal uplinks the holder's is the bound: each byte has to leave it once.
-	bound := float64(blob.Size) / float64(*rate)
-	last, all := 0.0, int64(0)
-	for i, n := range f {
-		last = max(last, took[i].Seconds())
-		all += n.sent.Load()
-	}
-	over := last / bound
-	t.Logf("%d nodes, %d MiB, %.1f MB/s each: the last had it after %.1f s, %.3f of the bound of %.1f s; the holder sent %.3f F, all sent %.3f N F",
-		*nodes, *mib, float64(*rate)/1e6, last, over, bound,
-		float64(f[0].sent.Load())/float64(blob.Size), float64(all)/float64(blob.Size)/float64(*nodes))
-	if *star {
-		row(fmt.Sprintf("star_%d_nodes", *nodes), over, "x bound", 0)
-		return
-	}
-	name := fmt.Sprintf("spread_%d_nodes", *nodes)
-	row(name, over, "x bound", *goal)
-	row(name+"_source_sent", float64(f[0].sent.Load())/float64(blob.Size), "F", 1.25)
-	row(name+"_all_sent", float64(all)/float64(blob.Size)/float64(*nodes), "N F", 1.02)
-	if over > *goal {
-		t.Errorf("the goal is %.2f", *goal)
-	}
-	if most := blob.Size * 5 / 4; f[0].sent.Load() > most {
-		t.Errorf("the holder sent %d bytes, %d at most", f[0].sent.Load(), most)
-	}
 }
