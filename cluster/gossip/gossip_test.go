@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -244,6 +246,86 @@ func TestPaused(t *testing.T) {
 	})
 }
 
+// TestPausedAgainAndAgain: two of five nodes are out of reach for a while again and
+// again, at moments of their own, as on machines that have too much to do. They come
+// back each time with what they took for the end of the others, who deny it: nobody
+// who is there is missed for longer than that takes, nobody at all when it is over,
+// and no storm comes of it.
+func TestPausedAgainAndAgain(t *testing.T) {
+	meanwhile(t, 5, func(t *testing.T, s *site) {
+		const length = 4 * time.Minute
+		sent := func() (sum float64) {
+			for _, n := range s.nodes {
+				sum += n.sum(t, "atoll_gossip_sent_bytes_total")
+			}
+			return sum
+		}
+		quiet := sent()
+		pass(time.Minute)
+		quiet = (sent() - quiet) / 60
+		paused := s.nodes[3:]
+		over := make(chan struct{})
+		var pausing sync.WaitGroup
+		for i, n := range paused {
+			dice := rand.New(rand.NewPCG(uint64(i), 7))
+			pausing.Go(func() {
+				for {
+					s.apart(n, s.network.Cut)
+					pass(time.Duration(dice.IntN(8000)) * time.Millisecond)
+					s.apart(n, s.network.Heal)
+					select {
+					case <-over:
+						return
+					case <-time.After(time.Duration(500+dice.IntN(4000)) * time.Millisecond):
+					}
+				}
+			})
+		}
+		before, flaps, longest := sent(), 0, time.Duration(0)
+		since := map[[2]string]time.Time{} // a node takes one that is there for dead
+		for end := time.Now().Add(length); time.Now().Before(end); pass(20 * time.Millisecond) {
+			for _, a := range s.nodes[:3] {
+				for _, b := range s.nodes[:3] {
+					pair := [2]string{a.ID, b.ID}
+					at, missed := since[pair]
+					switch down := a.State(b.ID) == gossip.Down; {
+					case down && !missed:
+						since[pair], flaps = time.Now(), flaps+1
+					case !down && missed:
+						longest = max(longest, time.Since(at))
+						delete(since, pair)
+					}
+				}
+			}
+		}
+		storm := (sent() - before) / length.Seconds()
+		t.Logf("nodes that are there were missed %d times in %v, for %v at most; %.0f bytes a second, %.0f while all is well", flaps, length, longest, storm, quiet)
+		for pair, at := range since {
+			longest = max(longest, time.Since(at))
+			t.Logf("%s misses %s", pair[0], pair[1])
+		}
+		if longest > 3*time.Second {
+			t.Errorf("one that is there was missed for %v", longest)
+		}
+		if storm > 10*quiet {
+			t.Error("that is a storm")
+		}
+		close(over)
+		pausing.Wait()
+		s.await("all is well", 15*time.Second, s.allUp)
+		s.stays("nobody is missed", 2*time.Minute, s.allUp)
+	})
+}
+
+// apart does something to all links of a node.
+func (s *site) apart(n *node, do func(a, b string)) {
+	for _, m := range s.members {
+		if m.ID != n.ID {
+			do(n.Addr, m.Addr)
+		}
+	}
+}
+
 // TestOneWay: where packets are lost between two in one direction, the others vouch
 // for both; the one who cannot reach the other knows that much.
 func TestOneWay(t *testing.T) {
@@ -367,6 +449,16 @@ func drain(n *node) {
 	}
 }
 
+// processor is the time that this process took of it.
+func processor(t *testing.T) time.Duration {
+	t.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
 // sum of a counter's values.
 func (n *node) sum(t *testing.T, name string) (sum float64) {
 	t.Helper()
@@ -384,7 +476,8 @@ func (n *node) sum(t *testing.T, name string) (sum float64) {
 	return sum
 }
 
-// TestIdle: what a site costs while nothing happens.
+// TestIdle: what a site costs while nothing happens, of the network and of the
+// processor; the latter without TLS, which scripts/e2e measures with all else.
 func TestIdle(t *testing.T) {
 	meanwhile(t, 3, func(t *testing.T, s *site) {
 		pass(time.Minute)
@@ -394,8 +487,13 @@ func TestIdle(t *testing.T) {
 			}
 			return sum
 		}
-		before := total()
+		before, used := total(), processor(t)
 		pass(10 * time.Minute)
+		share := (processor(t) - used).Seconds() / 600 / 3
+		t.Logf("%.2f %% of a processor for each node", 100*share)
+		if share > 0.01 {
+			t.Error("an idle site is not idle")
+		}
 		perPair := (total() - before) / 600 / 3
 		t.Logf("%.0f bytes a second between two nodes, without TLS and TCP", perPair)
 		if perPair > 512 || perPair < 10 {
