@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -147,7 +148,8 @@ type strangerKey struct{}
 type stranger struct {
 	net      *Net
 	from     netip.Addr
-	verified bool // the address is its own
+	verified bool        // the address is its own
+	shaken   atomic.Bool // the handshake came to its end
 	let      sync.Once
 	gone     sync.Once
 }
@@ -182,10 +184,20 @@ func (n *Net) meetStranger(ctx context.Context, info *quic.ClientInfo) (context.
 		return nil, errors.New("too many strangers")
 	}
 	context.AfterFunc(ctx, func() {
+		if cause := context.Cause(ctx); !s.shaken.Load() && !n.ended() {
+			n.refuse(context.WithoutCancel(ctx), info.RemoteAddr, &Conn{}, cause)
+		}
 		s.letIn()
 		s.leave()
 	})
 	return context.WithValue(ctx, strangerKey{}, s), nil
+}
+
+// ended says that the port is not served any more.
+func (n *Net) ended() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.closed
 }
 
 // letIn takes the connection out of the handshakes' count, leave out of its address's.
@@ -236,6 +248,11 @@ func (n *Net) serveQUIC(ctx context.Context, tr *quic.Transport, wg *sync.WaitGr
 // them has to be let in before the handshake's time is over.
 func (n *Net) acceptSession(ctx context.Context, s *session, wg *sync.WaitGroup) {
 	defer s.Close()
+	who, ok := s.conn.Context().Value(strangerKey{}).(*stranger)
+	if !ok {
+		return
+	}
+	who.shaken.Store(true)
 	peer := ""
 	if protocol := s.state().NegotiatedProtocol; protocol != ProtoJoin && protocol != ProtoFound {
 		var err error
@@ -248,10 +265,6 @@ func (n *Net) acceptSession(ctx context.Context, s *session, wg *sync.WaitGroup)
 		return
 	}
 	defer n.forget(s)
-	who, ok := s.conn.Context().Value(strangerKey{}).(*stranger)
-	if !ok {
-		return
-	}
 	late := time.AfterFunc(n.cfg.HandshakeTimeout, func() { s.Close() })
 	defer late.Stop()
 	n.acceptStreams(ctx, s, wg, func(c *Conn) {
