@@ -32,7 +32,7 @@ func (d *Door) Run(ctx context.Context) (err error) {
 	if d.promise, err = load(d.Dir, d.Pairing.ID(), true); err != nil {
 		return err
 	}
-	server := joining.Server(bounds(), map[string]joining.Handler{pathHello: d.hear, pathPledge: d.pledge, pathGrant: d.grant}, d.Log)
+	server := joining.Server(bounds(), map[string]joining.Handler{pathHello: d.hear, pathPledge: d.pledge, pathGrant: d.grant}, d.Log, nil)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(d.Network.ListenFounding()) }()
 	defer func() {
@@ -42,7 +42,7 @@ func (d *Door) Run(ctx context.Context) (err error) {
 	open := false
 	for {
 		if !open {
-			err := d.Site.OpenToFounders(ctx, d.founders(Machine{ID: d.promise.Machine, Name: d.Name}))
+			err := d.Site.OpenToFounders(ctx, d.founders(Machine{ID: d.promise.Machine, Name: d.Name, Addr: d.Advertise}))
 			if open = err == nil; !open && ctx.Err() == nil {
 				d.Log.Info("the site is not open to machines with the founding token yet", "error", err)
 			}
@@ -67,7 +67,7 @@ func (d *Door) Run(ctx context.Context) (err error) {
 }
 
 func (d *Door) founders(m Machine) member.Founders {
-	return member.Founders{Token: d.Pairing.ID(), Places: d.Places, Machine: m.ID, Name: m.Name}
+	return member.Founders{Token: d.Pairing.ID(), Places: d.Places, Machine: m.ID, Name: m.Name, Addr: m.Addr}
 }
 
 func (d *Door) hear(_ context.Context, body []byte) (any, error) {
@@ -90,8 +90,8 @@ func (d *Door) grant(ctx context.Context, body []byte) (any, error) {
 	if err := joining.Decode(body, &ask); err != nil {
 		return nil, err
 	}
-	if len(ask.Machine.ID) != 32 || !pki.ValidID(ask.Machine.ID) || len(ask.Machine.Name) > 63 {
-		return nil, joining.Refuse(joining.CodeMalformed, "the machine's id or name is malformed")
+	if len(ask.Machine.ID) != 32 || !pki.ValidID(ask.Machine.ID) || len(ask.Machine.Name) > 63 || len(ask.Machine.Addr) > 261 {
+		return nil, joining.Refuse(joining.CodeMalformed, "the machine's id, name or address is malformed")
 	}
 	site := d.Site.Identity().SiteID
 	token, err := d.Site.GrantFounder(ctx, d.founders(ask.Machine), func(pin []byte) (pki.Token, error) {

@@ -251,6 +251,37 @@ func TestAFounderThatDidNotFound(t *testing.T) {
 	})
 }
 
+// A machine whose disk is cleared when the site is there joins it, with the same
+// command line and whichever machine it is, also where fewer are expected than named,
+// so that it and those that never came would be enough to found another.
+func TestClearedDisk(t *testing.T) {
+	for cleared := range 3 {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			defer w.end()
+			boxes := w.add(5, 3, newPairing(t))
+			w.settled(boxes[:3]...)
+			site := boxes[0].site()
+			again := boxes[cleared]
+			again.kill()
+			if err := os.RemoveAll(again.config.Dir); err != nil {
+				t.Fatal(err)
+			}
+			// It sees one node of the site, beside the two machines that never came.
+			lost := boxes[(cleared+1)%3]
+			lost.kill()
+			for _, b := range []*box{again, boxes[3], boxes[4]} {
+				b.start()
+			}
+			w.settled(again, boxes[3], boxes[4])
+			w.settled(boxes...)
+			if again.site() != site {
+				t.Errorf("%s is of the site %s, not %s", again.config.Name, again.site(), site)
+			}
+		})
+	}
+}
+
 func TestMisfits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

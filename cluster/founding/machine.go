@@ -91,7 +91,7 @@ func Run(ctx context.Context, c Config) (who member.Identity, founded bool, err 
 	defer end(nil)
 	m := &machine{Config: c, id: p.Machine, promise: p, addrs: make(map[string]bool), end: end, odd: make(map[string]string)}
 	m.learn(c.Addrs...)
-	server := joining.Server(bounds(), map[string]joining.Handler{pathHello: m.hear, pathPledge: m.pledge}, quiet(c.Log))
+	server := joining.Server(bounds(), map[string]joining.Handler{pathHello: m.hear, pathPledge: m.pledge}, quiet(c.Log), nil)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(c.Network.ListenFounding()) }()
 	defer func() {

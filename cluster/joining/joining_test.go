@@ -1,11 +1,13 @@
 package joining
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -75,6 +77,9 @@ func (p pipes) dial(ctx context.Context) (net.Conn, error) {
 func TestServerBoundsStrangers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		held, free := make(chan struct{}), make(chan struct{})
+		var mu sync.Mutex
+		var logged bytes.Buffer // slog's handler writes one line at a time
+		refused := map[string]int{}
 		s := Server(Strangers(), map[string]Handler{
 			"/ask": func(_ context.Context, body []byte) (any, error) {
 				var q question
@@ -87,7 +92,11 @@ func TestServerBoundsStrangers(t *testing.T) {
 				return question{}, nil
 			},
 			"/fail": func(context.Context, []byte) (any, error) { return nil, errors.New("a secret of the disk") },
-		}, slog.New(slog.DiscardHandler))
+		}, slog.New(slog.NewTextHandler(&logged, nil)), func(code string) {
+			mu.Lock()
+			defer mu.Unlock()
+			refused[code]++
+		})
 		l := pipes{make(chan net.Conn), make(chan struct{})}
 		go s.Serve(l)
 		defer s.Close()
@@ -128,6 +137,18 @@ func TestServerBoundsStrangers(t *testing.T) {
 		if err == nil || code(err) != CodeLater {
 			t.Errorf("one more a second: %v", err)
 		}
+		// Whoever goes on asking is counted, and soon not written down any more.
+		for range 1000 {
+			_, err = ask("/ask", question{Node: "a"})
+		}
+		if lines := strings.Count(logged.String(), "\n"); lines < 3 || lines > 30 || !strings.Contains(logged.String(), "code="+CodeLater) {
+			t.Errorf("%d lines of log", lines)
+		}
+		mu.Lock()
+		if refused[CodeLater] < 1000 || refused[CodeMalformed] != 1 {
+			t.Errorf("counted are %v", refused)
+		}
+		mu.Unlock()
 		<-time.After(time.Second)
 		if _, err := ask("/ask", question{Node: "a"}); err != nil {
 			t.Errorf("a second later: %v", err)

@@ -33,8 +33,16 @@ const (
 type Handler func(ctx context.Context, body []byte) (any, error)
 
 // Server serves the handlers by their paths, all of them together within the bounds.
-func Server(b Bounds, handlers map[string]Handler, log *slog.Logger) *http.Server {
-	d := desk{log: log, limiter: rate.NewLimiter(rate.Limit(b.PerSecond), b.Burst), places: make(chan struct{}, b.AtOnce)}
+// It logs few of its refusals in a row, and calls refused, which may be nil, with the
+// code of each.
+func Server(b Bounds, handlers map[string]Handler, log *slog.Logger, refused func(code string)) *http.Server {
+	if refused == nil {
+		refused = func(string) {}
+	}
+	d := &desk{
+		log: log, limiter: rate.NewLimiter(rate.Limit(b.PerSecond), b.Burst), places: make(chan struct{}, b.AtOnce), refused: refused,
+		said: rate.Sometimes{First: 20, Interval: 10 * time.Second},
+	}
 	mux := http.NewServeMux()
 	for path, answer := range handlers {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) { d.serve(w, r, answer) })
@@ -56,9 +64,11 @@ type desk struct {
 	log     *slog.Logger
 	limiter *rate.Limiter
 	places  chan struct{}
+	refused func(code string)
+	said    rate.Sometimes // strangers can have as much refused as they like
 }
 
-func (d desk) serve(w http.ResponseWriter, r *http.Request, answer Handler) {
+func (d *desk) serve(w http.ResponseWriter, r *http.Request, answer Handler) {
 	select {
 	case d.places <- struct{}{}:
 		defer func() { <-d.places }()
@@ -87,7 +97,7 @@ func (d desk) serve(w http.ResponseWriter, r *http.Request, answer Handler) {
 }
 
 // refuse answers with a refusal; other errors stay in the log.
-func (d desk) refuse(w http.ResponseWriter, err error) {
+func (d *desk) refuse(w http.ResponseWriter, err error) {
 	var no *Refusal
 	var passing interface{ Unavailable() bool }
 	switch {
@@ -97,7 +107,10 @@ func (d desk) refuse(w http.ResponseWriter, err error) {
 	default:
 		no = Refuse(CodeLater, "the node could not answer; its log says why")
 	}
-	d.log.Info("refused the request of a node without a certificate", "code", no.Code, "error", err)
+	d.refused(no.Code)
+	d.said.Do(func() {
+		d.log.Info("refused the request of a node without a certificate", "code", no.Code, "error", err)
+	})
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusForbidden)
 	if err := json.NewEncoder(w).Encode(no); err != nil {

@@ -19,7 +19,7 @@ import (
 func (n *Node) joinServer() *http.Server {
 	return joining.Server(joining.Strangers(), map[string]joining.Handler{
 		pathJoin: n.entrusted(pathJoin), pathRenew: n.entrusted(pathRenew), pathStanding: n.standing,
-	}, n.log)
+	}, n.log, n.metrics.joinRefused)
 }
 
 // applicant is a joinRequest that was checked.
@@ -276,9 +276,9 @@ func (n *Node) renewal(ctx context.Context, body []byte) (any, error) {
 type Founders struct {
 	Token  string // id of the token
 	Places int    // machines that may come in by it, all told
-	// Machine and Name are of the machine that asks; its id is its own choice, kept
-	// on its disk.
-	Machine, Name string
+	// Machine, Name and Addr, of its peer port, are of the machine that asks; its id is
+	// its own choice, kept on its disk.
+	Machine, Name, Addr string
 }
 
 // FoundersLife is for how long a site lets machines in by the token after it first
@@ -300,7 +300,7 @@ func (n *Node) OpenToFounders(ctx context.Context, f Founders) error {
 		if _, known := row.Machines[f.Machine]; ok && (known || len(row.Machines) >= row.Places) {
 			return nil
 		}
-		row.Machines = with(row.Machines, f.Machine, f.Name)
+		row.take(f)
 		return n.rows.founders.Put(tx, row, f.Token)
 	})
 	if err != nil {
@@ -352,34 +352,69 @@ func (n *Node) GrantFounder(ctx context.Context, f Founders, mint func(pin []byt
 
 // seat gives a machine its place among the founders. A name that a node has is
 // refused also while that node is down: machines that were set up alike may all be
-// called the same, and one must not take the other's place.
+// called the same, and one must not take the other's place. A machine of the name and
+// the address that one of them had is that one, with a cleared disk: it keeps its
+// place, and joins as the heir of the node that it was, once that counts as down.
 func (n *Node) seat(tx *table.Tx, row *foundersRow, f Founders) error {
+	node, held, err := n.named(tx, f.Name)
+	if err != nil {
+		return err
+	}
+	cleared := held && node.Addr == f.Addr
+	_, known := row.Machines[f.Machine]
 	taken := joining.Refuse(joining.CodeName, "the name %q belongs to a node of the site: give this machine another with --name; if it is to replace that node, join it with a token of: atoll token create", f.Name)
+	if held && !cleared && !known {
+		return taken
+	}
+	former := ""
 	for machine, name := range row.Machines {
-		if machine != f.Machine && name == f.Name {
+		switch {
+		case machine == f.Machine || name != f.Name:
+		case cleared, f.Addr != "" && row.Addrs[machine] == f.Addr:
+			former = machine
+		default:
 			return taken
 		}
 	}
-	if _, known := row.Machines[f.Machine]; !known {
-		if len(row.Machines) >= row.Places {
-			return joining.Refuse(joining.CodeUsed, "the founding token was for %d machines, and all have come: make a join token on a node of the site with: atoll token create", row.Places)
-		}
-		if _, _, held, err := n.rows.names.Get(tx, f.Name); err != nil {
-			return err
-		} else if held {
-			return taken
-		}
+	switch {
+	case known:
+	case cleared && (n.live(node.ID) || time.Since(n.begun) < n.cfg.Timings.Live):
+		return joining.Refuse(joining.CodeLater, "the node %s at %s, whose name and address this machine has, was up a moment ago: its place is this machine's when it is down", node.Name, node.Addr)
+	case former == "" && len(row.Machines) >= row.Places:
+		return joining.Refuse(joining.CodeUsed, "the founding token was for %d machines, and all have come: make a join token on a node of the site with: atoll token create", row.Places)
 	}
-	row.Machines = with(row.Machines, f.Machine, f.Name)
+	row.leave(former)
+	row.take(f)
 	return nil
 }
 
-func with(machines map[string]string, machine, name string) map[string]string {
-	more := maps.Clone(machines)
+// named is the member that has a name.
+func (n *Node) named(tx *table.Tx, name string) (m Member, held bool, err error) {
+	holder, _, held, err := n.rows.names.Get(tx, name)
+	if err != nil || !held {
+		return m, false, err
+	}
+	m, _, held, err = n.rows.members.Get(tx, holder.Node)
+	return m, held, err
+}
+
+// take writes a machine down. The maps of a row that was read are not its own.
+func (r *foundersRow) take(f Founders) {
+	r.Machines, r.Addrs = with(r.Machines, f.Machine, f.Name), with(r.Addrs, f.Machine, f.Addr)
+}
+
+func (r *foundersRow) leave(machine string) {
+	r.Machines, r.Addrs = maps.Clone(r.Machines), maps.Clone(r.Addrs)
+	delete(r.Machines, machine)
+	delete(r.Addrs, machine)
+}
+
+func with(values map[string]string, key, value string) map[string]string {
+	more := maps.Clone(values)
 	if more == nil {
 		more = make(map[string]string, 1)
 	}
-	more[machine] = name
+	more[key] = value
 	return more
 }
 

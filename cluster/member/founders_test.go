@@ -3,6 +3,7 @@ package member_test
 import (
 	"errors"
 	"fmt"
+	"os"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -115,5 +116,96 @@ func TestFounders(t *testing.T) {
 		timed.Machine, timed.Name = "late", "late"
 		_, err = grant(first, timed)
 		refused("after its life", err, joining.CodeExpired)
+	})
+}
+
+// A machine whose disk was cleared comes back with the same command line: by its name
+// and its address it is the one that had the place, and joins in its node's stead.
+func TestFounderWithAClearedDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{})
+		first := c.Found()
+		token, err := pki.NewSiteToken()
+		if err != nil {
+			t.Fatal(err)
+		}
+		pairing, err := pki.NewPairing(token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		as := func(machine string, n *clustertest.Node) member.Founders {
+			return member.Founders{Token: pairing.ID(), Places: 3, Machine: machine, Name: n.Name, Addr: n.Addr}
+		}
+		grant := func(f member.Founders) (text, code string) {
+			text, err := first.GrantFounder(t.Context(), f, func(pin []byte) (pki.Token, error) {
+				return pairing.Grant(first.Identity().SiteID, f.Machine, pin)
+			})
+			var no *joining.Refusal
+			if err != nil && !errors.As(err, &no) {
+				t.Fatal(err)
+			} else if err != nil {
+				code = no.Code
+			}
+			return text, code
+		}
+		join := func(n *clustertest.Node, text string) {
+			t.Helper()
+			if err := n.JoinWith(text, first.Addr); err != nil {
+				t.Fatal(err)
+			}
+			n.Start()
+		}
+		if err := first.OpenToFounders(t.Context(), as("m1", first)); err != nil {
+			t.Fatal(err)
+		}
+		second, third := c.NewNode(), c.NewNode()
+		// It is cleared before it has used its grant, so the site knows it as a machine only.
+		if _, code := grant(as("lost", second)); code != "" {
+			t.Fatal(code)
+		}
+		for machine, n := range map[string]*clustertest.Node{"m2": second, "m3": third} {
+			text, code := grant(as(machine, n))
+			if code != "" {
+				t.Fatalf("%s: %s", machine, code)
+			}
+			join(n, text)
+		}
+		c.AwaitVoters(3)
+
+		was := second.Self()
+		second.Kill()
+		if err := os.RemoveAll(second.Dir); err != nil {
+			t.Fatal(err)
+		}
+		back := as("m2-again", second)
+		if _, code := grant(back); code != joining.CodeLater {
+			t.Errorf("while its node counts as up: %q", code)
+		}
+		elsewhere := back
+		elsewhere.Addr, elsewhere.Machine = "10.0.0.99:5001", "m4"
+		if _, code := grant(elsewhere); code != joining.CodeName {
+			t.Errorf("another machine that is called the same: %q", code)
+		}
+		var text string
+		c.Await("it gets its place back", func() bool {
+			var code string
+			text, code = grant(back)
+			return code == ""
+		})
+		if _, code := grant(elsewhere); code != joining.CodeName {
+			t.Errorf("another machine that is called the same, when the node is down: %q", code)
+		}
+		join(second, text)
+		c.AwaitVoters(3)
+		if second.Self() == was {
+			t.Error("it has the identity that was on the cleared disk")
+		}
+		c.Await("the node that it was is gone", func() bool {
+			s, err := first.Status(t.Context())
+			return err == nil && len(s.Members) == 3
+		})
+		if _, code := grant(member.Founders{Token: pairing.ID(), Places: 3, Machine: "m5", Name: "another", Addr: "10.0.0.98:5001"}); code != joining.CodeUsed {
+			t.Errorf("a fourth of three: %q", code)
+		}
 	})
 }

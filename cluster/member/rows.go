@@ -96,7 +96,8 @@ type foundersRow struct {
 	Created  int64             `cbor:"created"`
 	Expires  int64             `cbor:"expires"`
 	Places   int               `cbor:"places"`
-	Machines map[string]string `cbor:"machines"` // their names by their ids
+	Machines map[string]string `cbor:"machines"`        // their names by their ids
+	Addrs    map[string]string `cbor:"addrs,omitempty"` // and the addresses of their peer ports
 }
 
 // authorityRow is the site's certificate authority.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/atoll-registry/atoll/cluster/gossip"
@@ -311,4 +312,52 @@ func (n *Node) hint() []byte {
 		Labels map[string]string
 	}{said, n.cfg.Labels}) // writing to a sum does not fail
 	return sum.Sum([]byte{byte(n.cfg.Level)})
+}
+
+// metrics of the membership.
+type metrics struct {
+	singleCopies prometheus.Counter
+	refused      *prometheus.CounterVec
+}
+
+// joinRefused counts a request of a node without a certificate that was refused.
+func (m *metrics) joinRefused(code string) { m.refused.WithLabelValues(code).Inc() }
+
+func newMetrics(registry prometheus.Registerer, n *Node) (*metrics, error) {
+	m := &metrics{singleCopies: prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "atoll_cluster_single_copy_writes_total",
+		Help: "Writes that were acknowledged with one copy because the only other node was away or catching up.",
+	}), refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "atoll_cluster_join_refused_total",
+		Help: "Requests of nodes that join or renew which were refused, by the reason that they were told.",
+	}, []string{"code"})}
+	if registry == nil {
+		return m, nil
+	}
+	gauge := func(name, help string, value func(*instance) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
+			in := n.raft.Load()
+			if in == nil {
+				return 0
+			}
+			return value(in)
+		})
+	}
+	for _, c := range []prometheus.Collector{
+		m.singleCopies, m.refused,
+		gauge("atoll_cluster_term_count", "Raft's term: it grows with each election.", func(in *instance) float64 { return float64(in.CurrentTerm()) }),
+		gauge("atoll_cluster_applied_revision", "Revision of this node's state.", func(in *instance) float64 { return float64(in.machine.Applied()) }),
+		gauge("atoll_cluster_leader_bool", "1 while this node leads.", func(in *instance) float64 {
+			if in.State() == raft.Leader {
+				return 1
+			}
+			return 0
+		}),
+		gauge("atoll_cluster_live_nodes", "Members that this node could reach just now, itself included.", func(*instance) float64 { return float64(len(n.Live())) }),
+	} {
+		if err := registry.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
 }

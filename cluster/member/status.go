@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/atoll-registry/atoll/cluster/epoch"
@@ -386,47 +385,6 @@ func (n *Node) pingAll(ctx context.Context, members []Member) {
 		})
 	}
 	_ = asked.Wait() // no function fails
-}
-
-// metrics of the membership.
-type metrics struct {
-	singleCopies prometheus.Counter
-}
-
-func newMetrics(registry prometheus.Registerer, n *Node) (*metrics, error) {
-	m := &metrics{singleCopies: prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "atoll_cluster_single_copy_writes_total",
-		Help: "Writes that were acknowledged with one copy because the only other node was away or catching up.",
-	})}
-	if registry == nil {
-		return m, nil
-	}
-	gauge := func(name, help string, value func(*instance) float64) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
-			in := n.raft.Load()
-			if in == nil {
-				return 0
-			}
-			return value(in)
-		})
-	}
-	for _, c := range []prometheus.Collector{
-		m.singleCopies,
-		gauge("atoll_cluster_term_count", "Raft's term: it grows with each election.", func(in *instance) float64 { return float64(in.CurrentTerm()) }),
-		gauge("atoll_cluster_applied_revision", "Revision of this node's state.", func(in *instance) float64 { return float64(in.machine.Applied()) }),
-		gauge("atoll_cluster_leader_bool", "1 while this node leads.", func(in *instance) float64 {
-			if in.State() == raft.Leader {
-				return 1
-			}
-			return 0
-		}),
-		gauge("atoll_cluster_live_nodes", "Members that this node could reach just now, itself included.", func(*instance) float64 { return float64(len(n.Live())) }),
-	} {
-		if err := registry.Register(c); err != nil {
-			return nil, err
-		}
-	}
-	return m, nil
 }
 
 // Fitness is what a node can do for its site at the moment.
