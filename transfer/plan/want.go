@@ -143,10 +143,12 @@ func (w *Want) SetAside(pieces []int) {
 	}
 }
 
-// PutBack makes a piece that was set aside missing.
+// PutBack makes a piece that was set aside missing. Holders that choose were told to
+// leave it out and hear that it may be chosen after all.
 func (w *Want) PutBack(piece int) {
 	if !w.held.Has(piece) && w.asks[piece] == nil {
 		w.miss(piece)
+		w.tell(Note{piece, Need})
 	}
 }
 
