@@ -166,6 +166,65 @@ func TestCapsAddUp(t *testing.T) {
 	})
 }
 
+// between is a load that both ends of a link are asked about, as when nodes trade.
+func (s *site) between(from, to *node, c transfer.Class) *load {
+	out := transfer.Flow{Blob: transfer.Blob{Digest: blob("x"), Size: 1 << 40}, Peer: to.id, Class: c}
+	in := out
+	in.Peer = from.id
+	sent := false // the piece is on its way, and has to be let in
+	return &load{
+		take: func(n int) time.Duration {
+			if !sent {
+				if wait := from.Take(out, n); wait > 0 {
+					return wait
+				}
+				sent = true
+			}
+			wait := to.Incoming().Take(in, n)
+			sent = wait > 0
+			return wait
+		},
+		done: func(n int) { from.Sent(out, n); to.Received(in, n) },
+	}
+}
+
+// A cap of a link lets through what it says, though both of its ends are nodes that
+// know of it.
+func TestALinkHasTwoEnds(t *testing.T) {
+	bubble(t, 3, func(t *testing.T, s *site) {
+		s.set("traffic.links", "zone=ship<>zone=shore: 4MiB")
+		settle()
+		ship, shore := s.nodes[0], s.nodes[1]
+		loads := []*load{s.between(ship, shore, transfer.Pull)}
+		drive(loads, 5*time.Second) // they find each other
+		drive(loads, 10*time.Second)
+		near(t, "one way", total(loads...), 4<<20*10, 0.1)
+		loads = append(loads, s.between(shore, ship, transfer.Pull), s.between(s.nodes[2], ship, transfer.Replication))
+		drive(loads, 5*time.Second)
+		drive(loads, 10*time.Second)
+		near(t, "both ways", total(loads...), 4<<20*10, 0.1)
+	})
+}
+
+// All that enters or leaves a place has a cap; what stays in it has none.
+func TestACapOfAPlace(t *testing.T) {
+	bubble(t, 3, func(t *testing.T, s *site) {
+		s.set("traffic.links", "zone=shore > !zone=shore: 2MiB | !zone=shore > zone=shore: 1MiB")
+		settle()
+		ship, one, two := s.nodes[0], s.nodes[1], s.nodes[2]
+		out := []*load{s.between(one, ship, transfer.Pull), s.between(two, ship, transfer.Pull)}
+		in := []*load{s.between(ship, one, transfer.Pull), s.between(ship, two, transfer.Repair)}
+		inside := s.between(one, two, transfer.Prefetch)
+		drive(append(append(out, in...), inside), 5*time.Second)
+		drive(append(append(out, in...), inside), 10*time.Second)
+		near(t, "out", total(out...), 2<<20*10, 0.1)
+		near(t, "in", total(in...), 1<<20*10, 0.1)
+		if inside.sent < 500<<20 {
+			t.Errorf("only %d bytes went within the place", inside.sent)
+		}
+	})
+}
+
 // A cap of a link is for all nodes together, also when one of them needs less.
 func TestNodesShareACap(t *testing.T) {
 	bubble(t, 4, func(t *testing.T, s *site) {

@@ -166,6 +166,9 @@ func (t *Traffic) tally() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, l := range t.ledgers {
+		if l.key == keyNode {
+			continue // each node has its own
+		}
 		others := int64(0)
 		for _, f := range t.fellows {
 			if s := f.Budgets[l.key]; s.Period == l.period {

@@ -36,9 +36,11 @@ func TestBudgetAtItsEnd(t *testing.T) {
 			}
 			s.set("traffic.budgets", text)
 			settle()
-			n := s.nodes[0]
-			n.Received(n.flow("id-b", transfer.Pull), 10<<20) // what comes counts too
-			settle()
+			n, other := s.nodes[0], s.nodes[1]
+			// What comes counts too, and once, though both ends see it.
+			other.push(t, other.flow("id-a", transfer.Pull), 40)
+			n.Received(n.flow("id-b", transfer.Pull), 10<<20)
+			pass(2 * time.Second) // they tell each other
 			if sent := n.push(t, n.flow("id-b", transfer.Prefetch), 1000); sent != 10<<20 {
 				t.Errorf("prefetch sent %d bytes of 10 MiB that are left", sent)
 			}
@@ -67,7 +69,7 @@ func TestBudgetAtItsEnd(t *testing.T) {
 			s.mu.Lock()
 			s.wall = func() time.Time { return at }
 			s.mu.Unlock()
-			settle()
+			pass(2 * time.Second)
 			if n.push(t, n.flow("id-b", transfer.Prefetch), 5) != 0 {
 				t.Error("a clock that jumps there and back gives a new budget")
 			}
@@ -169,6 +171,41 @@ func TestNodesShareABudget(t *testing.T) {
 		pass(2 * time.Second)
 		if sent := b.push(t, b.flow("id-c", transfer.Prefetch), 1000); sent != 20*piece {
 			t.Errorf("the second node sent %d bytes of the 5 MiB that the first had left", sent)
+		}
+	})
+}
+
+// A node's budget is its own, for what it sends and takes in.
+func TestEachNodeHasItsBudget(t *testing.T) {
+	bubble(t, 2, func(t *testing.T, s *site) {
+		s.set("traffic.budgets", "node: 20MiB/day")
+		settle()
+		a, b := s.nodes[0], s.nodes[1]
+		a.Received(a.flow("somebody", transfer.Pull), 15<<20)
+		pass(2 * time.Second)
+		if sent := b.push(t, b.flow("somebody", transfer.Prefetch), 1000); sent != 20<<20 {
+			t.Errorf("a node that used nothing sent %d bytes of 20 MiB", sent)
+		}
+		if sent := a.push(t, a.flow("somebody", transfer.Prefetch), 1000); sent != 5<<20 {
+			t.Errorf("the other sent %d bytes of the 5 MiB that it had left", sent)
+		}
+	})
+}
+
+// What enters or leaves a place has a budget, whatever nodes there are elsewhere; what
+// stays in it costs nothing.
+func TestBudgetOfAPlace(t *testing.T) {
+	bubble(t, 3, func(t *testing.T, s *site) {
+		s.set("traffic.budgets", "zone=shore<>!zone=shore: 20MiB/month")
+		settle()
+		ship, shore := s.nodes[0], s.nodes[1]
+		if sent := shore.push(t, shore.flow("id-c", transfer.Prefetch), 200); sent != 200*piece {
+			t.Errorf("only %d bytes went within the place", sent)
+		}
+		ship.push(t, ship.flow("id-b", transfer.Pull), 60)
+		pass(2 * time.Second)
+		if sent := shore.push(t, shore.flow("id-a", transfer.Prefetch), 1000); sent != 5<<20 {
+			t.Errorf("%d bytes went of the 5 MiB that were left", sent)
 		}
 	})
 }

@@ -40,7 +40,7 @@ func defineOptions(s *settings.Settings) options {
 		site:    one("traffic.site", "bytes a second that all nodes of this site together send to nodes and clients, in the same form"),
 		links: settings.Define(s, settings.Spec[*rules]{
 			Name: "traffic.links", Default: "", Kind: lists(true),
-			Summary: "bytes a second over a link, all nodes together: FROM>TO: RATE | ..., where an end is a node, LABEL=VALUE or *, and <> means both directions; RATE as in traffic.node",
+			Summary: "bytes a second over a link, all nodes together: FROM>TO: RATE | ..., where an end is a node, LABEL=VALUE, * or !END for all others, and <> means both directions: zone=ship<>!zone=ship is all that enters or leaves the ship; RATE as in traffic.node",
 		}),
 		projects: settings.Define(s, settings.Spec[*rules]{
 			Name: "traffic.projects", Default: "", Kind: lists(false),
@@ -48,7 +48,7 @@ func defineOptions(s *settings.Settings) options {
 		}),
 		budgets: settings.Define(s, settings.Spec[*budgets]{
 			Name: "traffic.budgets", Default: "", Kind: settings.Kind[*budgets]{Parse: parseBudgets},
-			Summary: "how much may go over a metered link: FROM<>TO: 10GiB/day | node: 200GiB/month hard; at its end prefetch and repair stop, with hard everything",
+			Summary: "how much may go over a metered link, all nodes together, or into and out of each node: FROM<>TO: 10GiB/day | node: 200GiB/month hard; ends as in traffic.links; at its end prefetch and repair stop, with hard everything",
 		}),
 		zone: settings.Define(s, settings.Spec[*time.Location]{
 			Name: "traffic.timezone", Default: "Local", Kind: settings.Kind[*time.Location]{Parse: parseZone},

@@ -21,10 +21,10 @@ type rules struct {
 	all  []rule
 }
 
-// budget is how much may go over a link, or into and out of a node, in a day or a month.
+// budget is how much may go over a link, or into and out of each node, in a day or a month.
 type budget struct {
 	key   string
-	link  link // zero: the whole node
+	link  link // zero: each node for itself
 	bytes int64
 	month bool
 	hard  bool // at its end even pulls stop
@@ -41,11 +41,18 @@ type link struct {
 	both     bool // counts in both directions
 }
 
-// end is one side of a link: a node by name or id, a pair of label and value, or
-// anybody.
-type end struct{ label, value string }
+// end is one side of a link: a node by name or id, a pair of label and value,
+// anybody, or all but such.
+type end struct {
+	label, value string
+	not          bool
+}
 
 func (e end) matches(m member.Member) bool {
+	if e.not {
+		e.not = false
+		return !e.matches(m)
+	}
 	switch {
 	case e.label != "":
 		return m.Labels[e.label] == e.value
@@ -76,14 +83,15 @@ func parseLink(key string) (l link, err error) {
 
 func parseEnd(text string) (end, error) {
 	text = strings.TrimSpace(text)
-	label, value, pair := strings.Cut(text, "=")
+	of, not := strings.CutPrefix(text, "!")
+	label, value, pair := strings.Cut(of, "=")
 	if !pair {
-		label, value = "", text
+		label, value = "", of
 	}
-	if value == "" || pair && label == "" || strings.ContainsAny(text, " <>") {
-		return end{}, fmt.Errorf("%.80q is no end of a link: a node's name or id is wanted, LABEL=VALUE, or *", text)
+	if value == "" || pair && label == "" || not && of == "*" || strings.ContainsAny(of, " <>!") {
+		return end{}, fmt.Errorf("%.80q is no end of a link: a node's name or id is wanted, LABEL=VALUE, *, or ! and one of these for all others", text)
 	}
-	return end{label, value}, nil
+	return end{label, value, not}, nil
 }
 
 // eachItem splits "KEY: WHAT | KEY: WHAT".
@@ -160,6 +168,6 @@ func parseBudgets(text string) (*budgets, error) {
 }
 
 const (
-	keyNode   = "node" // in budgets: all that the node sends and receives
+	keyNode   = "node" // in budgets: all that a node sends and receives
 	minBudget = 1 << 20
 )

@@ -127,7 +127,7 @@ func TestJitter(t *testing.T) {
 }
 
 func TestRulesAreChecked(t *testing.T) {
-	for _, text := range []string{"a", "a:", "a: fast", ": 1MiB", "a: 1MiB | a: 2MiB", "zone=>b: 1MiB", "=x: 1MiB", "a>b>c: 1MiB", "a>: 1MiB",
+	for _, text := range []string{"a", "a:", "a: fast", ": 1MiB", "a: 1MiB | a: 2MiB", "zone=>b: 1MiB", "=x: 1MiB", "a>b>c: 1MiB", "a>: 1MiB", "!*>a: 1MiB", "!: 1MiB", "!!a: 1MiB",
 		strings.Repeat("a: 1MiB|", 300)} {
 		if _, err := parseRules(text, true); err == nil {
 			t.Errorf("%.40q was taken as links", text)

@@ -292,33 +292,38 @@ func (t *Traffic) way(k wayKey) way {
 		w.add(t.caps.nodeOut)
 		w.add(t.caps.site)
 	}
-	var self, peer member.Member
-	known := false
-	if k.peer != "" {
-		for _, m := range t.Roster.Live() {
-			if m.ID == t.Roster.Self() {
-				self = m
-			} else if m.ID == k.peer {
-				peer, known = m, true
-			}
-		}
-	}
-	from, to := self, peer
-	if k.in {
-		from, to = peer, self
-	}
+	self, peer, known := t.ends(k.peer)
+	// Both ends of a link are nodes of the site: who sends keeps to it, or each byte
+	// would count twice.
+	over := func(l link) bool { return !k.in && known && l.carries(self, peer) }
 	for _, c := range t.caps.links {
-		if known && c.link.carries(from, to) {
+		if over(c.link) {
 			w.add(c)
 		}
 	}
 	for _, l := range t.ledgers {
-		if l.key == keyNode || known && l.link.carries(from, to) {
+		if l.key == keyNode || over(l.link) {
 			w.ledgers = append(w.ledgers, l)
 		}
 	}
 	t.ways[k] = w
 	return w
+}
+
+// ends finds this node and a peer; false when the peer is none of the site's that are up.
+func (t *Traffic) ends(id string) (self, peer member.Member, known bool) {
+	if id == "" {
+		return self, peer, false
+	}
+	for _, m := range t.Roster.Live() {
+		switch m.ID {
+		case t.Roster.Self():
+			self = m
+		case id:
+			peer, known = m, true
+		}
+	}
+	return self, peer, known
 }
 
 func (w *way) add(c *capped) {
