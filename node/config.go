@@ -41,8 +41,9 @@ type Config struct {
 	// Advertise is the address at which other nodes reach PeerListen; "" is
 	// PeerListen, or this machine's address when that names no host.
 	Advertise string
-	// PeerTransport is how this node reaches others: auto (or ""), tcp or quic. With
-	// tcp it takes nothing over UDP either.
+	// PeerTransport is how this node reaches others: auto, tcp or quic, or "" for auto
+	// and what the site's setting says for blobs. With tcp it takes nothing over UDP
+	// either.
 	PeerTransport string
 	// Name is the node's name for people; "" is the machine's.
 	Name string

@@ -331,7 +331,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	}, who); err != nil {
 		return err
 	}
-	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.reserve, n.files, n.keys})
+	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.peerPackets != nil, n.reserve, n.files, n.keys})
 	return err
 }
 

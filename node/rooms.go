@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"path/filepath"
 
@@ -83,6 +84,7 @@ type ground struct {
 	db      *table.DB
 	member  *member.Node
 	network *peernet.Net
+	packets bool // the peer port is open over UDP too
 	reserve *reserve.Reserve
 	files   *fileCertificate // nil unless the user has a certificate
 	keys    *keyring.Ring    // of the files that hold keys
@@ -125,7 +127,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	policy := peers.DefineSettings(r.settings)
 	policy.Projects = r.projects
 	if r.peers, err = peers.New(peers.Config{
-		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Store: r.store, Records: r.records,
+		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Over: g.over(), Store: r.store, Records: r.records,
 		Policy: policy, Cache: cacheOf(g.config), Place: r.traffic.Place, Limiter: r.traffic, Incoming: r.traffic.Incoming(), Meter: r.traffic, Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
@@ -195,6 +197,24 @@ func newDoctor(g ground) *doctor.Doctor {
 		Data: g.config.Data, Advertise: g.config.Advertise, DB: g.db, Roster: g.member, Network: g.network,
 		Transport: g.config.transport(), Clock: g.config.clock,
 	})
+}
+
+// over dials by the carrier that the site's setting says, unless this node was told
+// itself; nil then. Without a UDP port it is as without the setting.
+func (g ground) over() func(context.Context, string, byte, peernet.Carrier) (net.Conn, error) {
+	if g.config.PeerTransport != "" {
+		return nil
+	}
+	return func(ctx context.Context, addr string, service byte, by peernet.Carrier) (net.Conn, error) {
+		if by == peernet.QUIC && !g.packets {
+			return g.network.Dial(ctx, addr, service)
+		}
+		conn, err := g.network.DialOver(ctx, addr, service, by)
+		if err != nil {
+			return nil, err
+		}
+		return conn, nil
+	}
 }
 
 // register puts the rooms' operations into the table of the API.

@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/node/traffic"
+	"github.com/atoll-registry/atoll/transfer/peernet"
 )
 
 // A node under caps: clients get what they may have, it is to be seen who gets it
@@ -117,6 +118,41 @@ func TestTrafficBetweenNodes(t *testing.T) {
 		}
 		one.set(c.setting, c.off)
 		capped(t, 0, one, two)
+	}
+}
+
+// Blobs take the carrier that the site says, but for a node that was told itself; the
+// cluster's own talk goes on whatever is set.
+func TestTransportOfBlobs(t *testing.T) {
+	one := start(t, config(t))
+	two := join(t, one, "two", func(c *Config) { c.PeerTransport = "tcp" })
+	allLive(t, []*running{one, two})
+	if two.rooms.peers.Over != nil {
+		t.Error("a node with --peer-transport obeys the setting")
+	}
+	for _, by := range []peernet.Carrier{peernet.TCP, peernet.QUIC} {
+		c, err := one.rooms.peers.Over(t.Context(), one.config.Advertise, peernet.ServiceDoctor, by)
+		if err != nil {
+			t.Fatal(by, err)
+		}
+		if got := c.(*peernet.Conn).Carrier(); got != by {
+			t.Errorf("by %s instead of %s", got, by)
+		}
+		c.Close()
+	}
+	one.do("PUT", "/api/atoll/v1/settings/peers.transport", []byte(`{"value":"carrier pigeon"}`), "Content-Type", "application/json").want(http.StatusBadRequest)
+	one.set("peers.transport", "tcp")
+	layer := bytes.Repeat([]byte("x"), 300<<10)
+	one.push("library/app", "v1", layer)
+	if !two.holds(layer) {
+		t.Error("by TCP the copy does not come")
+	}
+	one.set("peers.transport", "quic") // of which the other node takes none
+	one.set("peers.transport", "auto") // and this change still gets through
+	layer = bytes.Repeat([]byte("y"), 300<<10)
+	one.push("library/app", "v2", layer)
+	if !two.holds(layer) {
+		t.Error("the copy does not come any more")
 	}
 }
 

@@ -90,7 +90,7 @@ else one is made and kept in DATA/admin-password.`,
 	f.StringVar(&c.Listen, "listen", "127.0.0.1:5000", "address of the registry and the API")
 	f.StringVar(&c.PeerListen, "peer-listen", "", "address for the other nodes (default: the host of --listen, port "+node.PeerPort+")")
 	f.StringVar(&c.Advertise, "advertise", "", "address at which the other nodes reach --peer-listen")
-	f.StringVar(&c.PeerTransport, "peer-transport", "auto", "how to reach the other nodes: tcp, quic (UDP, the same port number) or auto: whichever gets through")
+	f.StringVar(&c.PeerTransport, "peer-transport", "", "how to reach the other nodes: tcp, quic (UDP, the same port number) or auto, whichever gets through (default: auto, and for blobs what the setting peers.transport says)")
 	f.StringVar(&c.Name, "name", "", "name of the node for people (default: the machine's)")
 	f.StringToStringVar(&c.Labels, "label", nil, "where the node stands, as rack=NAME,zone=NAME: copies of a blob are kept apart by it, and fetched from near by")
 	f.BoolVar(&c.Cache, "cache", false, "serve and take everything, but keep nothing for the site: what was not read for longest is let go of once other nodes keep it")

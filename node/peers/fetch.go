@@ -32,7 +32,12 @@ const rootPatience = 5 * time.Second
 // Closing the reader does not end the fetch. fault.Unavailable when no live peer
 // holds the blob.
 func (p *Peers) Open(ctx context.Context, d digest.Digest, size int64) (io.ReadSeekCloser, error) {
-	fetch, err := p.fetch(ctx, d, size, transfer.ReadFrom(0))
+	return p.OpenAt(ctx, d, size, 0)
+}
+
+// OpenAt is Open for who is about to read from a byte on: that comes first.
+func (p *Peers) OpenAt(ctx context.Context, d digest.Digest, size, from int64) (io.ReadSeekCloser, error) {
+	fetch, err := p.fetch(ctx, d, size, transfer.ReadFrom(from))
 	if err != nil {
 		return nil, err
 	}
@@ -241,7 +246,7 @@ func (p *Peers) makeEngines() (err error) {
 		Node: p.Roster.Self(), Source: source{p}, Peers: candidates{p}, Distance: p.distance, Log: p.Log, Hooks: hooks,
 		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
-			return p.Network.Dial(ctx, addr, peernet.ServiceSwarm)
+			return p.dialBlobs(ctx, addr, peernet.ServiceSwarm)
 		},
 		Lacks:    func(err error) bool { return errors.Is(err, peernet.ErrNoService) },
 		Arriving: func(d digest.Digest) (*transfer.Arrival, bool) { return p.engine.Arriving(d) },
@@ -253,11 +258,35 @@ func (p *Peers) makeEngines() (err error) {
 		Source: source{p}, Sink: sink{p.Store}, Peers: candidates{p}, Self: p.Roster.Self(), Distance: p.distance, Log: p.Log, Hooks: hooks,
 		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
-			return p.Network.Dial(ctx, addr, peernet.ServiceBlob)
+			return p.dialBlobs(ctx, addr, peernet.ServiceBlob)
 		},
 		Carrier: p.carrier,
 	})
 	return err
+}
+
+func parseTransport(text string) (peernet.Transport, error) {
+	t, err := peernet.ParseTransport(text)
+	if err == nil && text == "" {
+		err = fmt.Errorf("one of %s, %s and %s is wanted", peernet.Auto, peernet.OnlyTCP, peernet.OnlyQUIC)
+	}
+	return t, err
+}
+
+// dialBlobs connects to a node for blobs, by the carrier that the site's setting says.
+func (p *Peers) dialBlobs(ctx context.Context, addr string, service byte) (net.Conn, error) {
+	by := peernet.Auto
+	if p.Over != nil && p.Policy.Transport != nil {
+		by = p.Policy.Transport()
+	}
+	if by == peernet.Auto {
+		return p.Network.Dial(ctx, addr, service)
+	}
+	conn, err := p.Over(ctx, addr, service, peernet.Carrier(by))
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w (by %s alone, as the setting peers.transport says; auto takes what gets through)", err, by)
+	}
+	return conn, err
 }
 
 // carrier chooses how a blob moves: what the fetch asks for, else what the site's

@@ -84,7 +84,7 @@ type Cluster interface {
 	RotateKey(ctx context.Context) error
 }
 
-// Config of Peers. All fields are needed but Place, Limiter, Incoming and Meter.
+// Config of Peers. All fields are needed but Over, Place, Limiter, Incoming and Meter.
 type Config struct {
 	DB      *table.DB
 	Roster  Roster
@@ -94,6 +94,9 @@ type Config struct {
 	Records *blobs.Records
 	Policy  Policy
 	Cache   Cache // the zero value: this node is none
+	// Over dials as Network does, by one carrier; nil: how to reach others is Network's
+	// own business, whatever the setting says.
+	Over func(ctx context.Context, addr string, service byte, by peernet.Carrier) (net.Conn, error)
 	// Place waits until one more blob may be fetched for repair or prefetch; nil: at once.
 	Place func(ctx context.Context) (release func(), err error)
 	// Limiter is asked before bytes go out, Incoming before they are taken in, Meter is

@@ -16,6 +16,7 @@ import (
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/project"
 	"github.com/atoll-registry/atoll/node/settings"
+	"github.com/atoll-registry/atoll/transfer/peernet"
 	"github.com/atoll-registry/atoll/transfer/stream"
 )
 
@@ -219,6 +220,8 @@ type Policy struct {
 	Projects Projects
 	// Engine is how blobs move between nodes; nil: as EngineAuto.
 	Engine func() Engine
+	// Transport is what connections for blobs take; nil: as peernet.Auto.
+	Transport func() peernet.Transport
 }
 
 // Projects knows how many replicas the projects want of what they link.
@@ -248,7 +251,11 @@ func DefineSettings(s *settings.Settings) Policy {
 		Name: "peers.transfer-engine", Default: string(EngineAuto), Kind: settings.Kind[Engine]{Parse: parseEngine},
 		Summary: "how blobs move between nodes: stream, bittorrent, or auto, which leaves the choice to Atoll",
 	})
-	return Policy{Durability: durability.Value, Replicas: replicas.Value, Engine: engine.Value, Release: func() time.Duration { return time.Duration(release.Value()) * time.Minute }}
+	transport := settings.Define(s, settings.Spec[peernet.Transport]{
+		Name: "peers.transport", Default: string(peernet.Auto), Kind: settings.Kind[peernet.Transport]{Parse: parseTransport},
+		Summary: "what new connections for blobs between nodes take: tcp, quic (UDP, the same port number), or auto, whichever gets through; a node that was started with --peer-transport keeps to that, and the cluster's own talk is always auto otherwise",
+	})
+	return Policy{Durability: durability.Value, Replicas: replicas.Value, Engine: engine.Value, Transport: transport.Value, Release: func() time.Duration { return time.Duration(release.Value()) * time.Minute }}
 }
 
 // placesAsked bounds the places of a blob that are looked at for the replicas that
