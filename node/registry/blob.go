@@ -155,7 +155,7 @@ func (g *Registry) sendElsewhere(c *call, d digest.Digest) (bool, error) {
 
 // sendRemote serves a blob that other nodes hold.
 func (g *Registry) sendRemote(c *call, d digest.Digest, row blobs.Blob) error {
-	content, err := g.openRemote(c, d, row)
+	content, err := g.openRemote(c, d, row, c.begins(row.Size))
 	if err != nil {
 		return err
 	}
@@ -169,6 +169,27 @@ func (g *Registry) sendRemote(c *call, d digest.Digest, row blobs.Blob) error {
 		return err
 	}
 	return nil
+}
+
+// begins is where in content of a size the answer to a request will most likely begin:
+// at the first of the ranges that it asks for. http.ServeContent decides.
+func (c *call) begins(size int64) int64 {
+	list, ok := strings.CutPrefix(c.r.Header.Get("Range"), "bytes=")
+	if match := c.r.Header.Get("If-Range"); !ok || match != "" && match != c.w.Header().Get("Etag") {
+		return 0
+	}
+	first, _, _ := strings.Cut(list, ",")
+	from, last, ok := strings.Cut(strings.TrimSpace(first), "-")
+	at, err := strconv.ParseInt(strings.TrimSpace(from), 10, 64)
+	if from == "" {
+		if at, err = strconv.ParseInt(strings.TrimSpace(last), 10, 64); at > 0 {
+			at = max(size-at, 0)
+		}
+	}
+	if !ok || err != nil || at < 0 || at >= size {
+		return 0
+	}
+	return at
 }
 
 // notedReader remembers why reading failed, which http.ServeContent does not say.
@@ -264,15 +285,15 @@ func (g *Registry) deleteBlob(c *call) error {
 	return c.empty(http.StatusAccepted)
 }
 
-// openRemote opens a blob that this node does not hold. One that is marked lost
+// openRemote opens a blob that this node does not hold, to be read from a byte on. One that is marked lost
 // and that nobody gives is unknown, in HEAD too: a client that hears so pushes
 // it, which mends every image that needs it. Without the mark it may be back in
 // a moment, with a node that restarts.
-func (g *Registry) openRemote(c *call, d digest.Digest, row blobs.Blob) (io.ReadSeekCloser, error) {
+func (g *Registry) openRemote(c *call, d digest.Digest, row blobs.Blob, from int64) (io.ReadSeekCloser, error) {
 	err := error(fault.New(fault.Unavailable, "no node that answers holds blob %s; try again when more nodes of the site are up", d))
 	if g.fetcher != nil {
 		var content io.ReadSeekCloser
-		if content, err = g.fetcher.Open(c.r.Context(), d, row.Size); err == nil {
+		if content, err = g.fetcher.OpenAt(c.r.Context(), d, row.Size, from); err == nil {
 			return content, nil
 		}
 	}
@@ -333,7 +354,7 @@ func (g *Registry) sendHeld(c *call, d digest.Digest, row blobs.Blob, file blobs
 	if !known || lengthErr != nil || g.fetcher == nil {
 		return err
 	}
-	content, openErr := g.openRemote(c, d, row)
+	content, openErr := g.openRemote(c, d, row, first+c.w.written)
 	if openErr != nil {
 		return fmt.Errorf("%w, and not from elsewhere: %w", err, openErr)
 	}

@@ -234,3 +234,39 @@ func (c *client) pushTree(repository, mediaType, body string) {
 	}
 	c.do("PUT", "/v2/"+repository+"/manifests/"+digest.FromString(body).String(), []byte(body), "Content-Type", mediaType).want(201)
 }
+
+// Who is sent a part of a blob from another node has that part fetched first.
+func TestRangesOfRemoteBlobs(t *testing.T) {
+	one := single(t)
+	two := one.site.start("n2", t.TempDir())
+	data := random(100_000)
+	d := one.pushBlob("app", data).Digest
+	for _, c := range []struct {
+		ranges, match string
+		begins        int64
+		status        int
+	}{
+		{"", "", 0, 200},
+		{"bytes=70000-", "", 70_000, 206},
+		{"bytes=70000-80000", strconv.Quote(d.String()), 70_000, 206},
+		{"bytes=70000-80000", `"another"`, 0, 200},
+		{"bytes=-1000", "", 99_000, 206},
+		{"bytes=-200000", "", 0, 206},
+		{"bytes= 500-600 , 10-20", "", 500, 206},
+		{"bytes=100000-", "", 0, 416},
+		{"lines=5-6", "", 0, 416},
+	} {
+		headers := []string{"Range", c.ranges}
+		if c.match != "" {
+			headers = append(headers, "If-Range", c.match)
+		}
+		if c.ranges == "" {
+			headers = nil
+		}
+		two.begun = nil
+		two.do("GET", "/v2/app/blobs/"+d.String(), nil, headers...).want(c.status)
+		if len(two.begun) != 1 || two.begun[0] != c.begins {
+			t.Errorf("%q, if %q: read from %v, want %d", c.ranges, c.match, two.begun, c.begins)
+		}
+	}
+}

@@ -48,10 +48,11 @@ type Auth interface {
 
 // Fetcher reads blobs that other nodes hold.
 type Fetcher interface {
-	// Open gives a reader that delivers verified bytes while they arrive. It
-	// returns only once somebody who holds the blob is known; fault.Unavailable
-	// when nobody answers. Closing the reader does not end the fetch.
-	Open(ctx context.Context, d digest.Digest, size int64) (io.ReadSeekCloser, error)
+	// OpenAt gives a reader that delivers verified bytes while they arrive, those from
+	// the byte from on first, where its user is about to begin. It returns only once
+	// somebody who holds the blob is known; fault.Unavailable when nobody answers.
+	// Closing the reader does not end the fetch.
+	OpenAt(ctx context.Context, d digest.Digest, size, from int64) (io.ReadSeekCloser, error)
 }
 
 // Guardian is told of content that this node should give and cannot. Both

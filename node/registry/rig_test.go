@@ -61,6 +61,7 @@ type node struct {
 	copies *copies
 	server *httptest.Server
 	down   bool
+	begun  []int64 // where readers of others' blobs were to begin; under site.mu
 }
 
 // tokenKey is that of a site's only node.
@@ -266,10 +267,11 @@ func (n *node) Forward(to string, w http.ResponseWriter, r *http.Request) error 
 	return nil
 }
 
-// Open implements registry.Fetcher with the files of the site's other nodes.
-func (n *node) Open(_ context.Context, d digest.Digest, _ int64) (io.ReadSeekCloser, error) {
+// OpenAt implements registry.Fetcher with the files of the site's other nodes.
+func (n *node) OpenAt(_ context.Context, d digest.Digest, _, from int64) (io.ReadSeekCloser, error) {
 	n.site.mu.Lock()
 	defer n.site.mu.Unlock()
+	n.begun = append(n.begun, from)
 	for _, other := range n.site.nodes {
 		if other == n || other.down {
 			continue
