@@ -39,7 +39,7 @@ func (h *hunt) recall(ctx context.Context) {
 	if reached := h.reached(); reached > h.most {
 		h.most, h.advanced = reached, time.Now()
 	}
-	if len(h.active) >= h.e.cfg.MaxHolders {
+	if len(h.active) >= h.e.cfg.Holders() {
 		return
 	}
 	for p := range h.absent {

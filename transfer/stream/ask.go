@@ -116,7 +116,7 @@ func (h *hunt) askOne(ctx context.Context, p transfer.Peer, w words) bool {
 // announced asks a node that has just said that it fetches the blob too.
 func (h *hunt) announced(ctx context.Context, id string) {
 	for _, p := range h.e.cfg.Peers.Candidates(ctx, h.blob.Digest) {
-		if p.ID == id && len(h.active) < h.e.cfg.MaxHolders {
+		if p.ID == id && len(h.active) < h.e.cfg.Holders() {
 			h.askOne(ctx, p, words{})
 			return
 		}

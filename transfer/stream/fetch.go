@@ -132,12 +132,10 @@ func (e *Engine) fly(ctx context.Context, fl *flight) {
 func (e *Engine) move(ctx context.Context, fl *flight) error {
 	a := fl.arrival
 	blob := a.Fetch().Blob()
-	select {
-	case e.slots <- struct{}{}:
-		defer func() { <-e.slots }()
-	case <-ctx.Done():
-		return ctx.Err()
+	if err := e.cfg.Fetches.Take(ctx); err != nil {
+		return err
 	}
+	defer e.cfg.Fetches.Give()
 	content, err := e.cfg.Source.Open(ctx, blob.Digest)
 	switch {
 	case err == nil:

@@ -33,9 +33,7 @@ func mover(t *testing.T, store *transfertest.Store, ask transfer.Peers, change f
 			var d net.Dialer
 			return d.DialContext(ctx, "tcp", addr)
 		},
-		StallTimeout: 300 * time.Millisecond,
-		AskTimeout:   5 * time.Second,
-		Backoff:      time.Millisecond,
+		Patience: transfer.Patience{StallTimeout: 300 * time.Millisecond, AskTimeout: 5 * time.Second, Backoff: time.Millisecond},
 	}
 	if change != nil {
 		change(&cfg)
@@ -360,7 +358,7 @@ func TestFetchesTakeTurns(t *testing.T) {
 	honest := serving(t, mover(t, full, peers(nil), nil))
 	store := transfertest.NewStore()
 	e := mover(t, store, peers{honest}, func(c *Config) {
-		c.MaxFetches, c.MaxBuffers, c.StallTimeout = 2, 2, 10*time.Second
+		c.Fetches, c.Pieces, c.StallTimeout = transfer.AtMost(2), transfer.AtMost(2), 10*time.Second
 	})
 	var fetches []*transfer.Fetch
 	for _, b := range blobs {

@@ -338,7 +338,7 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 	}
 	delete(h.absent, r.peer)
 	// One that holds everything takes part however many do that do not.
-	if len(h.active) >= h.e.cfg.MaxHolders && (r.state.held != heldComplete || h.someComplete()) {
+	if len(h.active) >= h.e.cfg.Holders() && (r.state.held != heldComplete || h.someComplete()) {
 		h.reserve = append(h.reserve, r)
 		return
 	}
@@ -393,7 +393,7 @@ func (h *hunt) lost(ctx context.Context, hd *holder) {
 	} else {
 		h.ban(hd.peer, why)
 	}
-	if len(h.reserve) > 0 && len(h.active) < h.e.cfg.MaxHolders {
+	if len(h.reserve) > 0 && len(h.active) < h.e.cfg.Holders() {
 		next := h.reserve[0]
 		h.reserve = h.reserve[1:]
 		h.engage(ctx, next)

@@ -28,8 +28,6 @@ const (
 	// maxAskers that a node serves a blob of several pieces to at once. The next hear that
 	// it is busy, or, while it is still fetching the blob, that it holds nothing.
 	maxAskers = 20
-	// maxSessions that peers may have here at once.
-	maxSessions = 1024
 )
 
 // session is one wanter's interest in one blob.
@@ -63,7 +61,6 @@ func (e *Engine) Serve(ctx context.Context, ln net.Listener) error {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
-	places := make(chan struct{}, maxSessions)
 	for {
 		conn, err := ln.Accept()
 		if err != nil {
@@ -72,15 +69,13 @@ func (e *Engine) Serve(ctx context.Context, ln net.Listener) error {
 			}
 			return fmt.Errorf("serving blobs to peers: %w", err)
 		}
-		select {
-		case places <- struct{}{}:
-		default:
+		if !e.cfg.Conns.Try() {
 			e.log.Warn("peer turned away: too many ask for blobs", "peer", conn.RemoteAddr())
 			conn.Close()
 			continue
 		}
 		wg.Go(func() {
-			defer func() { <-places }()
+			defer e.cfg.Conns.Give()
 			e.serveConn(ctx, conn)
 		})
 	}

@@ -65,31 +65,18 @@ type Config struct {
 	// on the way is bounded; nil: never.
 	Incoming transfer.Limiter
 
-	// AskTimeout for a candidate to say whether it holds a blob. 2 s.
-	AskTimeout time.Duration
-	// AskAgain is how often those who did not hold it are asked again. 5 s.
-	AskAgain time.Duration
-	// StallTimeout within which a sender must deliver 16 KiB more. 10 s.
-	StallTimeout time.Duration
-	// IdleTimeout after which a fetch gives up when the holders that are left, all
-	// still fetching themselves, have offered nothing new. 30 s.
-	IdleTimeout time.Duration
+	transfer.Patience
+	transfer.Limits
 	// Absence is how long a fetch that makes no progress waits for a holder that has
 	// broken off, as one does that restarts. 75 s.
 	Absence time.Duration
-	// Backoff after a holder's first failure in a row; it doubles. 100 ms.
-	Backoff time.Duration
-
-	MaxFetches int // at once; others wait their turn. 16
-	MaxHolders int // traded with at once, per fetch. 10
 
 	// Distance of a peer, 0 for the nearest, at most Farthest; nil: all are near. Who
 	// is farther is asked only while none of the nearer holds all of a blob; and of
 	// several nodes that fetch a blob and are nearer to each other than Farthest, one
 	// asks those that are at Farthest.
-	Distance   func(transfer.Peer) int
-	Slots      int // pieces on their way out at once, to receivers that keep up. 4
-	MaxBuffers int // of 256 KiB each, for pieces that come in. 128
+	Distance func(transfer.Peer) int
+	Slots    int // pieces on their way out at once, to receivers that keep up. 4
 }
 
 // Engine moves blobs. Make it with New; fetches start while Run runs, serving needs no
@@ -102,9 +89,8 @@ type Engine struct {
 
 	starts  chan func(context.Context)
 	stopped chan struct{}
-	slots   chan struct{} // one per running fetch
-	buffers buffers       // for pieces that come in
-	serving buffers       // for pieces that go out, with their frame's head
+	buffers *buffers // for pieces that come in
+	serving *buffers // for pieces that go out, with their frame's head
 
 	mu      sync.Mutex
 	fetches map[digest.Digest]*flight
@@ -146,35 +132,22 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	orElse(&cfg.AskTimeout, 2*time.Second)
-	orElse(&cfg.AskAgain, 5*time.Second)
-	orElse(&cfg.StallTimeout, 10*time.Second)
-	orElse(&cfg.IdleTimeout, 30*time.Second)
-	orElse(&cfg.Absence, 75*time.Second)
-	orElse(&cfg.Backoff, 100*time.Millisecond)
-	orElse(&cfg.MaxFetches, 16)
-	orElse(&cfg.MaxHolders, 10)
-	orElse(&cfg.Slots, 4)
-	orElse(&cfg.MaxBuffers, 128)
+	cfg.Patience, cfg.Limits = cfg.Patience.OrDefault(), cfg.Limits.OrDefault()
+	if cfg.Absence <= 0 {
+		cfg.Absence = 75 * time.Second
+	}
 	e := &Engine{
 		cfg:     cfg,
 		log:     cfg.Log,
 		starts:  make(chan func(context.Context)),
 		stopped: make(chan struct{}),
-		slots:   make(chan struct{}, cfg.MaxFetches),
 		links:   &links{dial: cfg.Dial, keep: keptLinks, idle: make(map[transfer.Peer][]*resting)},
 		desk:    newDesk(cfg),
-		buffers: newBuffers(cfg.MaxBuffers, transfer.PieceSize),
-		serving: newBuffers(maxService, frameHeader+pieceHeader+transfer.PieceSize),
+		buffers: newBuffers(cfg.Pieces, transfer.PieceSize),
+		serving: newBuffers(cfg.Sending, frameHeader+pieceHeader+transfer.PieceSize),
 		fetches: make(map[digest.Digest]*flight),
 	}
 	return e, nil
-}
-
-func orElse[T int | time.Duration](v *T, def T) {
-	if *v <= 0 {
-		*v = def
-	}
 }
 
 // Run lets fetches run until ctx is done, then ends them with ErrStopped, keeping
@@ -212,30 +185,39 @@ func (e *Engine) flying(d digest.Digest) *flight {
 
 // buffers is a bounded pool of piece buffers, made when first needed.
 type buffers struct {
-	free chan []byte
-	made chan struct{}
-	size int
+	places *transfer.Places
+	size   int
+
+	mu   sync.Mutex
+	free [][]byte
 }
 
-func newBuffers(n, size int) buffers {
-	return buffers{free: make(chan []byte, n), made: make(chan struct{}, n), size: size}
+func newBuffers(places *transfer.Places, size int) *buffers {
+	return &buffers{places: places, size: size}
 }
 
 // take waits for a buffer.
-func (b buffers) take(ctx context.Context) ([]byte, error) {
-	select {
-	case buf := <-b.free:
-		return buf, nil
-	default:
+func (b *buffers) take(ctx context.Context) ([]byte, error) {
+	if err := b.places.Take(ctx); err != nil {
+		return nil, err
 	}
-	select {
-	case buf := <-b.free:
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if n := len(b.free); n > 0 {
+		buf := b.free[n-1]
+		b.free = b.free[:n-1]
 		return buf, nil
-	case b.made <- struct{}{}:
-		return make([]byte, b.size), nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
 	}
+	return make([]byte, b.size), nil
 }
 
-func (b buffers) give(buf []byte) { b.free <- buf }
+// give takes a buffer back; more than there may be are not kept.
+func (b *buffers) give(buf []byte) {
+	b.mu.Lock()
+	taken, most := b.places.Use()
+	if b.free = append(b.free, buf); taken+len(b.free)-1 > most {
+		b.free = b.free[:max(0, most-taken+1)]
+	}
+	b.mu.Unlock()
+	b.places.Give()
+}

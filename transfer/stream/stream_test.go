@@ -8,6 +8,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/stream"
 	"github.com/atoll-registry/atoll/transfer/transfertest"
 )
@@ -20,11 +21,8 @@ func start(t testing.TB, p transfertest.Parts) transfertest.Engine {
 	t.Helper()
 	e, err := stream.New(stream.Config{
 		Source: p.Source, Sink: p.Sink, Peers: p.Peers, Dial: p.Dial, Log: p.Log,
-		StallTimeout: p.StallTimeout,
-		AskTimeout:   10 * time.Second,
-		AskAgain:     100 * time.Millisecond,
-		Backoff:      time.Millisecond,
-		Absence:      2 * time.Second,
+		Patience: transfer.Patience{StallTimeout: p.StallTimeout, AskTimeout: 10 * time.Second, AskAgain: 100 * time.Millisecond, Backoff: time.Millisecond},
+		Absence:  2 * time.Second,
 		Hooks: stream.Hooks{
 			Moved:   p.Moved,
 			Dropped: func(peer string, _ digest.Digest, why stream.Reason) { p.Dropped(peer, why.Lie()) },

@@ -30,6 +30,9 @@ import (
 // Farthest is the largest Distance.
 const Farthest = 2
 
+// maxFree bounds the buffers that are kept for further pieces.
+const maxFree = 128
+
 // maxReads bounds the chunks that are read for peers at once, in all.
 const maxReads = 128
 
@@ -55,27 +58,15 @@ type Config struct {
 	Log      *slog.Logger // discards
 	Hooks    transfer.Hooks
 
-	// AskTimeout for a candidate to say whether it holds a blob. 2 s.
-	AskTimeout time.Duration
-	// AskAgain is how often those who did not hold it are asked again. 5 s.
-	AskAgain time.Duration
-	// StallTimeout within which a sender must deliver 16 KiB more. 10 s.
-	StallTimeout time.Duration
-	// IdleTimeout after which a fetch gives up when the holders that are left, all
-	// still fetching themselves, have offered nothing new. 30 s.
-	IdleTimeout time.Duration
-	// Backoff after a holder's first failure in a row; it doubles. 100 ms.
-	Backoff time.Duration
+	transfer.Patience
+	transfer.Limits
 	// Linger is how long a torrent is kept when nobody uses it any more. 10 s.
 	Linger time.Duration
 
-	MaxHolders int // asked for pieces at once, per fetch. 12
 	// Distance of a peer, 0 for the nearest, at most Farthest; nil: all are near. Who
 	// is farther is asked only while none of the nearer holds all of a blob.
 	Distance    func(transfer.Peer) int
-	MaxPieces   int // on their way at once, 256 KiB of memory each. 128
 	MaxTorrents int // in use at once. 64
-	MaxConns    int // accepted, in all. 256
 }
 
 // Engine moves blobs by BitTorrent. Make it with New; it carries and serves while Run
@@ -83,10 +74,8 @@ type Config struct {
 type Engine struct {
 	cfg    Config
 	log    *slog.Logger
-	slots  chan struct{} // one per piece on its way
-	free   chan []byte   // buffers of pieces
+	free   chan []byte   // buffers of pieces that are used again
 	reads  chan struct{} // one per chunk being read
-	conns  chan struct{} // one per accepted connection
 	serial atomic.Uint64 // numbers connections
 	wg     sync.WaitGroup
 
@@ -111,32 +100,21 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Lacks == nil {
 		cfg.Lacks = func(error) bool { return false }
 	}
-	orElse(&cfg.AskTimeout, 2*time.Second)
-	orElse(&cfg.AskAgain, 5*time.Second)
-	orElse(&cfg.StallTimeout, 10*time.Second)
-	orElse(&cfg.IdleTimeout, 30*time.Second)
-	orElse(&cfg.Backoff, 100*time.Millisecond)
-	orElse(&cfg.Linger, 10*time.Second)
-	orElse(&cfg.MaxHolders, 12)
-	orElse(&cfg.MaxPieces, 128)
-	orElse(&cfg.MaxTorrents, 64)
-	orElse(&cfg.MaxConns, 256)
+	cfg.Patience, cfg.Limits = cfg.Patience.OrDefault(), cfg.Limits.OrDefault()
+	if cfg.Linger <= 0 {
+		cfg.Linger = 10 * time.Second
+	}
+	if cfg.MaxTorrents <= 0 {
+		cfg.MaxTorrents = 64
+	}
 	return &Engine{
 		cfg: cfg, log: cfg.Log,
-		slots:  make(chan struct{}, cfg.MaxPieces),
-		free:   make(chan []byte, cfg.MaxPieces),
+		free:   make(chan []byte, maxFree),
 		reads:  make(chan struct{}, maxReads),
-		conns:  make(chan struct{}, cfg.MaxConns),
 		swarms: make(map[[hashSize]byte]*swarm),
 
 		started: make(chan struct{}),
 	}, nil
-}
-
-func orElse[T int | time.Duration](v *T, def T) {
-	if *v <= 0 {
-		*v = def
-	}
 }
 
 // Run keeps the engine going until ctx is done; then it hangs up on everybody and

@@ -97,6 +97,58 @@ func TestLimitsAndClasses(t *testing.T) {
 	}
 }
 
+// gate lets pulls pass, and says when anything else has asked.
+type gate struct {
+	once  sync.Once
+	asked chan transfer.Class
+}
+
+func (g *gate) Take(f transfer.Flow, _ int) time.Duration {
+	if f.Class == transfer.Pull {
+		return 0
+	}
+	g.once.Do(func() { g.asked <- f.Class })
+	return time.Millisecond
+}
+
+// When somebody asks for what was only prefetched, the holder hears of it on the
+// connections that there are, and sends it as a pull from then on.
+func TestTheHolderHearsOfAnotherClass(t *testing.T) {
+	content := tide(4 * transfer.PieceSize)
+	b, _ := blobOf(t, content)
+	g := &gate{asked: make(chan transfer.Class, 1)}
+	w := &wire{at: make(map[string]func(string, net.Conn)), stall: 2 * time.Second}
+	w.config = func(c *Config) {
+		if c.Node == "from" {
+			c.Limiter = g
+		}
+	}
+	held, store := transfertest.NewStore(), transfertest.NewStore()
+	held.Put(content)
+	w.engine(t, "from", held)
+	to := w.engine(t, "to", store, "from")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- to.fetchFor(ctx, store, b, transfer.Prefetch) }()
+	select {
+	case c := <-g.asked:
+		if c != transfer.Prefetch {
+			t.Errorf("it is asked for as %s", c)
+		}
+	case err := <-done:
+		t.Fatalf("ended before it was let go: %v", err)
+	}
+	a, ok := to.cfg.Arriving(b.Digest)
+	if !ok {
+		t.Fatal("it is not arriving")
+	}
+	a.Urge(transfer.Pull)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // cut is a connection that breaks after so many bytes were written to it.
 type cut struct {
 	net.Conn
@@ -129,7 +181,7 @@ func TestHalfAPieceIsForgotten(t *testing.T) {
 	if err := alone.fetch(t.Context(), transfertest.NewStore(), b); err == nil {
 		t.Error("the blob came from a holder that sends half a piece at most")
 	}
-	if n := len(alone.slots); n != 0 {
+	if n, _ := alone.cfg.Pieces.Use(); n != 0 {
 		t.Errorf("%d pieces still have memory", n)
 	}
 	if n, _ := alone.Torrents(); n != 0 {
@@ -152,7 +204,7 @@ func TestHalfAPieceIsForgotten(t *testing.T) {
 			t.Errorf("%s dropped for %s", peer, why)
 		}
 	}
-	if n := len(to.slots); n != 0 {
+	if n, _ := to.cfg.Pieces.Use(); n != 0 {
 		t.Errorf("%d pieces still have memory", n)
 	}
 }

@@ -87,8 +87,8 @@ func (w *wire) engine(t testing.TB, id string, store *transfertest.Store, peers 
 			defer r.mu.Unlock()
 			r.drops[peer] = why
 		}},
-		StallTimeout: cmp.Or(w.stall, 300*time.Millisecond), AskTimeout: 5 * time.Second, Backoff: time.Millisecond, IdleTimeout: cmp.Or(w.stall, time.Second),
-		Linger: w.linger,
+		Patience: transfer.Patience{StallTimeout: cmp.Or(w.stall, 300*time.Millisecond), AskTimeout: 5 * time.Second, Backoff: time.Millisecond, IdleTimeout: cmp.Or(w.stall, time.Second)},
+		Linger:   w.linger,
 	}
 	if w.config != nil {
 		w.config(&cfg)

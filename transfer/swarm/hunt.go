@@ -348,7 +348,7 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 		h.lacking = h.lacking || errors.Is(r.err, errNoService)
 		return
 	}
-	if len(h.active) >= h.e.cfg.MaxHolders || h.banned[r.peer.ID] {
+	if len(h.active) >= h.e.cfg.Holders() || h.banned[r.peer.ID] {
 		r.conn.Close()
 		return
 	}
@@ -476,6 +476,9 @@ func (h *hunt) learn(t transfer.PieceTable) {
 			return
 		}
 		s, err := h.e.open(h.blob, h.a, t)
+		if errors.Is(err, errBusy) {
+			err = fmt.Errorf("%w: %w", transfer.ErrNotCarried, err)
+		}
 		if err != nil {
 			h.die(err)
 			return

@@ -51,7 +51,7 @@ type want struct {
 
 	mu      sync.Mutex
 	states  []state
-	slotted []bool   // has one of Engine.slots
+	slotted []bool   // has one of the places for pieces
 	alone   []bool   // is taken from one peer at a time
 	spread  []uint16 // how many peers that do not have all have it
 	missing int
@@ -378,7 +378,7 @@ func (w *want) refused(i int, a *arriving, err error) {
 func (w *want) free(i int) {
 	if w.slotted[i] {
 		w.slotted[i] = false
-		<-w.e.slots
+		w.e.cfg.Pieces.Give()
 	}
 }
 
@@ -387,13 +387,8 @@ func (w *want) slot(i int) bool {
 	if w.slotted[i] {
 		return true
 	}
-	select {
-	case w.e.slots <- struct{}{}:
-		w.slotted[i] = true
-		return true
-	default:
-		return false
-	}
+	w.slotted[i] = w.e.cfg.Pieces.Try()
+	return w.slotted[i]
 }
 
 // end stops the plan.

@@ -23,13 +23,11 @@ func (e *Engine) Serve(ln net.Listener) error {
 		if err != nil {
 			return err
 		}
-		select {
-		case e.conns <- struct{}{}:
-		default: // whoever it is tries again, or another node
+		if !e.cfg.Conns.Try() { // whoever it is tries again, or another node
 			c.Close()
 			continue
 		}
-		done := func() { <-e.conns }
+		done := e.cfg.Conns.Give
 		if !e.begin(func(ctx context.Context) {
 			defer done()
 			if err := e.welcome(ctx, c); err != nil {

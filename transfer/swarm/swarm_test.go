@@ -51,24 +51,18 @@ func start(t testing.TB, p transfertest.Parts) transfertest.Engine {
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return p.DialService(ctx, addr, peernet.ServiceSwarm)
 		},
-		Lacks:        func(err error) bool { return errors.Is(err, peernet.ErrNoService) },
-		Arriving:     func(d digest.Digest) (*transfer.Arrival, bool) { return mover.Arriving(d) },
-		StallTimeout: p.StallTimeout,
-		AskTimeout:   10 * time.Second,
-		AskAgain:     100 * time.Millisecond,
-		Backoff:      time.Millisecond,
+		Lacks:    func(err error) bool { return errors.Is(err, peernet.ErrNoService) },
+		Arriving: func(d digest.Digest) (*transfer.Arrival, bool) { return mover.Arriving(d) },
+		Patience: transfer.Patience{StallTimeout: p.StallTimeout, AskTimeout: 10 * time.Second, AskAgain: 100 * time.Millisecond, Backoff: time.Millisecond},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	mover, err = stream.New(stream.Config{
 		Source: p.Source, Sink: p.Sink, Peers: p.Peers, Dial: p.Dial, Log: p.Log,
-		Carrier:      func(transfer.Blob, transfer.Way) transfer.Carrier { return carrier },
-		StallTimeout: p.StallTimeout,
-		AskTimeout:   10 * time.Second,
-		AskAgain:     100 * time.Millisecond,
-		Backoff:      time.Millisecond,
-		Hooks:        hooks,
+		Carrier:  func(transfer.Blob, transfer.Way) transfer.Carrier { return carrier },
+		Patience: transfer.Patience{StallTimeout: p.StallTimeout, AskTimeout: 10 * time.Second, AskAgain: 100 * time.Millisecond, Backoff: time.Millisecond},
+		Hooks:    hooks,
 	})
 	if err != nil {
 		t.Fatal(err)
