@@ -120,15 +120,17 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 		return nil, err
 	}
 	if r.traffic, err = traffic.New(traffic.Config{
-		Dir: g.config.Data, Roster: g.member, Owners: owners{g.db, r.records}, Settings: r.settings, Log: g.log, Registerer: g.metrics, Clock: g.config.clock,
+		Dir: g.config.Data, Roster: g.member, Owners: owners{g.db, r.records}, Settings: r.settings, Log: g.log, Registerer: g.metrics, Clock: g.config.clock, Files: openFiles(),
 	}); err != nil {
 		return nil, err
 	}
 	policy := peers.DefineSettings(r.settings)
 	policy.Projects = r.projects
+	byStream, bySwarm := r.traffic.Limits()
 	if r.peers, err = peers.New(peers.Config{
 		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Over: g.over(), Store: r.store, Records: r.records,
-		Policy: policy, Cache: cacheOf(g.config), Place: r.traffic.Place, Limiter: r.traffic, Incoming: r.traffic.Incoming(), Meter: r.traffic, Log: g.log, Registerer: g.metrics,
+		Policy: policy, Cache: cacheOf(g.config), Place: r.traffic.Place, StreamLimits: byStream, SwarmLimits: bySwarm,
+		Limiter: r.traffic, Incoming: r.traffic.Incoming(), Meter: r.traffic, Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err
 	}

@@ -24,8 +24,8 @@ func newTransfers() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "transfers",
 		Short: "Show the blobs on their way between nodes and to clients, like top",
-		Long: "Shows what moves in the whole site: which blob, from where to where, how fast, how long\nit will take, and which cap holds it back. On a terminal the list is live; elsewhere it is\nprinted once. " +
-			"With --watch --format json each line is one list. Caps: atoll settings show (traffic.…).",
+		Long: "Shows what moves in the whole site: which blob, from where to where, how fast, how long\nit will take, and which cap holds it back; above that what each node has in use of its limits. On a terminal the list is live; elsewhere it is\nprinted once. " +
+			"With --watch --format json each line is one list. Caps and limits: atoll settings show (traffic.…).",
 		Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			once, _ := cmd.Flags().GetBool("once")
@@ -134,6 +134,12 @@ func printTransfers(w *tabwriter.Writer, v traffic.View) {
 	for _, s := range v.Silent {
 		fmt.Fprintf(w, "node %s did not answer: %.120s\n", s.Node, s.Cause)
 	}
+	w.Flush()
+	fmt.Fprintln(w)
+	row(w, "NODE", "FETCHES", "OF THEM UNASKED", "ANSWERS", "CONNECTIONS", "MEMORY")
+	for _, n := range v.Nodes {
+		row(w, n.Node, of(n.Fetches), of(n.Background), of(n.Answers), of(n.Connections), size(n.Memory.Taken)+" of "+size(n.Memory.Most))
+	}
 	if len(v.Transfers) == 0 {
 		return
 	}
@@ -145,6 +151,9 @@ func printTransfers(w *tabwriter.Writer, v traffic.View) {
 			eta(one.ETA), dash(one.HeldBack))
 	}
 }
+
+// of is how much of a limit is in use.
+func of(b traffic.Bound) string { return fmt.Sprintf("%d of %d", b.Taken, b.Most) }
 
 // shortDigest keeps as much of a digest as tells blobs apart for a person.
 func shortDigest(d string) string {

@@ -244,7 +244,7 @@ func (p *Peers) makeEngines() (err error) {
 	}
 	p.swarm, err = swarm.New(swarm.Config{
 		Node: p.Roster.Self(), Source: source{p}, Peers: candidates{p}, Distance: p.distance, Log: p.Log, Hooks: hooks,
-		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter,
+		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter, Limits: p.SwarmLimits,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return p.dialBlobs(ctx, addr, peernet.ServiceSwarm)
 		},
@@ -256,7 +256,7 @@ func (p *Peers) makeEngines() (err error) {
 	}
 	p.engine, err = stream.New(stream.Config{
 		Source: source{p}, Sink: sink{p.Store}, Peers: candidates{p}, Self: p.Roster.Self(), Distance: p.distance, Log: p.Log, Hooks: hooks,
-		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter,
+		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter, Limits: p.StreamLimits,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return p.dialBlobs(ctx, addr, peernet.ServiceBlob)
 		},

@@ -75,8 +75,6 @@ type board struct {
 	mu    sync.Mutex
 	flows map[flowKey]*flow
 	tocks int
-
-	places places
 }
 
 func (b *board) init() { b.flows = map[flowKey]*flow{} }

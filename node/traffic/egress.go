@@ -2,7 +2,6 @@ package traffic
 
 import (
 	"context"
-	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -27,16 +26,9 @@ type Answer struct {
 	c   Content
 }
 
-// places bounds what is under way.
-type places struct {
-	mu    sync.Mutex
-	taken int
-	freed chan struct{} // closed when one is given back
-}
-
 // Begin waits for a place for an answer; the caller ends it. An error is ctx's.
 func (t *Traffic) Begin(ctx context.Context, c Content) (*Answer, error) {
-	if err := t.board.places.take(ctx, t.set.answers.Value); err != nil {
+	if err := t.answering.Take(ctx); err != nil {
 		return nil, err
 	}
 	a := &Answer{t: t, c: c, key: flowKey{blob: c.Digest, client: c.Client}}
@@ -47,10 +39,10 @@ func (t *Traffic) Begin(ctx context.Context, c Content) (*Answer, error) {
 // Place waits for a place for one more blob that nobody waits for to come to this node,
 // and gives the way to give it back. An error is ctx's.
 func (t *Traffic) Place(ctx context.Context) (release func(), err error) {
-	if err := t.fetching.take(ctx, t.set.fetches.Value); err != nil {
+	if err := t.fetching.Take(ctx); err != nil {
 		return nil, err
 	}
-	return t.fetching.give, nil
+	return t.fetching.Give, nil
 }
 
 func (a *Answer) facts() flowFacts {
@@ -81,40 +73,5 @@ func (a *Answer) Capped() bool { return a.t.capped.Load() }
 // End gives the place back. It may be called once.
 func (a *Answer) End() {
 	a.t.board.close(a.key)
-	a.t.board.places.give()
-}
-
-func (p *places) take(ctx context.Context, most func() int) error {
-	for {
-		p.mu.Lock()
-		if p.taken < most() {
-			p.taken++
-			p.mu.Unlock()
-			return nil
-		}
-		if p.freed == nil {
-			p.freed = make(chan struct{})
-		}
-		freed := p.freed
-		p.mu.Unlock()
-		again := time.NewTimer(time.Second) // the setting may have been raised
-		select {
-		case <-freed:
-		case <-again.C:
-		case <-ctx.Done():
-			again.Stop()
-			return context.Cause(ctx)
-		}
-		again.Stop()
-	}
-}
-
-func (p *places) give() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.taken--
-	if p.freed != nil {
-		close(p.freed)
-		p.freed = nil
-	}
+	a.t.answering.Give()
 }

@@ -1,6 +1,7 @@
 package traffic
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"time"
@@ -31,6 +32,7 @@ type report struct {
 	Caps      map[string]need  `json:"caps"`
 	Budgets   map[string]spent `json:"budgets"`
 	Transfers []Transfer       `json:"transfers"`
+	Use       *Use             `json:"use,omitempty"` // as far as transfers were asked for; nil too from an older version
 }
 
 // need is what a node takes of a cap.
@@ -59,7 +61,8 @@ func (t *Traffic) answer(_ context.Context, raw json.RawMessage) (any, error) {
 	}
 	r := t.report()
 	if q.Transfers {
-		r.Transfers = t.own()
+		use := t.use("")
+		r.Transfers, r.Use = t.own(), &use
 	}
 	return r, nil
 }
@@ -138,6 +141,10 @@ func (t *Traffic) reports(ctx context.Context, q question, seen *seen, each func
 			return
 		}
 		seen.add(r.Transfers)
+		if r.Use != nil {
+			r.Use.Node = cmp.Or(m.Name, m.ID)
+			seen.uses = append(seen.uses, *r.Use)
+		}
 		each(m, r)
 	})
 }
@@ -148,14 +155,14 @@ func (t *Traffic) hear(ctx context.Context, watched bool) {
 	defer cancel()
 	seen := newSeen()
 	t.reports(ctx, question{Transfers: watched}, seen, func(m member.Member, r report) {
-		r.Transfers = nil
+		r.Transfers, r.Use = nil, nil
 		t.mu.Lock()
 		t.fellows[m.ID] = fellow{r, t.now()}
 		t.mu.Unlock()
 	})
 	t.tally()
 	if watched {
-		seen.add(t.own())
+		t.addOwn(seen)
 		t.events.publish(seen.view(t.Clock()))
 	}
 }

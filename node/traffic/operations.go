@@ -21,6 +21,8 @@ import (
 type View struct {
 	At        time.Time  `json:"at"`
 	Transfers []Transfer `json:"transfers"`
+	// Nodes are what the nodes have in use of their limits, by name.
+	Nodes []Use `json:"nodes"`
 	// Silent are the nodes that did not say in time what they are doing.
 	Silent []Silent `json:"silent"`
 }
@@ -54,14 +56,28 @@ func (t *Traffic) View(ctx context.Context) View {
 	defer cancel()
 	seen := newSeen()
 	t.reports(ctx, question{Transfers: true}, seen, func(member.Member, report) {})
-	seen.add(t.own())
+	t.addOwn(seen)
 	return seen.view(t.Clock())
 }
 
 // seen puts together what nodes say: both ends of a transfer tell of it.
 type seen struct {
 	all   map[[3]string]Transfer
+	uses  []Use
 	quiet []Silent
+}
+
+// addOwn adds what this node says.
+func (t *Traffic) addOwn(s *seen) {
+	s.add(t.own())
+	self := t.Roster.Self()
+	name := self
+	for _, m := range t.Roster.Live() {
+		if m.ID == self {
+			name = cmp.Or(m.Name, m.ID)
+		}
+	}
+	s.uses = append(s.uses, t.use(name))
 }
 
 func newSeen() *seen { return &seen{all: map[[3]string]Transfer{}} }
@@ -87,7 +103,7 @@ func (s *seen) silent(m member.Member, err error) {
 }
 
 func (s *seen) view(at time.Time) View {
-	v := View{At: at.UTC(), Transfers: make([]Transfer, 0, len(s.all)), Silent: s.quiet}
+	v := View{At: at.UTC(), Transfers: make([]Transfer, 0, len(s.all)), Nodes: s.uses, Silent: s.quiet}
 	if v.Silent == nil {
 		v.Silent = []Silent{}
 	}
@@ -97,6 +113,7 @@ func (s *seen) view(at time.Time) View {
 	slices.SortFunc(v.Transfers, func(a, b Transfer) int {
 		return cmp.Or(cmp.Compare(b.Rate, a.Rate), cmp.Compare(a.Blob, b.Blob), cmp.Compare(a.From, b.From), cmp.Compare(a.To, b.To))
 	})
+	slices.SortFunc(v.Nodes, func(a, b Use) int { return cmp.Compare(a.Node, b.Node) })
 	slices.SortFunc(v.Silent, func(a, b Silent) int { return cmp.Compare(a.Node, b.Node) })
 	return v
 }

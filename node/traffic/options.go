@@ -15,6 +15,8 @@ type options struct {
 	zone                  *settings.Setting[*time.Location]
 	jitter                *settings.Setting[int]
 	answers, fetches      *settings.Setting[int]
+	pulls, holders, conns *settings.Setting[int]
+	memory                *settings.Setting[int64]
 }
 
 // rates is a schedule with the text that it was read from.
@@ -59,8 +61,24 @@ func defineOptions(s *settings.Settings) options {
 			Summary: "seconds over which nodes spread the moment at which they take up a higher rate; a lower one counts at once",
 		}),
 		fetches: settings.Define(s, settings.Spec[int]{
-			Name: "traffic.fetches", Default: "16", Kind: settings.Count(1, 16),
+			Name: "traffic.fetches", Default: "16", Kind: settings.Count(1, 256),
 			Summary: "how many blobs a node fetches at once for repair and prefetch, each of which takes memory and connections; pulls and copies of pushes do not wait behind them",
+		}),
+		pulls: settings.Define(s, settings.Spec[int]{
+			Name: "traffic.pulls", Default: "64", Kind: settings.Count(4, 1024),
+			Summary: "how many blobs a node fetches at once because clients ask for them or a push is copied, besides traffic.fetches; more wait",
+		}),
+		holders: settings.Define(s, settings.Spec[int]{
+			Name: "traffic.holders", Default: "10", Kind: settings.Count(1, 64),
+			Summary: "from how many nodes a node takes one blob at once, each over a connection of its own",
+		}),
+		conns: settings.Define(s, settings.Spec[int]{
+			Name: "traffic.connections", Default: "1024", Kind: settings.Count(16, 1<<16),
+			Summary: "how many connections of other nodes for blobs a node serves at once, and a quarter of the files that it may open at most; whoever is turned away asks another node, or again",
+		}),
+		memory: settings.Define(s, settings.Spec[int64]{
+			Name: "traffic.memory", Default: "72MiB", Kind: settings.Bytes(18<<20, 16<<30, false),
+			Summary: "memory of a node for parts of blobs on their way: four ninths for what comes in by each way of peers.transfer-engine, one for what goes out; with less, transfers wait",
 		}),
 		answers: settings.Define(s, settings.Spec[int]{
 			Name: "traffic.answers", Default: "1024", Kind: settings.Count(1, 1<<16),

@@ -59,7 +59,7 @@ type Owners interface {
 // Repository is one that shows a blob.
 type Repository struct{ Project, Name string }
 
-// Config of a Traffic. All fields are needed but Clock.
+// Config of a Traffic. All fields are needed but Clock and Files.
 type Config struct {
 	Dir        string // where budgets are kept
 	Roster     Roster
@@ -69,6 +69,8 @@ type Config struct {
 	Registerer prometheus.Registerer
 	// Clock of the wall; time.Now when nil.
 	Clock func() time.Time
+	// Files that this process may have open; 0: not known.
+	Files int
 }
 
 // look is how often the settings and the hours are looked at.
@@ -86,7 +88,8 @@ type Traffic struct {
 	capped  atomic.Bool // there is any cap or budget
 	others  Fellows     // nil: this node is alone
 
-	fetching places
+	answering, fetching *transfer.Places
+	stream, swarm       transfer.Limits
 
 	mu      sync.Mutex
 	loaded  [5]string // the texts of the settings that are in force
@@ -135,6 +138,7 @@ func New(c Config) (*Traffic, error) {
 		ledgers: map[string]*ledger{}, fellows: map[string]fellow{}, file: make(chan struct{}, 1),
 	}
 	t.board.init()
+	t.limit(c.Files)
 	t.owners.from = c.Owners
 	t.loadLedgers()
 	return t, t.register()
@@ -381,7 +385,7 @@ func (t *Traffic) decide(a ask) (wait time.Duration, by, kind string) {
 
 // Take implements transfer.Limiter.
 func (t *Traffic) Take(f transfer.Flow, n int) time.Duration {
-	return t.limit(f, n, false)
+	return t.admit(f, n, false)
 }
 
 // Incoming is the Limiter of what comes in: it is asked before each piece is taken in,
@@ -391,9 +395,9 @@ func (t *Traffic) Incoming() transfer.Limiter { return incoming{t} }
 
 type incoming struct{ t *Traffic }
 
-func (a incoming) Take(f transfer.Flow, n int) time.Duration { return a.t.limit(f, n, true) }
+func (a incoming) Take(f transfer.Flow, n int) time.Duration { return a.t.admit(f, n, true) }
 
-func (t *Traffic) limit(f transfer.Flow, n int, in bool) time.Duration {
+func (t *Traffic) admit(f transfer.Flow, n int, in bool) time.Duration {
 	if !t.capped.Load() {
 		return 0
 	}
