@@ -47,6 +47,28 @@ func (a *Arrival) Urge(c Class) {
 	}
 }
 
+// Adopt gives a blob that is fetched without a root one, which is trusted, so that its
+// pieces can be read as soon as they are verified. The engine goes on by it. false when
+// there is one already, or the fetch has ended.
+func (a *Arrival) Adopt(root []byte) bool {
+	a.f.mu.Lock()
+	defer a.f.mu.Unlock()
+	if a.f.blob.Root != nil || a.Ended() {
+		return false
+	}
+	a.f.blob.Root = slices.Clone(root)
+	return true
+}
+
+// Suppose marks a piece that was put down by Write, for a later attempt by a root to
+// verify it.
+func (a *Arrival) Suppose(piece int) error {
+	if err := a.f.partial.MarkPiece(piece); err != nil {
+		return fmt.Errorf("blob %s: marking piece %d as supposed: %w", a.f.blob.Digest, piece, err)
+	}
+	return nil
+}
+
 // OnHold has f called for each piece after it is held, and with -1 after the end of
 // the fetch. Call it before Begin; f must not block.
 func (a *Arrival) OnHold(f func(piece int)) { a.f.onHold = f }
@@ -90,7 +112,7 @@ func (a *Arrival) Begin(p Partial) {
 // SetTable accepts the blob's piece table if it is that of the trusted root, and
 // lists the pieces that the Partial remembers; Recheck them before use.
 func (a *Arrival) SetTable(t PieceTable) (marked []int, err error) {
-	if err := t.Verify(a.f.blob); err != nil {
+	if err := t.Verify(a.f.Blob()); err != nil {
 		return nil, err
 	}
 	a.f.mu.Lock()

@@ -39,6 +39,7 @@ type Flow struct {
 	Blob  Blob
 	Peer  string // node id
 	Class Class
+	Way   Way // that it takes
 }
 
 // Limiter decides when bytes may leave this node. It is asked once for each piece,

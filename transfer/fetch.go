@@ -10,7 +10,7 @@ import (
 // Fetch is one blob on its way to this node, shared by everybody who wants it.
 // Safe for concurrent use. Nothing has to be closed but the readers.
 type Fetch struct {
-	blob  Blob
+	blob  Blob // the root under mu
 	class atomic.Int32
 	// done is closed when the fetch has ended; err is set before.
 	done chan struct{}
@@ -43,8 +43,12 @@ type Progress struct {
 	Done bool  // the blob is complete, durable and visible
 }
 
-// Blob that is being fetched.
-func (f *Fetch) Blob() Blob { return f.blob }
+// Blob that is being fetched. Its root may have become known since it began.
+func (f *Fetch) Blob() Blob {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.blob
+}
 
 // Class is what the blob is fetched for, as far as the most urgent of those who want
 // it says.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
@@ -44,13 +45,16 @@ func (e *Engine) board(blob transfer.Blob, o transfer.Options) (fl *flight, fres
 	if fl := e.fetches[blob.Digest]; fl != nil {
 		fl.arrival.Urge(o.Class)
 		fl.expect(o)
+		if blob.Root != nil && blob.Size == fl.arrival.Fetch().Blob().Size && fl.arrival.Adopt(blob.Root) {
+			close(fl.rooted)
+		}
 		return fl, false
 	}
 	reopen := func(ctx context.Context) (transfer.Content, error) {
 		return e.cfg.Source.Open(ctx, blob.Digest)
 	}
 	fl = &flight{
-		arrival: transfer.NewArrival(blob, reopen), way: o.Way, gone: make(chan struct{}),
+		arrival: transfer.NewArrival(blob, reopen), way: o.Way, gone: make(chan struct{}), rooted: make(chan struct{}),
 		news: make(chan string, maxAsked),
 	}
 	fl.arrival.For(o.Class)
@@ -163,10 +167,40 @@ func (e *Engine) move(ctx context.Context, fl *flight) error {
 		}
 		e.log.Debug("blob goes piece by piece after all", "blob", blob.Digest, "err", err)
 	}
-	if err := newHunt(e, fl).run(ctx); err != nil {
+	if err := e.hunt(ctx, fl); err != nil {
 		return err
 	}
 	return a.Commit(ctx)
+}
+
+// errRooted ends a hunt without a root when there is one.
+var errRooted = errors.New("the blob's root has become known")
+
+// hunt brings a blob piece by piece. One whose root becomes known meanwhile goes on by it
+// with what has come, and so readers need not wait for the end of all.
+func (e *Engine) hunt(ctx context.Context, fl *flight) error {
+	if fl.arrival.Fetch().Blob().Root == nil {
+		blind, stop := context.WithCancelCause(ctx)
+		var watch sync.WaitGroup
+		watch.Go(func() {
+			select {
+			case <-fl.rooted:
+				stop(errRooted)
+			case <-blind.Done():
+			}
+		})
+		h := newHunt(e, fl)
+		err := h.run(blind)
+		stop(nil)
+		watch.Wait()
+		if err == nil {
+			return nil
+		}
+		if err := errors.Join(err, h.suppose()); !errors.Is(context.Cause(blind), errRooted) {
+			return err
+		}
+	}
+	return newHunt(e, fl).run(ctx)
 }
 
 // carrier is the other way to move a blob, if one was chosen.

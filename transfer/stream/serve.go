@@ -538,5 +538,5 @@ func (s *session) table(ctx context.Context) {
 
 // flow is what moves, for a limiter and a meter.
 func (s *session) flow() transfer.Flow {
-	return transfer.Flow{Blob: s.blob, Peer: s.link.peer, Class: s.class}
+	return transfer.Flow{Blob: s.blob, Peer: s.link.peer, Class: s.class, Way: transfer.ByStream}
 }

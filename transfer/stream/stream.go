@@ -102,6 +102,7 @@ type flight struct {
 	way     transfer.Way
 	news    chan string   // ids of nodes that have said that they fetch it too
 	gone    chan struct{} // closed when it is off the list and its Partial is free
+	rooted  chan struct{} // closed when a root has become known since it began
 }
 
 // urgency is what the fetch is for, as far as the most urgent of those who want it says.

@@ -299,10 +299,15 @@ func (h *hunt) piece(ctx context.Context, hd *holder, l *link, length int64) err
 		h.e.cfg.Hooks.Moved(hd.peer.ID, n)
 	}
 	if h.e.cfg.Meter != nil {
-		h.e.cfg.Meter.Received(transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency()}, int(n))
+		h.e.cfg.Meter.Received(h.flow(hd), int(n))
 	}
 	h.arrived(hd, i)
 	return nil
+}
+
+// flow is what comes from a holder.
+func (h *hunt) flow(hd *holder) transfer.Flow {
+	return transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency(), Way: transfer.ByStream}
 }
 
 // admit waits until a piece may come in. Its sender is not to blame meanwhile.
@@ -311,7 +316,7 @@ func (h *hunt) admit(ctx context.Context, hd *holder, n int) error {
 		return nil
 	}
 	for {
-		wait := h.e.cfg.Incoming.Take(transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency()}, n)
+		wait := h.e.cfg.Incoming.Take(h.flow(hd), n)
 		if wait <= 0 {
 			return nil
 		}

@@ -157,6 +157,23 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 	return h.weigh()
 }
 
+// suppose marks what came without a root, for an attempt that has one. The hunt has
+// ended.
+func (h *hunt) suppose() error {
+	if h.whole == nil {
+		return nil
+	}
+	for i := range transfer.Pieces(h.blob.Size) {
+		if off, n := transfer.PieceRange(h.blob.Size, i); off+n > h.whole.off {
+			break
+		}
+		if err := h.a.Suppose(i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // depth is how many pieces to have asked of a sender: of one that breaks off soon, one.
 func (h *hunt) depth(hd *holder) int {
 	h.mu.Lock()
@@ -197,7 +214,7 @@ func (h *hunt) pourPiece(hd *holder, l *link, buf []byte, piece int, length int6
 	w.sent[hd.peer] += n
 	w.most.Store(max(w.most.Load(), w.off))
 	if h.e.cfg.Meter != nil {
-		h.e.cfg.Meter.Received(transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency()}, int(n))
+		h.e.cfg.Meter.Received(h.flow(hd), int(n))
 	}
 	if !w.solo { // else two that break off in turn would go on for ever
 		h.mu.Lock()

@@ -131,7 +131,7 @@ func (t *tap) Close() error {
 
 // flow is what goes out on it.
 func (t *tap) flow() transfer.Flow {
-	return transfer.Flow{Blob: t.s.blob, Peer: t.peer, Class: transfer.Class(t.class.Load())}
+	return transfer.Flow{Blob: t.s.blob, Peer: t.peer, Class: transfer.Class(t.class.Load()), Way: transfer.ByBitTorrent}
 }
 
 func (t *tap) touch() {

@@ -220,7 +220,7 @@ func (s *swarm) attach(t *tap) {
 
 // inFlow is what comes in from a peer.
 func (s *swarm) inFlow(peer string) transfer.Flow {
-	f := transfer.Flow{Blob: s.blob, Peer: peer}
+	f := transfer.Flow{Blob: s.blob, Peer: peer, Way: transfer.ByBitTorrent}
 	if s.arrival != nil {
 		f.Class = s.arrival.Fetch().Class()
 	}
