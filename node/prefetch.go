@@ -13,6 +13,7 @@ import (
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/peers"
 	"github.com/atoll-registry/atoll/node/prefetch"
+	"github.com/atoll-registry/atoll/transfer"
 )
 
 // contents tells the prefetch what tags name.
@@ -89,8 +90,8 @@ func (h holding) Holds(d digest.Digest) bool {
 }
 
 // Bring implements prefetch.Store.
-func (h holding) Bring(ctx context.Context, b prefetch.Blob) error {
-	return h.peers.Prefetch(ctx, b.Digest, b.Size)
+func (h holding) Bring(ctx context.Context, b prefetch.Blob, engine string) error {
+	return h.peers.Prefetch(ctx, b.Digest, b.Size, transfer.Way(engine))
 }
 
 // siblings are the nodes of the site, for the prefetch.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/url"
@@ -54,6 +55,7 @@ func newPrefetchCreate() *cobra.Command {
 	f.StringVar(&s.Before, "before", "", "the time of the day by which all must be there, HH:MM in the time zone of the setting traffic.timezone")
 	f.StringVar(&s.Cron, "cron", "", "begin again and again: minute hour day month weekday, such as '0 1 * * *'")
 	f.IntVar(&s.KeepHours, "keep-hours", 0, "hours for which what was brought is kept after that; 0: a week")
+	f.StringVar(&s.Engine, "engine", "", "what moves it: stream or bittorrent (default: the setting peers.transfer-engine)")
 	clientFlags(cmd)
 	formatFlag(cmd)
 	return cmd
@@ -116,6 +118,7 @@ func printPrefetch(w *tabwriter.Writer, v prefetch.View) {
 	row(w, "state", v.State)
 	row(w, "what", v.Spec.Repository+": "+strings.Join(v.Spec.Tags, ", "))
 	row(w, "where", strings.Join(v.Spec.To, ", "))
+	row(w, "by", cmp.Or(v.Spec.Engine, "the site's engine"))
 	row(w, "runs", fmt.Sprintf("%d, the last: %s", v.Runs, dash(string(v.LastRun))))
 	if v.Next != nil {
 		row(w, "next", v.Next.Local().Format(time.DateTime))

@@ -145,9 +145,9 @@ func printTransfers(w *tabwriter.Writer, v traffic.View) {
 	}
 	w.Flush()
 	fmt.Fprintln(w)
-	row(w, "BLOB", "REPOSITORY", "FROM", "TO", "CLASS", "RATE", "DONE", "SIZE", "ETA", "HELD BACK BY")
+	row(w, "BLOB", "REPOSITORY", "FROM", "TO", "CLASS", "BY", "RATE", "DONE", "SIZE", "ETA", "HELD BACK BY")
 	for _, one := range v.Transfers {
-		row(w, shortDigest(one.Blob.String()), dash(one.Repository), one.From, one.To, one.Class, size(one.Rate)+"/s", size(one.Done), size(one.Size),
+		row(w, shortDigest(one.Blob.String()), dash(one.Repository), one.From, one.To, one.Class, dash(one.Engine), size(one.Rate)+"/s", size(one.Done), size(one.Size),
 			eta(one.ETA), dash(one.HeldBack))
 	}
 }

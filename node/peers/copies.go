@@ -266,9 +266,9 @@ func (p *Peers) Bring(ctx context.Context, d digest.Digest, size int64) error {
 	return p.obtain(ctx, heldBlob{d, size}, transfer.Replication)
 }
 
-// Prefetch is Bring for what nobody has asked for yet.
-func (p *Peers) Prefetch(ctx context.Context, d digest.Digest, size int64) error {
-	return p.obtain(ctx, heldBlob{Digest: d, Size: size}, transfer.Prefetch)
+// Prefetch is Bring for what nobody has asked for yet, in a way that may be chosen.
+func (p *Peers) Prefetch(ctx context.Context, d digest.Digest, size int64, way transfer.Way) error {
+	return p.obtain(ctx, heldBlob{Digest: d, Size: size}, transfer.Prefetch, transfer.Via(way))
 }
 
 // Belongs reports whether this node is one of those that should hold a blob.
@@ -286,7 +286,7 @@ func (p *Peers) Belongs(d digest.Digest) (belongs bool, err error) {
 }
 
 // obtain makes this node hold a blob durably; class says what for.
-func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class) error {
+func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class, options ...transfer.Option) error {
 	if _, err := p.Store.Stat(b.Digest); err == nil || !fault.Is(err, fault.NotFound) {
 		return err
 	}
@@ -306,7 +306,7 @@ func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class) er
 	if root == nil && b.Size > transfer.PieceSize && class != transfer.Replication {
 		root = p.askForRoot(ctx, b.Digest)
 	}
-	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root}, transfer.For(class))
+	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root}, append(options, transfer.For(class))...)
 	if err == nil {
 		err = fetch.Wait(ctx)
 	}

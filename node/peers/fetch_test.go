@@ -90,6 +90,16 @@ func TestTheSettingChoosesTheEngine(t *testing.T) {
 	if torrents() != 2 {
 		t.Error("the fetch that asked for stream went another way")
 	}
+	engine.Store(EngineStream)
+	content := bytes.Repeat([]byte("before"), transfer.PieceSize)
+	d := s.put(content, from)
+	s.commitRoot(t, from, d)
+	if err := to.Prefetch(t.Context(), d, int64(len(content)), transfer.ByBitTorrent); err != nil {
+		t.Fatal(err)
+	}
+	if torrents() != 3 {
+		t.Error("the prefetch that asked for BitTorrent went another way")
+	}
 }
 
 // one lets a single piece pass.

@@ -27,6 +27,7 @@ type question struct {
 	Blobs   []Blob `json:"blobs"`
 	Fetch   bool   `json:"fetch"`
 	Expires int64  `json:"expires"` // Unix seconds, of the pins
+	Engine  string `json:"engine,omitempty"`
 }
 
 type answer struct {
@@ -43,7 +44,7 @@ func (w *work) ask(ctx context.Context, n member.Member, blobs []Blob, fetch boo
 	if keep == 0 {
 		keep = week
 	}
-	q := question{Job: w.run.ID, Blobs: blobs, Fetch: fetch, Expires: w.progress.Deadline.Add(keep).Unix()}
+	q := question{Job: w.run.ID, Blobs: blobs, Fetch: fetch, Expires: w.progress.Deadline.Add(keep).Unix(), Engine: w.spec.Engine}
 	var a answer
 	var err error
 	if n.ID == w.Nodes.Self() {
@@ -89,7 +90,7 @@ func (p *Prefetch) serve(ctx context.Context, q question) (a answer, err error) 
 			continue
 		}
 		if q.Fetch {
-			err := p.Store.Bring(ctx, b)
+			err := p.Store.Bring(ctx, b, q.Engine)
 			if err == nil {
 				continue
 			}

@@ -54,8 +54,9 @@ type Content interface {
 // Store is what this node holds and can get.
 type Store interface {
 	Holds(d digest.Digest) bool
-	// Bring fetches a blob from other nodes, as prefetch.
-	Bring(ctx context.Context, b Blob) error
+	// Bring fetches a blob from other nodes, as prefetch, by the engine that is named or,
+	// for "", by the site's.
+	Bring(ctx context.Context, b Blob, engine string) error
 }
 
 // Nodes are the nodes of the site.
@@ -126,6 +127,8 @@ type Spec struct {
 	Cron string `json:"cron,omitempty" max:"100"`
 	// KeepHours is for how long what was brought is kept from then on; 0: a week.
 	KeepHours int `json:"keep_hours,omitempty" min:"0" max:"8760"`
+	// Engine that moves it; when it is not given, that of the setting peers.transfer-engine.
+	Engine string `json:"engine,omitempty" enum:"stream,bittorrent"`
 }
 
 func (s Spec) check() error {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,11 +38,12 @@ type node struct {
 	site *site
 	member.Member
 
-	mu    sync.Mutex
-	held  map[digest.Digest]bool
-	down  bool
-	moved []time.Time
-	reply func(context.Context, json.RawMessage) (any, error)
+	mu      sync.Mutex
+	held    map[digest.Digest]bool
+	down    bool
+	moved   []time.Time
+	engines []string // by which blobs were brought
+	reply   func(context.Context, json.RawMessage) (any, error)
 }
 
 func newSite(t *testing.T) *site {
@@ -122,13 +124,14 @@ func (n *node) Ask(ctx context.Context, id, _ string, question, answer any) erro
 
 func (n *node) Holds(d digest.Digest) bool { n.mu.Lock(); defer n.mu.Unlock(); return n.held[d] }
 
-func (n *node) Bring(ctx context.Context, b Blob) error {
+func (n *node) Bring(ctx context.Context, b Blob, engine string) error {
 	if !wait(ctx, time.Duration(float64(b.Size)/float64(n.site.rate.Load())*float64(time.Second))) {
 		return ctx.Err()
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.held[b.Digest], n.moved = true, append(n.moved, time.Now())
+	n.engines = append(n.engines, engine)
 	return nil
 }
 
@@ -177,7 +180,7 @@ func TestPrefetch(t *testing.T) {
 		s.tag("v2.0", 5)
 		var starts []time.Duration
 		for range 4 {
-			v, err := s.Create(t.Context(), Spec{Repository: "library/app", Tags: []string{"v1.*"}, To: []string{"b", "zone=zc"}, Before: "06:00", KeepHours: 24}, "ann")
+			v, err := s.Create(t.Context(), Spec{Repository: "library/app", Tags: []string{"v1.*"}, To: []string{"b", "zone=zc"}, Before: "06:00", KeepHours: 24, Engine: "bittorrent"}, "ann")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -204,6 +207,9 @@ func TestPrefetch(t *testing.T) {
 		}
 		if len(b.moved) != 60 {
 			t.Errorf("60 blobs were moved %d times", len(b.moved))
+		}
+		if slices.ContainsFunc(b.engines, func(e string) bool { return e != "bittorrent" }) {
+			t.Errorf("brought by %v", b.engines)
 		}
 		all, err := s.Jobs.List(Kind)
 		if err != nil || len(all) != 4 || len(s.Notices()) != 0 {

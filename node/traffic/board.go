@@ -57,6 +57,7 @@ type flowFacts struct {
 	class      transfer.Class
 	size       int64
 	repository string // project/name, when the request says so
+	way        transfer.Way
 }
 
 type flow struct {
@@ -89,7 +90,7 @@ func (b *board) find(now time.Duration, k flowKey, facts flowFacts) *flow {
 		f = &flow{flowFacts: facts, since: now, meter: meter{at: now}}
 		b.flows[k] = f
 	}
-	f.class, f.last = facts.class, now
+	f.class, f.way, f.last = facts.class, facts.way, now
 	return f
 }
 
@@ -159,9 +160,11 @@ type Transfer struct {
 	From       string `json:"from"` // a node's name
 	To         string `json:"to"`   // a node's name, or USER@ADDRESS of a client
 	Class      string `json:"class"`
-	Rate       int64  `json:"rate"` // bytes per second, a mean of the last seconds
-	Done       int64  `json:"done"` // bytes on this way, since Seconds
-	Seconds    int64  `json:"seconds"`
+	// Engine that moves it: stream or bittorrent; "" to a client.
+	Engine  string `json:"engine"`
+	Rate    int64  `json:"rate"` // bytes per second, a mean of the last seconds
+	Done    int64  `json:"done"` // bytes on this way, since Seconds
+	Seconds int64  `json:"seconds"`
 	// ETA in seconds for the whole blob at the present rate; -1 when nothing moves.
 	ETA int64 `json:"eta"`
 	// HeldBack names the cap or budget that it has to wait for; "" when none.
@@ -198,7 +201,7 @@ func (t *Traffic) own() []Transfer {
 	out := make([]Transfer, 0, len(t.board.flows))
 	for k, f := range t.board.flows {
 		one := Transfer{
-			Blob: k.blob, Size: f.size, Repository: f.repository, From: self, To: name(k.peer), Class: f.class.String(),
+			Blob: k.blob, Size: f.size, Repository: f.repository, From: self, To: name(k.peer), Class: f.class.String(), Engine: string(f.way),
 			Rate: int64(f.rate), Done: f.done, Seconds: int64((now - f.since).Seconds()), ETA: -1,
 		}
 		left, rate := f.size-f.done, f.rate

@@ -28,7 +28,7 @@ func TestTransfers(t *testing.T) {
 		s.mu.Unlock()
 		s.set("traffic.links", "a>b: 1MiB")
 		settle()
-		f := transfer.Flow{Blob: transfer.Blob{Digest: d, Size: 64 << 20}, Peer: "id-b", Class: transfer.Replication}
+		f := transfer.Flow{Blob: transfer.Blob{Digest: d, Size: 64 << 20}, Peer: "id-b", Class: transfer.Replication, Way: transfer.ByBitTorrent}
 		back := f
 		back.Peer = "id-a"
 		l := &load{take: func(n int) time.Duration { return a.Take(f, n) }, done: func(n int) { a.Sent(f, n); b.Received(back, n) }}
@@ -43,7 +43,7 @@ func TestTransfers(t *testing.T) {
 			t.Fatalf("seen: %+v", view)
 		}
 		one := view.Transfers[0]
-		if one.Blob != d || one.From != "a" || one.To != "b" || one.Class != "replication" || one.Repository != "library/app" || one.HeldBack != "link a>b" {
+		if one.Blob != d || one.From != "a" || one.To != "b" || one.Class != "replication" || one.Engine != "bittorrent" || one.Repository != "library/app" || one.HeldBack != "link a>b" {
 			t.Errorf("seen: %+v", one)
 		}
 		near(t, "rate", one.Rate, 1<<20, 0.2)

@@ -405,7 +405,7 @@ func (t *Traffic) admit(f transfer.Flow, n int, in bool) time.Duration {
 		way: wayKey{f.Peer, in}, client: f.Peer, class: min(f.Class, transfer.Prefetch),
 		project: t.cappedProject(f.Blob.Digest), n: n,
 	})
-	t.board.held(t.now(), flowKey{blob: f.Blob.Digest, peer: f.Peer, in: in}, flowFacts{class: f.Class, size: f.Blob.Size}, wait, by)
+	t.board.held(t.now(), flowKey{blob: f.Blob.Digest, peer: f.Peer, in: in}, factsOf(f), wait, by)
 	t.metrics.hold(kind, f.Class, wait)
 	return wait
 }
@@ -445,8 +445,12 @@ func (t *Traffic) Received(f transfer.Flow, n int) {
 	}
 }
 
+func factsOf(f transfer.Flow) flowFacts {
+	return flowFacts{class: f.Class, size: f.Blob.Size, way: f.Way}
+}
+
 func (t *Traffic) moved(f transfer.Flow, n int, in bool) {
-	t.board.moved(t.now(), flowKey{blob: f.Blob.Digest, peer: f.Peer, in: in}, flowFacts{class: f.Class, size: f.Blob.Size}, n)
+	t.board.moved(t.now(), flowKey{blob: f.Blob.Digest, peer: f.Peer, in: in}, factsOf(f), n)
 	t.metrics.count(in, f.Class, f.Peer, n)
 }
 
