@@ -135,3 +135,88 @@ func TestBuffersAreGivenUp(t *testing.T) {
 		t.Errorf("%d places are taken", n)
 	}
 }
+
+// tally counts what is written to the connections of a listener.
+type tally struct {
+	net.Listener
+	began time.Time
+	rate  float64 // bytes a second that may go
+
+	mu     sync.Mutex
+	out    int64
+	excess float64 // the most by which out was ahead of the rate
+}
+
+func (c *tally) Accept() (net.Conn, error) {
+	conn, err := c.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return tallied{conn, c}, nil
+}
+
+type tallied struct {
+	net.Conn
+	c *tally
+}
+
+func (t tallied) NetConn() net.Conn { return t.Conn }
+
+func (t tallied) Write(p []byte) (int, error) {
+	n, err := t.Conn.Write(p)
+	t.c.mu.Lock()
+	defer t.c.mu.Unlock()
+	t.c.out += int64(n)
+	t.c.excess = max(t.c.excess, float64(t.c.out)-t.c.rate*time.Since(t.c.began).Seconds())
+	return n, err
+}
+
+// A cap on what comes in holds at the sender too, which cannot see it: what it is ahead
+// is a few pieces, in the buffers of both ends.
+func TestIncomingHoldsTheSender(t *testing.T) {
+	const rate = 2 << 20
+	content, blob := random(32 * transfer.PieceSize)
+	full := transfertest.NewStore()
+	full.Put(content)
+	holder := mover(t, full, peers(nil), nil)
+	c := &tally{rate: rate}
+	source := listening(t, "honest", func(ctx context.Context, ln net.Listener) {
+		c.Listener = ln
+		_ = holder.Serve(ctx, c)
+	})
+	e := mover(t, transfertest.NewStore(), peers{source}, func(cfg *Config) {
+		cfg.Incoming, cfg.StallTimeout = limiter(paced(rate)), 10*time.Second
+	})
+	c.began = time.Now()
+	f, err := e.Fetch(t.Context(), blob)
+	if err == nil {
+		err = f.Wait(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(c.began)
+	t.Logf("%d bytes in %v, at most %.0f ahead", c.out, took, c.excess)
+	if least := time.Duration(float64(blob.Size) / rate * 0.9 * float64(time.Second)); took < least {
+		t.Errorf("it took %v, at least %v was allowed", took, least)
+	}
+	if c.excess > 4<<20 {
+		t.Errorf("the sender was %.0f bytes ahead", c.excess)
+	}
+}
+
+// limiter is a function that is one; it is asked one at a time.
+func limiter(take func(transfer.Flow, int) time.Duration) transfer.Limiter {
+	return &serial{take: take}
+}
+
+type serial struct {
+	mu   sync.Mutex
+	take func(transfer.Flow, int) time.Duration
+}
+
+func (s *serial) Take(f transfer.Flow, n int) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.take(f, n)
+}
