@@ -27,6 +27,7 @@ type holder struct {
 	moved    time.Time    // last piece, or since when it owes one
 	limited  time.Time    // when a limit last held back what it owes
 	dropped  *failure
+	in       intake
 }
 
 // strike counts a failure. Weights: a broken answer may be a restart, so it takes four;

@@ -52,6 +52,16 @@ func (s *sluice) got(n int64) func() bool {
 	}
 }
 
+// sessions are how many a holder has about a blob.
+func sessions(e *Engine, blob transfer.Blob) int {
+	e.desk.mu.Lock()
+	defer e.desk.mu.Unlock()
+	if o := e.desk.offers[blob.Digest]; o != nil {
+		return len(o.sessions)
+	}
+	return 0
+}
+
 // A reader that brings the root to a fetch that has none reads at once what has come,
 // and nothing of it is sent again.
 func TestAReaderBringsTheRoot(t *testing.T) {
@@ -59,7 +69,8 @@ func TestAReaderBringsTheRoot(t *testing.T) {
 	full := transfertest.NewStore()
 	full.Put(content)
 	s := &sluice{most: 5}
-	source := serving(t, mover(t, full, peers(nil), func(c *Config) { c.Limiter = s }))
+	holder := mover(t, full, peers(nil), func(c *Config) { c.Limiter = s })
+	source := serving(t, holder)
 	store := transfertest.NewStore()
 	e := mover(t, store, peers{source}, func(c *Config) { c.Meter, c.StallTimeout = s, 10*time.Second })
 	blind := blob
@@ -84,6 +95,7 @@ func TestAReaderBringsTheRoot(t *testing.T) {
 	if _, err := io.ReadFull(r, begin); err != nil || !bytes.Equal(begin, content[:len(begin)]) {
 		t.Fatalf("the beginning cannot be read: %v", err)
 	}
+	waitFor(t, "the session without a root to end", func() bool { return sessions(holder, blob) == 1 })
 	s.open(100)
 	if err := errors.Join(f.Wait(ctx), pushed.Wait(ctx)); err != nil {
 		t.Fatal(err)
@@ -103,7 +115,8 @@ func TestAnAttemptWithoutARootIsOfUse(t *testing.T) {
 	full := transfertest.NewStore()
 	full.Put(content)
 	s := &sluice{most: 5}
-	source := serving(t, mover(t, full, peers(nil), func(c *Config) { c.Limiter = s }))
+	holder := mover(t, full, peers(nil), func(c *Config) { c.Limiter = s })
+	source := serving(t, holder)
 	store := transfertest.NewStore()
 	var cfg Config
 	mover(t, store, peers{source}, func(c *Config) {
@@ -131,6 +144,7 @@ func TestAnAttemptWithoutARootIsOfUse(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Fatal(err)
 	}
+	waitFor(t, "the session to end", func() bool { return sessions(holder, blob) == 0 })
 	s.open(100)
 	e := mover(t, store, peers{source}, func(c *Config) { c.StallTimeout = 10 * time.Second })
 	if f, err = e.Fetch(t.Context(), blob); err == nil {

@@ -51,6 +51,7 @@ func (h *hunt) disengage(hd *holder) {
 	if hd.planned != nil {
 		h.want.Forget(hd.planned)
 	}
+	hd.in.end()
 	h.mu.Unlock()
 	h.pump()
 }
@@ -236,6 +237,7 @@ func (h *hunt) overdue(hd *holder) error {
 func (h *hunt) refused(hd *holder, list []int) error {
 	for _, i := range list {
 		h.want.Refused(hd.planned, i)
+		hd.in.lapse(i)
 	}
 	if len(list) > 0 {
 		// What was asked with the hello it never said that it has.
@@ -305,43 +307,6 @@ func (h *hunt) piece(ctx context.Context, hd *holder, l *link, length int64) err
 	return nil
 }
 
-// flow is what comes from a holder.
-func (h *hunt) flow(hd *holder) transfer.Flow {
-	return transfer.Flow{Blob: h.blob, Peer: hd.peer.ID, Class: h.fl.urgency(), Way: transfer.ByStream}
-}
-
-// admit waits until a piece may come in. Its sender is not to blame meanwhile.
-func (h *hunt) admit(ctx context.Context, hd *holder, n int) error {
-	if h.e.cfg.Incoming == nil {
-		return nil
-	}
-	for {
-		wait := h.e.cfg.Incoming.Take(h.flow(hd), n)
-		if wait <= 0 {
-			return nil
-		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-timer.C:
-			h.excuse(hd)
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
-		}
-	}
-}
-
-// excuse notes that a holder waits for this node.
-func (h *hunt) excuse(hd *holder) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	hd.heard = time.Now()
-	hd.moved = hd.heard
-	if hd.planned != nil {
-		h.want.Progress(h.now(), hd.planned)
-	}
-}
-
 // begun notes that a piece is on its way from a holder.
 func (h *hunt) begun(hd *holder, i int) error {
 	h.mu.Lock()
@@ -391,7 +356,7 @@ func (h *hunt) arrived(hd *holder, i int) {
 func (h *hunt) cancel(list []plan.Cancel) {
 	for _, c := range list {
 		hd := c.Holder.Owner.(*holder)
-		if hd.link != nil {
+		if hd.in.lapse(c.Piece) && hd.link != nil {
 			hd.excused++ // it may be on its way
 			hd.link.send(func(to []byte) []byte { return appendPieces(to, kindCancel, c.Piece) })
 		}
@@ -405,7 +370,7 @@ func (h *hunt) pump() {
 	if h.whole != nil || h.isFinished() {
 		return
 	}
-	now, since := time.Now(), h.now()
+	now := time.Now()
 	h.askTable()
 	for _, hd := range h.dealing {
 		if hd.link == nil || hd.planned == nil || !h.ready && !hd.tabled || now.Before(hd.rests) {
@@ -419,7 +384,7 @@ func (h *hunt) pump() {
 		owed := h.want.Owes(hd.planned)
 		ailing := hd.strikes > 0 // what breaks off soon is asked for one piece at a time
 		for !ailing || !owed && len(asks) == 0 {
-			a, ok := next(since, hd.planned)
+			a, ok := h.decide(hd, next)
 			if !ok {
 				break
 			}

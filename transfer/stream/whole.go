@@ -116,11 +116,25 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 	asked, moved, patience := piece, time.Now(), 3*h.e.cfg.StallTimeout
 	for piece < pieces {
 		var asks []plan.Ask
-		for ; asked < min(pieces, piece+h.depth(hd)); asked++ {
+		held := time.Duration(0)
+		for asked < min(pieces, piece+h.depth(hd)) {
+			wait, ok := h.mayPour(hd, asked)
+			if !ok {
+				held = wait
+				break
+			}
 			asks = append(asks, plan.Ask{Piece: asked, Urgent: true}) // which keeps their order
+			asked++
 		}
 		if len(asks) > 0 {
 			l.send(func(to []byte) []byte { return appendAsks(to, asks) })
+		}
+		if asked == piece { // the limit lets nothing in for now
+			if !pause(ctx, held) {
+				return ctx.Err()
+			}
+			moved = time.Now()
+			continue
 		}
 		k, n, err := l.header(h.e.cfg.StallTimeout, h.blob.Size)
 		if err != nil {
@@ -128,10 +142,7 @@ func (h *hunt) pourAll(ctx context.Context, hd *holder, l *link) error {
 		}
 		switch k {
 		case kindPiece:
-			_, size := transfer.PieceRange(h.blob.Size, piece)
-			if err := h.admit(ctx, hd, int(size)); err != nil {
-				return err
-			}
+			h.spend(hd)
 			if err := h.pourPiece(hd, l, buf, piece, n); err != nil {
 				return err
 			}
