@@ -126,10 +126,9 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	}
 	policy := peers.DefineSettings(r.settings)
 	policy.Projects = r.projects
-	byStream, bySwarm := r.traffic.Limits()
 	if r.peers, err = peers.New(peers.Config{
 		DB: g.db, Roster: g.member, Cluster: g.member, Network: g.network, Over: g.over(), Store: r.store, Records: r.records,
-		Policy: policy, Cache: cacheOf(g.config), Place: r.traffic.Place, StreamLimits: byStream, SwarmLimits: bySwarm,
+		Policy: policy, Cache: cacheOf(g.config), Place: r.traffic.Place, Limits: r.traffic.Limits,
 		Limiter: r.traffic, Incoming: r.traffic.Incoming(), Meter: r.traffic, Log: g.log, Registerer: g.metrics,
 	}); err != nil {
 		return nil, err

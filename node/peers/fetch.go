@@ -242,9 +242,13 @@ func (p *Peers) makeEngines() (err error) {
 			p.metrics.dropped.WithLabelValues(string(why)).Inc()
 		},
 	}
+	var byStream, bySwarm transfer.Limits
+	if p.Limits != nil {
+		byStream, bySwarm = p.Limits()
+	}
 	p.swarm, err = swarm.New(swarm.Config{
 		Node: p.Roster.Self(), Source: source{p}, Peers: candidates{p}, Distance: p.distance, Log: p.Log, Hooks: hooks,
-		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter, Limits: p.SwarmLimits,
+		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter, Limits: bySwarm,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return p.dialBlobs(ctx, addr, peernet.ServiceSwarm)
 		},
@@ -256,7 +260,7 @@ func (p *Peers) makeEngines() (err error) {
 	}
 	p.engine, err = stream.New(stream.Config{
 		Source: source{p}, Sink: sink{p.Store}, Peers: candidates{p}, Self: p.Roster.Self(), Distance: p.distance, Log: p.Log, Hooks: hooks,
-		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter, Limits: p.StreamLimits,
+		Limiter: p.Limiter, Incoming: p.Incoming, Meter: p.Meter, Limits: byStream,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return p.dialBlobs(ctx, addr, peernet.ServiceBlob)
 		},

@@ -84,7 +84,7 @@ type Cluster interface {
 	RotateKey(ctx context.Context) error
 }
 
-// Config of Peers. All fields are needed but Over, Place, the limits, Limiter, Incoming and Meter.
+// Config of Peers. All fields are needed but Over, Place, Limits, Limiter, Incoming and Meter.
 type Config struct {
 	DB      *table.DB
 	Roster  Roster
@@ -99,8 +99,8 @@ type Config struct {
 	Over func(ctx context.Context, addr string, service byte, by peernet.Carrier) (net.Conn, error)
 	// Place waits until one more blob may be fetched for repair or prefetch; nil: at once.
 	Place func(ctx context.Context) (release func(), err error)
-	// Limits of the engines; zero values are theirs.
-	StreamLimits, SwarmLimits transfer.Limits
+	// Limits of the two engines; nil: their own.
+	Limits func() (stream, swarm transfer.Limits)
 	// Limiter is asked before bytes go out, Incoming before they are taken in, Meter is
 	// told of what moved; nil: nobody is.
 	Limiter    transfer.Limiter
