@@ -77,7 +77,7 @@ func (g *Registry) pace(c *call, d digest.Digest, row blobs.Blob) (end func(), e
 		return func() {}, nil
 	}
 	ctx, name := c.r.Context(), c.route.Name
-	paced, err := g.egress.Begin(ctx, Outgoing{Digest: d, Size: row.Size, Project: name.Project, Repository: name.Repository, Client: c.client()})
+	paced, err := g.egress.Begin(ctx, Outgoing{Digest: d, Size: row.Size, Project: name.Project, Repository: name.Repository, User: c.user(), Client: c.client()})
 	if err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"io"
 	"net"
@@ -69,17 +70,16 @@ func (c *call) release() {
 	}
 }
 
+// user names who asks, anonymous for nobody in particular.
+func (c *call) user() string { return cmp.Or(c.who.Name, "anonymous") }
+
 // client names who asks: USER@ADDRESS.
 func (c *call) client() string {
 	host, _, err := net.SplitHostPort(c.r.RemoteAddr)
 	if err != nil {
 		host = c.r.RemoteAddr
 	}
-	user := c.who.Name
-	if user == "" {
-		user = "anonymous"
-	}
-	return user + "@" + host
+	return c.user() + "@" + host
 }
 
 // method is a handler with the request method that it answers.

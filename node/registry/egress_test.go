@@ -76,7 +76,7 @@ func TestEgressKeepsSendfile(t *testing.T) {
 	if v.took != 2<<20 || len(v.begun) != 2 || v.ended != 2 {
 		t.Errorf("of 2 MiB in 2 answers %d bytes in %d were counted, %d ended", v.took, len(v.begun), v.ended)
 	}
-	if o := v.begun[0]; o.Digest != d || o.Size != 1<<20 || o.Project != "library" || o.Repository != "app" || o.Client != "admin@192.0.2.1" {
+	if o := v.begun[0]; o.Digest != d || o.Size != 1<<20 || o.Project != "library" || o.Repository != "app" || o.User != "admin" || o.Client != "admin@192.0.2.1" {
 		t.Errorf("it was told %+v", o)
 	}
 	// A question without content, and what fits in one packet, are not bothered.

@@ -79,6 +79,7 @@ type Outgoing struct {
 	Size       int64
 	Project    string
 	Repository string // relative to the project
+	User       string
 	Client     string // USER@ADDRESS
 }
 

@@ -253,6 +253,34 @@ func TestNodesShareACap(t *testing.T) {
 	})
 }
 
+// A user's cap is for all clients of that user, on all nodes.
+func TestUsersHaveCaps(t *testing.T) {
+	bubble(t, 2, func(t *testing.T, s *site) {
+		s.set("traffic.users", "ann: 2MiB | robot$ci: 1MiB")
+		settle()
+		client := func(n *node, user, address string) *load {
+			a, err := n.Begin(t.Context(), Content{Digest: blob("x"), Size: 1 << 40, Project: "library", Repository: "app", User: user, Client: user + "@" + address})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return &load{take: a.Take}
+		}
+		ann := []*load{client(s.nodes[0], "ann", "192.0.2.1"), client(s.nodes[0], "ann", "192.0.2.2"), client(s.nodes[1], "ann", "192.0.2.3")}
+		robot, bob := client(s.nodes[1], "robot$ci", "192.0.2.4"), client(s.nodes[1], "bob", "192.0.2.4")
+		all := append(ann, robot, bob)
+		drive(all, 5*time.Second) // the nodes find each other
+		drive(all, 10*time.Second)
+		near(t, "ann", total(ann...), 2<<20*10, 0.1)
+		near(t, "the robot", robot.sent, 1<<20*10, 0.1)
+		if bob.sent < 500<<20 {
+			t.Errorf("only %d bytes went to one without a cap", bob.sent)
+		}
+		if held := s.nodes[0].View(t.Context()).Transfers; len(held) == 0 || held[len(held)-1].HeldBack != "user ann" {
+			t.Errorf("shown: %+v", held)
+		}
+	})
+}
+
 func TestIncomingIsCapped(t *testing.T) {
 	bubble(t, 2, func(t *testing.T, s *site) {
 		s.set("traffic.node-in", "4MiB")

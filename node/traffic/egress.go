@@ -15,6 +15,7 @@ type Content struct {
 	Size       int64
 	Project    string
 	Repository string // relative to the project
+	User       string // "" for nobody in particular
 	Client     string // USER@ADDRESS
 }
 
@@ -54,7 +55,7 @@ func (a *Answer) facts() flowFacts {
 func (a *Answer) Take(n int) time.Duration {
 	t := a.t
 	if t.capped.Load() {
-		wait, by, kind := t.decide(ask{client: a.c.Client, class: transfer.Pull, project: a.c.Project, n: n})
+		wait, by, kind := t.decide(ask{client: a.c.Client, class: transfer.Pull, project: a.c.Project, user: a.c.User, n: n})
 		if wait > 0 {
 			t.board.held(t.now(), a.key, a.facts(), wait, by)
 			t.metrics.hold(kind, transfer.Pull, wait)

@@ -27,7 +27,7 @@ func (t *Traffic) register() error {
 		Name: "atoll_traffic_bytes_total", Help: "Bytes of blobs by direction (in, out), class and peer (a node's id; clients; other, beyond the first 64 nodes).",
 	}, []string{"direction", "class", "peer"})
 	t.metrics.held = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "atoll_traffic_held_back_seconds_total", Help: "Time that transfers were told to wait, by class and kind of cap (node, node-in, site, link, project, budget).",
+		Name: "atoll_traffic_held_back_seconds_total", Help: "Time that transfers were told to wait, by class and kind of cap (node, node-in, site, link, project, user, budget).",
 	}, []string{"class", "cap"})
 	for _, c := range []prometheus.Collector{t.metrics.bytes, t.metrics.held} {
 		if err := t.Registerer.Register(c); err != nil {

@@ -11,6 +11,7 @@ import (
 type options struct {
 	nodeOut, nodeIn, site *settings.Setting[rates]
 	links, projects       *settings.Setting[*rules]
+	users                 *settings.Setting[*rules]
 	budgets               *settings.Setting[*budgets]
 	zone                  *settings.Setting[*time.Location]
 	jitter                *settings.Setting[int]
@@ -47,6 +48,10 @@ func defineOptions(s *settings.Settings) options {
 		projects: settings.Define(s, settings.Spec[*rules]{
 			Name: "traffic.projects", Default: "", Kind: lists(false),
 			Summary: "bytes a second that all nodes together send of a project: PROJECT: RATE | ...",
+		}),
+		users: settings.Define(s, settings.Spec[*rules]{
+			Name: "traffic.users", Default: "", Kind: lists(false),
+			Summary: "bytes a second that all nodes together send to a user's clients, robots too: USER: RATE | ...",
 		}),
 		budgets: settings.Define(s, settings.Spec[*budgets]{
 			Name: "traffic.budgets", Default: "", Kind: settings.Kind[*budgets]{Parse: parseBudgets},
@@ -98,6 +103,6 @@ func parseZone(text string) (*time.Location, error) {
 // texts are those that tell whether the caps have changed.
 func (o options) texts() [5]string {
 	return [5]string{
-		o.nodeOut.Value().text + "\n" + o.nodeIn.Value().text, o.site.Value().text, o.links.Value().text, o.projects.Value().text, o.budgets.Value().text,
+		o.nodeOut.Value().text + "\n" + o.nodeIn.Value().text, o.site.Value().text, o.links.Value().text, o.projects.Value().text + "\n" + o.users.Value().text, o.budgets.Value().text,
 	}
 }

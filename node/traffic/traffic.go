@@ -105,7 +105,7 @@ type Traffic struct {
 type caps struct {
 	nodeOut, nodeIn, site *capped
 	links                 []*capped
-	projects              map[string]*capped
+	projects, users       map[string]*capped
 }
 
 // capped is a cap with its schedule.
@@ -244,7 +244,7 @@ func (t *Traffic) adopt() {
 		}
 		return keep(kind, kind, rule{rates: s}, shared)
 	}
-	next := caps{projects: map[string]*capped{}}
+	next := caps{projects: map[string]*capped{}, users: map[string]*capped{}}
 	next.nodeOut = single("node", t.set.nodeOut.Value().schedule, false)
 	next.nodeIn = single("node-in", t.set.nodeIn.Value().schedule, false)
 	next.site = single("site", t.set.site.Value().schedule, true)
@@ -253,6 +253,9 @@ func (t *Traffic) adopt() {
 	}
 	for _, r := range t.set.projects.Value().all {
 		next.projects[r.key] = keep("project", "project "+r.key, r, true)
+	}
+	for _, r := range t.set.users.Value().all {
+		next.users[r.key] = keep("user", "user "+r.key, r, true)
 	}
 	t.caps = next
 	t.adoptLedgers()
@@ -276,9 +279,11 @@ func (c *caps) all() func(func(*capped) bool) {
 				return
 			}
 		}
-		for _, one := range c.projects {
-			if !yield(one) {
-				return
+		for _, some := range []map[string]*capped{c.projects, c.users} {
+			for _, one := range some {
+				if !yield(one) {
+					return
+				}
 			}
 		}
 	}
@@ -342,6 +347,7 @@ type ask struct {
 	client  string // who is treated alike with others
 	class   transfer.Class
 	project string // "": none that is capped
+	user    string // whose client it is; "": none's
 	n       int
 }
 
@@ -357,8 +363,10 @@ func (t *Traffic) decide(a ask) (wait time.Duration, by, kind string) {
 		}
 	}
 	all := w.caps
-	if p := t.caps.projects[a.project]; p != nil && !a.way.in {
-		all = append([]*capped{p}, all...)
+	for _, one := range []*capped{t.caps.projects[a.project], t.caps.users[a.user]} {
+		if one != nil && !a.way.in {
+			all = append([]*capped{one}, all...)
+		}
 	}
 	for i, c := range all {
 		if c.most == unlimited {
