@@ -11,9 +11,11 @@
 //     which hour, day and month it is.
 //   - A budget never counts less than what went, minus one step (budget.go), across
 //     crashes; on a clock that jumps it is never forgotten.
-//   - Caps of a link, a site and a project hold for all nodes of the site together:
-//     they tell each other what they need (fellows.go), and a node that hears nothing
-//     takes its equal part.
+//   - Caps of a link, a site, a project and a user hold for all nodes of the site
+//     together: they tell each other what they need (fellows.go), and a node that hears
+//     nothing takes its equal part. A link counts once, at the node that sends.
+//   - Limits on what is taken on at once (limits.go) count for what begins after they
+//     were set; nothing that is under way ends for them.
 //   - A new setting counts for transfers under way within a second.
 //   - What is shown, counted and told is bounded, however much is under way.
 package traffic
