@@ -80,7 +80,7 @@ chaos: testdeps build
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) go test -count=1 -timeout 0 -run TestRandomSchedule ./cluster/clustertest
 
 # Cuts the power of a real node after every change that it makes on its disk, in
-# four ways; half an hour on two idle cores. make test takes a sample.
+# five ways; half an hour on two idle cores. make test takes a sample.
 POWER_PUSHES ?= 10
 powerloss: testdeps build
 	go run ./scripts/powerloss -pushes $(POWER_PUSHES) $(if $(POWER_SEED),-seed $(POWER_SEED))

@@ -61,7 +61,7 @@ func (n *Node) open() (_ *instance, err error) {
 			store.Close()
 		}
 	}()
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(n.raftDir(), 2, log)
+	snapshots, err := raftnet.NewSnapshots(n.raftDir(), 2, log)
 	if err != nil {
 		return nil, fmt.Errorf("opening the snapshots: %w", err)
 	}

@@ -162,7 +162,7 @@ func (b *builder) change(ctx context.Context, clusterKey []byte, fn func(ctx con
 // this node alone, as if the log had been cut to its last entry.
 func (b *builder) consensus(id, addr string) (err error) {
 	log := raftnet.NewLog(b.log)
-	store, err := raft.NewFileSnapshotStoreWithLogger(b.path(raftDir), snapshots, log)
+	store, err := raftnet.NewSnapshots(b.path(raftDir), snapshots, log)
 	if err != nil {
 		return fmt.Errorf("making the new snapshots: %w", err)
 	}

@@ -65,7 +65,7 @@ var layers = [...]layer{
 	{folder: "cluster/table", may: []string{"cluster/kv"}},
 	{folder: "cluster/table/tabletest", may: []string{"cluster/kv", "cluster/table"}},
 	{folder: "cluster/version", may: []string{"cluster/atomicfile", "cluster/table"}, tests: []string{"cluster/..."}},
-	{folder: "cluster/raftnet", may: []string{"cluster/kv"}},
+	{folder: "cluster/raftnet", may: []string{"cluster/atomicfile", "cluster/kv"}},
 	{folder: "cluster/reserve", may: []string{"cluster/kv"}},
 	{folder: "cluster/joining", may: []string{"cluster/pki", "cluster/version"}},
 	{folder: "cluster/member", may: []string{"cluster/atomicfile", "cluster/keyring", "cluster/joining", "cluster/kv", "cluster/table", "cluster/pki", "cluster/epoch", "cluster/gossip", "cluster/raftnet", "cluster/version"}, tests: []string{"cluster/..."}},

@@ -24,10 +24,13 @@ const (
 	// reordered is torn, and keeps of the names any part: one that was given later
 	// may be there without those before it.
 	reordered loss = "reordered"
+	// bare is what reordered leaves at worst: no byte and no name that was not synced
+	// itself.
+	bare loss = "bare"
 )
 
 // losses are all of them.
-func losses() []loss { return []loss{killed, cut, torn, reordered} }
+func losses() []loss { return []loss{killed, cut, torn, reordered, bare} }
 
 // disk knows of a directory what a running program sees and what of it is
 // durable. Its promises are those of journalling file systems at their worst, and
@@ -171,7 +174,7 @@ func (d *disk) after(l loss, dice *rand.Rand) image {
 		kept = []int{0, 50, 95}[dice.IntN(3)] // percent of the names that were not synced
 	}
 	for _, c := range d.journal[:until] {
-		if l == reordered && !c.synced && dice.IntN(100) >= kept {
+		if !c.synced && (l == bare || l == reordered && dice.IntN(100) >= kept) {
 			continue
 		}
 		for _, s := range c.sets {
@@ -209,7 +212,7 @@ func (f *inode) after(l loss, dice *rand.Rand) *content {
 		return &c
 	}
 	c := f.synced.copied()
-	if l == cut || len(f.pending) == 0 {
+	if l == cut || l == bare || len(f.pending) == 0 {
 		return &c
 	}
 	percent := []int{10, 50, 90, 100}[dice.IntN(4)]

@@ -147,13 +147,13 @@ func (s scene) judge(ctx context.Context, binary, dir, boot string) (err error) 
 	}
 	defer n.kill()
 	if err := s.held.ask(ctx, n); err != nil {
-		return fmt.Errorf("%w\n%s", err, n.log)
+		return fmt.Errorf("%w\n%s", err, n.end())
 	}
 	// It goes on as a node does.
 	c := &client{node: n, name: "after", dice: rand.New(rand.NewPCG(1, uint64(s.moment)))}
 	c.push(ctx, "after")
 	if c.err != nil {
-		return fmt.Errorf("the node takes no push any more: %w\n%s", c.err, n.log)
+		return fmt.Errorf("the node takes no push any more: %w\n%s", c.err, n.end())
 	}
 	last := c.deeds[len(c.deeds)-1]
 	if err := pull(ctx, n, "after", last.to); err != nil {

@@ -84,11 +84,21 @@ func start(ctx context.Context, s seat, data string, command ...string) (*node, 
 	case n.url = <-served:
 		return n, nil
 	case <-n.done:
-		return nil, fmt.Errorf("the node ended before it served:\n%s", n.log)
+		return nil, fmt.Errorf("the node ended before it served:\n%s", n.end())
 	case <-late.C:
 	}
 	n.kill()
 	return nil, fmt.Errorf("the node does not serve after %v:\n%s", patience, n.log)
+}
+
+// end says what a node has printed, and how it ended if it has.
+func (n *node) end() string {
+	select {
+	case <-n.done:
+		return fmt.Sprintf("%s(%s)", n.log, n.cmd.ProcessState)
+	default:
+		return n.log.String()
+	}
 }
 
 // kill ends the process as kill -9 does and waits until it is gone.
