@@ -189,6 +189,45 @@ func TestKillingTheLeader(t *testing.T) {
 	})
 }
 
+// Leaders die again and again, by a kill, which resets their connections, and by a cut,
+// after which nothing answers and nothing is refused. Writes go on within the heartbeat
+// timeout, the step between two followers and the messages of an election.
+func TestADeadLeaderIsMissedSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		c.Grow(3)
+		const heartbeat = 3 * time.Second
+		for round := range 12 {
+			lead := c.Leader()
+			other := c.Others(lead)[round/2%2]
+			if err := other.write(t.Context(), "a", "before"); err != nil { // on the connection that it then has
+				t.Fatal(err)
+			}
+			end := func() { c.Rejoin(lead) }
+			if round%2 == 0 {
+				lead.Kill()
+				end = lead.Start
+			} else {
+				c.Isolate(lead)
+			}
+			start := time.Now()
+			if err := other.write(t.Context(), "a", fmt.Sprint(round)); err != nil {
+				t.Fatalf("a write while the leader is dead: %v", err)
+			}
+			if took := time.Since(start); took > heartbeat+heartbeat/5+200*time.Millisecond {
+				t.Errorf("round %d: writes resumed after %v", round, took)
+			} else {
+				t.Logf("round %d: writes resumed after %v", round, took)
+			}
+			end()
+			c.AwaitVoters(3)
+			for _, n := range c.Others() {
+				n.want("a", fmt.Sprint(round))
+			}
+		}
+	})
+}
+
 func TestStoppingTheLeaderHandsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := New(t, Options{Define: withNotes})

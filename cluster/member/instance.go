@@ -186,6 +186,61 @@ func (in *instance) elect(addr string) error {
 	}, &raft.TimeoutNowResponse{})
 }
 
+// voterStep parts the moments at which the followers of a silent leader stand for
+// election, as a share of the heartbeat timeout. A leader that is well is heard of once
+// in a tenth to a fifth of it: with a step of a fifth those moments keep their order,
+// and two that stand at the same moment, who would take the votes from each other, are
+// rare.
+const voterStep = 5
+
+// noticeSilence makes raft stand for election as soon as its leader has been silent for
+// the heartbeat timeout. Raft looks by itself at random moments, one or two timeouts
+// apart, so it notices up to two late; and who has not noticed refuses its vote, so the
+// slowest of those that are needed decides. The lease is half as long: a leader that
+// was silent for so long to a majority has stepped down, whether it lives or not.
+func (n *Node) noticeSilence(ctx context.Context, in *instance) error {
+	patience := n.cfg.Timings.Heartbeat
+	heard := time.Now() // a node that has just started waits as one that has just heard
+	for {
+		if at := in.LastContact(); at.After(heard) {
+			heard = at
+		}
+		wait := patience / 4
+		if in.State() == raft.Follower {
+			wait = time.Until(heard.Add(patience + time.Duration(in.turn())*patience/voterStep))
+			if wait <= 0 {
+				if err := in.lookAtContact(); err != nil {
+					n.log.Warn("a silent leader is noticed late", "error", err)
+				}
+				heard, wait = time.Now(), patience/4
+			}
+		}
+		if !sleep(ctx, wait) {
+			return nil
+		}
+	}
+}
+
+// turn is the place of this node among the voters that are left without the leader.
+func (in *instance) turn() (before int) {
+	_, leader := in.LeaderWithID()
+	for _, s := range in.servers() {
+		if s.Suffrage == raft.Voter && s.ID != leader && s.ID < in.self {
+			before++
+		}
+	}
+	return before
+}
+
+// lookAtContact makes raft look now when it last heard of its leader: it does so when it
+// is told of a shorter heartbeat timeout, which is the only way there is.
+func (in *instance) lookAtContact() error {
+	is := in.ReloadableConfig()
+	shorter := is
+	shorter.HeartbeatTimeout--
+	return errors.Join(in.ReloadConfig(shorter), in.ReloadConfig(is))
+}
+
 // stop ends raft and closes its files.
 func (in *instance) stop(n *Node) {
 	n.cfg.Disk.Stop()

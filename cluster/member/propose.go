@@ -79,7 +79,28 @@ func (n *Node) attempt(ctx context.Context, txn []byte) (kv.Result, outcome, err
 	case n.Self():
 		return n.commit(ctx, txn)
 	default:
+		ctx, gone := context.WithCancel(ctx)
+		defer gone()
+		go n.whileLeads(ctx, id, gone)
 		return n.forward(ctx, addr, txn)
+	}
+}
+
+// whileLeads calls gone when another node leads than id, or none. A leader whose
+// machine has died answers nothing, and refuses nothing either: who has sent it a
+// transaction would wait for as long as it may. It ends with ctx.
+func (n *Node) whileLeads(ctx context.Context, id string, gone func()) {
+	for {
+		changed := n.changed.wait()
+		if _, now := n.route(); now != id {
+			gone()
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 

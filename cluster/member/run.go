@@ -66,6 +66,7 @@ func (n *Node) Run(ctx context.Context) error {
 	for _, act := range []func(context.Context) error{
 		func(ctx context.Context) error { return n.observe(ctx, in) },
 		func(ctx context.Context) error { return n.lead(ctx, in) },
+		func(ctx context.Context) error { return n.noticeSilence(ctx, in) },
 		func(ctx context.Context) error { return n.snapshotWhenDue(ctx, in) },
 		func(ctx context.Context) error { return n.giveWay(ctx, in) },
 		n.gossip.Run, n.watchPeers, n.publish, n.renew, n.holdKeys,
