@@ -36,6 +36,7 @@ type bolt struct {
 	db      *bbolt.DB // nil once closed
 	growths *growths  // of whoever holds writing
 	closing sync.WaitGroup
+	readers readers
 }
 
 // OpenBolt opens the engine's file at path, which it creates when there is
@@ -125,11 +126,15 @@ func (e *bolt) Open() (Snapshot, error) {
 	if e.db == nil {
 		return nil, ErrClosed
 	}
-	tx, err := e.db.Begin(false)
-	if err != nil {
-		return nil, fmt.Errorf("read the state engine: %w", err)
+	t, round := e.readers.take()
+	if t == nil {
+		tx, err := e.db.Begin(false)
+		if err != nil {
+			return nil, fmt.Errorf("read the state engine: %w", err)
+		}
+		t = e.newTx(tx)
 	}
-	return e.newTx(tx), nil
+	return &boltReader{t, &e.readers, round}, nil
 }
 
 func (e *bolt) Update(fn func(Writer) error) error {
@@ -141,6 +146,8 @@ func (e *bolt) Update(fn func(Writer) error) error {
 	if db == nil {
 		return ErrClosed
 	}
+	e.readers.stop()
+	defer e.readers.start()
 	return e.update(db, e.growths, fn)
 }
 
@@ -177,6 +184,8 @@ func (e *bolt) Replace(fill func(batch func(func(Writer) error) error) error) er
 	if err := e.fill(db, fill); err != nil {
 		return errors.Join(err, db.Close(), os.Remove(path))
 	}
+	e.readers.stop() // those of the old file would keep it open
+	defer e.readers.start()
 	if err := os.Rename(path, e.path); err != nil {
 		return errors.Join(fmt.Errorf("replace the state: %w", err), db.Close(), os.Remove(path))
 	}
@@ -231,6 +240,7 @@ func (e *bolt) Close() error {
 	if db == nil {
 		return nil
 	}
+	e.readers.stop()
 	err := db.Close()
 	e.closing.Wait()
 	e.mapped.close()
@@ -316,11 +326,77 @@ func (t *boltTx) bucket(s Space) *bbolt.Bucket {
 	return b
 }
 
-func (t *boltTx) Release() {
-	if t.tx.DB() != nil { // not released before
-		t.mapped.touch(t.tx, t.touched)
+// boltReader is a boltTx in somebody's hands.
+type boltReader struct {
+	*boltTx
+	readers *readers
+	round   uint64
+}
+
+func (r *boltReader) Release() {
+	t := r.boltTx
+	if t == nil {
+		return // released before
 	}
-	_ = t.tx.Rollback() // fails only when already released
+	r.boltTx = nil
+	t.mapped.touch(t.tx, t.touched)
+	t.touched = 0
+	if !r.readers.keep(t, r.round) {
+		_ = t.tx.Rollback() // fails only when it has ended
+	}
+}
+
+// readers are read transactions of the newest state that nobody uses at the moment,
+// with their buckets open: to begin one and open eight buckets costs as much as reading
+// as many rows. There are none while something is written, so they neither keep pages
+// from being used again nor the mapping from growing, and nobody waits for them.
+type readers struct {
+	mu      sync.Mutex
+	idle    []*boltTx
+	round   uint64 // of the state, raised with each write
+	stopped bool
+}
+
+// idleReaders are kept at most.
+const idleReaders = 8
+
+// take gives one, or nil, and the round that one that is begun now belongs to.
+func (r *readers) take() (t *boltTx, round uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := len(r.idle); n > 0 {
+		t, r.idle = r.idle[n-1], r.idle[:n-1]
+	}
+	return t, r.round
+}
+
+// keep takes one back; false when it is to be ended.
+func (r *readers) keep(t *boltTx, round uint64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopped || round != r.round || len(r.idle) == idleReaders {
+		return false
+	}
+	r.idle = append(r.idle, t)
+	return true
+}
+
+// stop ends all that are idle and lets none become it, until start.
+func (r *readers) stop() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, t := range r.idle {
+		_ = t.tx.Rollback() // fails only when it has ended
+	}
+	r.idle, r.stopped = nil, true
+	r.round++
+}
+
+func (r *readers) start() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.round++
+	r.stopped = false
 }
 
 func (t *boltTx) Lookup(s Space, key []byte) []byte {

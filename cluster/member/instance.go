@@ -301,9 +301,9 @@ func within(d time.Duration, answer func() error) error {
 }
 
 // snapshotShare is how much log there may be since the last snapshot, as a part
-// of the state. A snapshot is compressed to about as much, so that each byte of
-// the log costs one more to be forgotten.
-const snapshotShare = 4
+// of the state. A snapshot is compressed to half as much, so that each byte of
+// the log costs half of one to be forgotten.
+const snapshotShare = 2
 
 // snapshotMost is how much log in bytes there may be in any case: it takes disk,
 // and a start that cannot begin behind the state reads all of it.

@@ -120,8 +120,8 @@ type Timings struct {
 
 // Snapshots says when one is taken and what of the log stays behind it.
 type Snapshots struct {
-	// MinBytes of log since the last snapshot make a new one due, unless a
-	// quarter of the state is more: then that many, up to 256 MiB. 16 MiB.
+	// MinBytes of log since the last snapshot make a new one due, unless
+	// half of the state is more: then that many, up to 256 MiB. 32 MiB.
 	MinBytes int64
 	// Eager: MinBytes alone decides, however large the state is.
 	Eager bool
@@ -252,7 +252,7 @@ func (c *Config) defaults() {
 		}
 	}
 	if c.Snapshots.MinBytes == 0 {
-		c.Snapshots.MinBytes = 16 << 20
+		c.Snapshots.MinBytes = 32 << 20
 	}
 	if c.Snapshots.TrailingLogs == 0 {
 		c.Snapshots.TrailingLogs = 10240

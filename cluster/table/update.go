@@ -19,8 +19,9 @@ const (
 	backoffStep = time.Millisecond
 	backoffMax  = 64 * time.Millisecond
 	// lookAgain is from how long a run on the conditions are checked once more before
-	// they travel.
-	lookAgain = time.Millisecond
+	// they travel: it has to be more than a processor that others use makes one wait,
+	// or busy nodes check all of them.
+	lookAgain = 10 * time.Millisecond
 )
 
 // Commit says where an Update took effect.
