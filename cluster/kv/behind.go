@@ -13,7 +13,7 @@ import (
 
 const (
 	// flushPause is the least time between two flushes.
-	flushPause = 100 * time.Millisecond
+	flushPause = 200 * time.Millisecond
 	// flushShare: a flush is followed by a pause of so many times its own length,
 	// so that a slow disk is not kept busy by flushes alone; at most flushPauseMost.
 	flushShare     = 3
@@ -46,6 +46,7 @@ type behind struct {
 	// over itself changes nothing.
 	mu             sync.RWMutex
 	active, frozen *layer      // never nil, never changed in place
+	lacks          *lacking    // rows that are not below; replaced with each flush
 	work           *sync.Cond  // of mu: wakes the flusher
 	free           *sync.Cond  // of mu: wakes who waits for the flusher
 	updating       bool        // an Update stands on the active layer
@@ -81,7 +82,7 @@ func WriteBehind(below Engine) Engine {
 }
 
 func newBehind(below Engine, pause time.Duration, most layerSize) *behind {
-	e := &behind{below: below, pause: pause, most: most, active: &layer{}, frozen: &layer{}, rested: true, ended: make(chan struct{})}
+	e := &behind{below: below, pause: pause, most: most, active: &layer{}, frozen: &layer{}, lacks: &lacking{}, rested: true, ended: make(chan struct{})}
 	e.work, e.free = sync.NewCond(&e.mu), sync.NewCond(&e.mu)
 	go e.run()
 	return e
@@ -111,7 +112,7 @@ func (e *behind) open() (Snapshot, error) {
 	if err != nil || e.active.empty() && e.frozen.empty() {
 		return below, err
 	}
-	return &layered{below, [2]roots{e.active.roots, e.frozen.roots}}, nil
+	return &layered{below, [2]roots{e.active.roots, e.frozen.roots}, e.lacks}, nil
 }
 
 func (e *behind) Update(fn func(Writer) error) error {
@@ -155,10 +156,7 @@ func (e *behind) begin() (*layer, Snapshot, error) {
 		return nil, nil, err
 	}
 	e.updating = true
-	if e.frozen.empty() {
-		return e.active, below, nil
-	}
-	return e.active, &layered{below, [2]roots{{}, e.frozen.roots}}, nil
+	return e.active, &layered{below, [2]roots{{}, e.frozen.roots}, e.lacks}, nil
 }
 
 // end puts the next layer in place of the active one.
@@ -240,7 +238,7 @@ func (e *behind) flushed(err error, took time.Duration) (fails func(error), _ er
 		e.err = fmt.Errorf("keep the state on disk: %w", err)
 		return e.fails, e.err
 	}
-	e.kept, e.frozen = e.frozen.upto, &layer{}
+	e.kept, e.frozen, e.lacks = e.frozen.upto, &layer{}, &lacking{}
 	e.rested = false
 	e.rest = time.AfterFunc(max(e.pause, min(flushShare*took, flushPauseMost)), func() {
 		e.mu.Lock()
@@ -291,6 +289,12 @@ func (e *behind) Replace(fill func(batch func(func(Writer) error) error) error) 
 	if err := e.Sync(); err != nil {
 		return err
 	}
+	defer func() {
+		// Meanwhile the layers were empty, and nobody asked.
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.lacks = &lacking{}
+	}()
 	return e.below.Replace(fill)
 }
 
@@ -314,6 +318,7 @@ func (e *behind) Close() error {
 type layered struct {
 	Snapshot
 	layers [2]roots
+	lacks  *lacking
 }
 
 func (l *layered) Lookup(s Space, key []byte) []byte {
@@ -322,7 +327,47 @@ func (l *layered) Lookup(s Space, key []byte) []byte {
 			return v
 		}
 	}
-	return l.Snapshot.Lookup(s, key)
+	if s != rows {
+		return l.Snapshot.Lookup(s, key)
+	}
+	if l.lacks.has(key) {
+		return nil
+	}
+	v := l.Snapshot.Lookup(s, key)
+	if v == nil {
+		l.lacks.add(key)
+	}
+	return v
+}
+
+// lacking are rows that were looked for below and not found. Most of what a push looks
+// for is not there, and it is looked for once more when its conditions are judged. They
+// hold from one flush to the next: what the flush between makes of them is in the frozen
+// layer, which is looked at before.
+type lacking struct {
+	mu   sync.RWMutex
+	keys map[string]struct{}
+}
+
+// lackingMost bounds them.
+const lackingMost = 16384
+
+func (l *lacking) has(key []byte) bool {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	_, ok := l.keys[string(key)]
+	return ok
+}
+
+func (l *lacking) add(key []byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.keys == nil {
+		l.keys = map[string]struct{}{}
+	}
+	if len(l.keys) < lackingMost {
+		l.keys[string(key)] = struct{}{}
+	}
 }
 
 func (l *layered) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {

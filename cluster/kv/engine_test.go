@@ -277,3 +277,62 @@ func TestBoltRefusesOtherFormatsAndDamage(t *testing.T) {
 		t.Errorf("a damaged file: %v", err)
 	}
 }
+
+// A read transaction is used again until something is written, by one reader at a time;
+// none is open during a write, and whatever is opened later sees it.
+func TestReadersAreUsedAgain(t *testing.T) {
+	e := openTestBolt(t, filepath.Join(t.TempDir(), "state.db")).(*bolt)
+	set(t, e, rows, "t\x00key", "1")
+	open := func() (Snapshot, *boltTx) {
+		t.Helper()
+		s, err := e.Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s, s.(*boltReader).boltTx
+	}
+	value := func(s Snapshot) string { return string(s.Lookup(rows, []byte("t\x00key"))) }
+	first, a := open()
+	second, b := open()
+	if a == b {
+		t.Fatal("two readers have one transaction")
+	}
+	first.Release()
+	first.Release() // again changes nothing
+	third, c := open()
+	if c != a || value(third) != "1" {
+		t.Errorf("the transaction is not used again: %v, %q", c != a, value(third))
+	}
+	fourth, d := open()
+	if d == a || d == b {
+		t.Error("a transaction that was released twice is in two hands")
+	}
+	third.Release()
+	fourth.Release()
+	err := e.Update(func(w Writer) error {
+		if n := e.db.Stats().OpenTxN; n != 1 { // the second reader's
+			t.Errorf("%d read transactions are open during a write", n)
+		}
+		inside, _ := open()
+		inside.Release()
+		if n := e.db.Stats().OpenTxN; n != 1 {
+			t.Errorf("%d read transactions are open during a write, after one more", n)
+		}
+		return w.Set(rows, []byte("t\x00key"), []byte("2"))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if value(second) != "1" {
+		t.Errorf("a state changed under its reader: %q", value(second))
+	}
+	second.Release()
+	if after, _ := open(); value(after) != "2" {
+		t.Errorf("after the write: %q", value(after))
+	} else {
+		after.Release()
+	}
+	if err := e.Close(); err != nil { // does not wait for those that are idle
+		t.Error(err)
+	}
+}
