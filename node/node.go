@@ -356,7 +356,8 @@ func (n *Node) Run(ctx context.Context) error {
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.ServeBoth(ctx, n.peerListener, n.packets()) })
 	cluster := startFloor(run, fail, n.member.Run, n.welcome)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.traffic.Run, n.rooms.jobs.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
-		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, n.rooms.doctor.Run, telemetry.GiveBackMemory)
+		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, n.rooms.doctor.Run, telemetry.GiveBackMemory,
+		telemetry.BoundMemory)
 
 	err := n.settle(run)
 	if err == nil {

@@ -6,7 +6,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"runtime"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -15,12 +14,6 @@ import (
 	"github.com/atoll-registry/atoll/node/settings"
 	"github.com/atoll-registry/atoll/node/telemetry"
 )
-
-// garbage is how much a node may leave between two garbage collections besides
-// what Go allows for its live memory, which is a few MB: without it a busy node
-// collects every few hundred requests. Unlike a higher GOGC it stays the same
-// when a node has more to remember.
-const garbage = 8 << 20
 
 func newServe() *cobra.Command {
 	c := node.Config{Version: version}
@@ -74,8 +67,6 @@ else one is made and kept in DATA/admin-password.`,
 			if err != nil {
 				return err
 			}
-			spare := make([]byte, garbage) // never touched, so only addresses
-			defer runtime.KeepAlive(spare)
 			return n.Run(cmd.Context())
 		},
 	}

@@ -2,6 +2,9 @@ package telemetry
 
 import (
 	"context"
+	"math"
+	"runtime"
+	"runtime/debug"
 	"runtime/metrics"
 	"testing"
 	"testing/synctest"
@@ -58,6 +61,49 @@ func TestGiveBackMemory(t *testing.T) {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+func TestMemoryLimit(t *testing.T) {
+	const mib = 1 << 20
+	for _, row := range []struct{ live, rest, want int64 }{
+		{20 * mib, 10 * mib, 112 * mib},        // little lives: Go collects before
+		{60 * mib, 10 * mib, 112 * mib},        // and here at the same time
+		{80 * mib, 10 * mib, 130 * mib},        // half of it
+		{200*mib + 1, 20 * mib, 320 * mib},     // in steps
+		{70 * mib, 40 * mib, (110 + 35) * mib}, // what is no heap has room of its own
+	} {
+		if got := memoryLimit(row.live, row.rest); got != row.want {
+			t.Errorf("%d MiB live and %d besides: a limit of %d MiB, want %d", row.live/mib, row.rest/mib, got/mib, row.want/mib)
+		}
+	}
+}
+
+// The limit follows what lives, and goes with the node.
+func TestBoundMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- BoundMemory(ctx) }()
+		synctest.Wait()
+		if limit := debug.SetMemoryLimit(-1); limit < heapMost || limit == math.MaxInt64 {
+			t.Errorf("a limit of %d", limit)
+		}
+		keep := make([]byte, 200<<20)
+		runtime.GC()
+		time.Sleep(boundPause)
+		synctest.Wait()
+		if limit := debug.SetMemoryLimit(-1); limit < 300<<20 || limit > 400<<20 {
+			t.Errorf("a limit of %d with %d that live", limit, len(keep))
+		}
+		runtime.KeepAlive(keep)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
+			t.Errorf("a limit of %d afterwards", limit)
 		}
 	})
 }
