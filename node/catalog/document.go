@@ -204,7 +204,7 @@ func (d *Document) readCommon(fields map[string]json.RawMessage) error {
 		d.ArtifactType = d.Config.MediaType
 	}
 	if raw, ok := fields["annotations"]; ok {
-		if err := json.Unmarshal(raw, &d.Annotations); err != nil {
+		if d.Annotations, ok = texts(raw); !ok {
 			return fmt.Errorf("annotations must map strings to strings")
 		}
 	}

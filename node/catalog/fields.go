@@ -149,7 +149,11 @@ func (n *names) add(name string) bool {
 
 // textOf reads a string with its quotes.
 func textOf(raw []byte) (s string, err error) {
-	if len(raw) < 2 || raw[0] != '"' || bytes.ContainsFunc(raw, func(r rune) bool { return r == '\\' || r >= 0x80 }) {
+	plain := len(raw) >= 2 && raw[0] == '"'
+	for _, c := range raw {
+		plain = plain && c != '\\' && c < 0x80
+	}
+	if !plain {
 		err = json.Unmarshal(raw, &s)
 		return s, err
 	}
@@ -205,6 +209,28 @@ func list(raw []byte) (items []json.RawMessage, ok bool) {
 		items = append(items, w.value())
 	}
 	return items, true
+}
+
+// texts reads an object of strings, as encoding/json does: null is none, and a value
+// that is null is empty. ok is false when it is another thing.
+func texts(raw []byte) (all map[string]string, ok bool) {
+	w := walk{rest: raw}
+	if w.next() != '{' {
+		return nil, isNull(raw)
+	}
+	w.take(1)
+	all = map[string]string{}
+	for w.next() == '"' {
+		name, err := textOf(w.text())
+		if err != nil {
+			return nil, false
+		}
+		value := w.value()
+		if all[name], err = textOf(value); err != nil {
+			return nil, false
+		}
+	}
+	return all, true
 }
 
 func isNull(raw json.RawMessage) bool { return bytes.Equal(bytes.TrimSpace(raw), []byte("null")) }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"strings"
 	"testing"
 )
@@ -75,6 +76,11 @@ func agree(t *testing.T, body []byte) {
 	if ok != (err == nil) || ok && fmt.Sprintf("%q", parts) != fmt.Sprintf("%q", items) {
 		t.Fatalf("the items of %q are %q, %v; want %q, %v", body, parts, ok, items, err)
 	}
+	var named map[string]string
+	err = json.Unmarshal(body, &named)
+	if mine, ok := texts(body); ok != (err == nil) || ok && !maps.Equal(mine, named) {
+		t.Fatalf("the texts of %q are %q, %v; want %q, %v", body, mine, ok, named, err)
+	}
 	for _, raw := range append(parts, body) {
 		var text string
 		err := json.Unmarshal(raw, &text)
@@ -104,7 +110,7 @@ func equal(a, b map[string]json.RawMessage) bool {
 var fieldSeeds = []string{
 	`{}`, `[]`, `null`, ` null `, `1`, `-1`, `-0`, `1e3`, `12345678901234567890`, `"a"`, `""`, `"\""`, `"\u0061"`, `"é"`, "\"\xff\"", `true`,
 	` { "a" : 1 , "b":[1,2 , {"c":"]}"}] } `, `{"a":1,"\u0061":2}`, `{"a":{"a":{"a":1}}}`, `{"a":"\\","b":"\\\""}`, `[[],[[]],{},"",null]`,
-	"{\"\xfe\":1,\"\xff\":2}", `{"a":1,}`, `[1,]`, `{"a" 1}`, `[1 2]`, `{"a":1}{`, `{"a":1} x`, `{"a":1} `, `{a:1}`, ``, ` `, "\"\x01\"", `{"":"","a":null}`,
+	"{\"\xfe\":1,\"\xff\":2}", `{"a":1,}`, `[1,]`, `{"a" 1}`, `[1 2]`, `{"a":1}{`, `{"a":1} x`, `{"a":1} `, `{a:1}`, `{"a":"b","c":null,"d":"\u00e9"}`, `{"a":"b","c":1}`, ``, ` `, "\"\x01\"", `{"":"","a":null}`,
 	strings.Repeat("[", maxDepth) + strings.Repeat("]", maxDepth), strings.Repeat("[", maxDepth+1) + strings.Repeat("]", maxDepth+1),
 	strings.Repeat("[", 20000) + strings.Repeat("]", 20000), strings.Repeat("[", 100),
 }
