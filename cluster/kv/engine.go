@@ -201,7 +201,10 @@ func (tx memoryEdit) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] 
 }
 
 func (tx memoryEdit) Set(s Space, key, value []byte) error {
-	tx[s].Set(key, append([]byte{}, value...)) // not nil, which would be no value
+	if value == nil {
+		value = []byte{} // nil would be no value
+	}
+	tx[s].Set(key, value) // copies both
 	return nil
 }
 
