@@ -200,22 +200,23 @@ const voterStep = 5
 // was silent for so long to a majority has stepped down, whether it lives or not.
 func (n *Node) noticeSilence(ctx context.Context, in *instance) error {
 	patience := n.cfg.Timings.Heartbeat
-	heard := time.Now() // a node that has just started waits as one that has just heard
+	often := patience / 4 // who leads changes, and with it whose turn it is
+	heard := time.Now()   // a node that has just started waits as one that has just heard
 	for {
 		if at := in.LastContact(); at.After(heard) {
 			heard = at
 		}
-		wait := patience / 4
+		wait := often
 		if in.State() == raft.Follower {
 			wait = time.Until(heard.Add(patience + time.Duration(in.turn())*patience/voterStep))
 			if wait <= 0 {
 				if err := in.lookAtContact(); err != nil {
 					n.log.Warn("a silent leader is noticed late", "error", err)
 				}
-				heard, wait = time.Now(), patience/4
+				heard, wait = time.Now(), often
 			}
 		}
-		if !sleep(ctx, wait) {
+		if !sleep(ctx, min(wait, often)) {
 			return nil
 		}
 	}
