@@ -131,6 +131,19 @@ func (h *Host) Plug(ctx context.Context) error {
 	return runAll(ctx, "ip -n "+h.sw+" link set "+h.port+" up")
 }
 
+// Narrow makes packets vanish that are longer than so many bytes, headers of IP and all, on
+// their way to and from the host, and nobody is told: a path whose MTU is smaller than its
+// ends believe, with what would say so filtered. Hosts that send to it need Segment.
+func (h *Host) Narrow(ctx context.Context, mtu int) error {
+	return errors.Join(h.Segment(ctx), runAll(ctx, fmt.Sprintf("ip -n %s link set %s mtu %d", h.sw, h.port, mtu)))
+}
+
+// Segment has the host cut what it sends into packets itself, as they go over a real link;
+// between namespaces they would pass uncut, whatever the MTU.
+func (h *Host) Segment(ctx context.Context) error {
+	return runAll(ctx, "ip -n "+h.space+" link set eth0 gso_max_segs 1")
+}
+
 // Inside runs fn on a thread of its own that is in the host's network: sockets that fn
 // opens are the host's.
 func (h *Host) Inside(fn func() error) error { return inside(h.space, fn) }

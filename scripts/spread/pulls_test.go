@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,14 +22,17 @@ import (
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/stream"
+	"github.com/atoll-registry/atoll/transfer/swarm"
 	"github.com/atoll-registry/atoll/transfer/transfertest"
 )
 
 // pulls is what the process that is measured has to do.
 type pulls struct {
-	Dir   string
-	From  string // address of the holder
-	Blobs []transfer.Blob
+	Way      string
+	Dir      string
+	From     string // address of the holder
+	Torrents string // its address for BitTorrent
+	Blobs    []transfer.Blob
 }
 
 const pullsEnv = "ATOLL_SPREAD_PULLS"
@@ -155,12 +159,52 @@ func (store) Pieces(context.Context, digest.Digest) (transfer.PieceTable, error)
 type only struct{ addr string }
 
 func (o only) Candidates(context.Context, digest.Digest) []transfer.Peer {
-	return []transfer.Peer{{Addr: o.addr}}
+	return []transfer.Peer{{ID: "holder", Addr: o.addr}}
+}
+
+// proven is a connection that says whose it is, without any proof.
+type proven struct {
+	net.Conn
+	peer string
+}
+
+// PeerID of the other end.
+func (p proven) PeerID() string { return p.peer }
+
+// fromNode takes the node's connections.
+type fromNode struct{ net.Listener }
+
+// Accept implements net.Listener.
+func (l fromNode) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	return proven{c, "node"}, err
 }
 
 func dial(ctx context.Context, addr string) (net.Conn, error) {
 	var d net.Dialer
-	return d.DialContext(ctx, "tcp", addr)
+	c, err := d.DialContext(ctx, "tcp", addr)
+	return proven{c, "holder"}, err
+}
+
+// engines makes a mover, and the carrier that it uses for BitTorrent, which dials torrents
+// whoever is meant.
+func engines(way string, c stream.Config, torrents string) (mover *stream.Engine, carrier *swarm.Engine, err error) {
+	carrier, err = swarm.New(swarm.Config{
+		Node: c.Self, Source: c.Source, Peers: c.Peers,
+		Dial:     func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx, torrents) },
+		Arriving: func(d digest.Digest) (*transfer.Arrival, bool) { return mover.Arriving(d) },
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	c.Carrier = func(transfer.Blob, transfer.Way) transfer.Carrier {
+		if way == byBitTorrent {
+			return carrier
+		}
+		return nil
+	}
+	mover, err = stream.New(c)
+	return mover, carrier, err
 }
 
 // pull fetches and reads all blobs at once and gives the most memory that this took, in
@@ -174,11 +218,12 @@ func pull(ctx context.Context, task string) (peak float64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	e, err := stream.New(stream.Config{Source: store{kept}, Sink: store{kept}, Peers: only{p.From}, Dial: dial})
+	e, carrier, err := engines(p.Way, stream.Config{Source: store{kept}, Sink: store{kept}, Peers: only{p.From}, Self: "node", Dial: dial}, p.Torrents)
 	if err != nil {
 		return 0, err
 	}
 	go func() { _ = e.Run(ctx) }() // the process ends with it
+	go func() { _ = carrier.Run(ctx) }()
 	ended := make(chan error)
 	for _, b := range p.Blobs {
 		go func() {
@@ -221,18 +266,21 @@ func peakMemory() (float64, error) {
 }
 
 // Eight clients pull as many big blobs at once through one node, a process of its own with a
-// store on disk.
+// store on disk, by either engine.
 func TestMemoryOfPulls(t *testing.T) {
 	p := &patterned{
 		base: make([]byte, transfer.PieceSize), size: int64(*mib) << 20,
 		blobs: map[digest.Digest]uint64{}, tables: map[digest.Digest]transfer.PieceTable{},
 	}
 	rand.NewChaCha8([32]byte{7}).Read(p.base)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var addr [2]net.Listener
+	for i := range addr {
+		var err error
+		if addr[i], err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
 	}
-	task := pulls{Dir: t.TempDir() + "/blobs", From: ln.Addr().String()}
+	task := pulls{From: addr[0].Addr().String(), Torrents: addr[1].Addr().String()}
 	for i := range 8 {
 		b, err := p.add(uint64(i))
 		if err != nil {
@@ -240,16 +288,35 @@ func TestMemoryOfPulls(t *testing.T) {
 		}
 		task.Blobs = append(task.Blobs, b)
 	}
-	holder, err := stream.New(stream.Config{Source: p, Sink: transfertest.NewStore(), Peers: only{}, Dial: dial})
+	holder, carrier, err := engines(byStream, stream.Config{Source: p, Sink: transfertest.NewStore(), Peers: only{}, Self: "holder", Dial: dial}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer addr[1].Close()
 	defer cancel()
-	wg.Go(func() { _ = holder.Serve(ctx, ln) })
-	raw, err := json.Marshal(task)
+	wg.Go(func() { _ = holder.Serve(ctx, fromNode{addr[0]}) })
+	wg.Go(func() { _ = carrier.Run(ctx) })
+	wg.Go(func() { _ = carrier.Serve(fromNode{addr[1]}) })
+	for _, way := range []string{byStream, byBitTorrent} {
+		task.Way, task.Dir = way, filepath.Join(t.TempDir(), "blobs")
+		peak := task.run(ctx, t)
+		row(fmt.Sprintf("pulls8_of_%d_mib_rss_%s", *mib, way), peak, "MB", 128)
+		if peak > 128 {
+			t.Errorf("eight pulls by %s took %.0f MB", way, peak)
+		}
+		if err := os.RemoveAll(task.Dir); err != nil { // it is large
+			t.Fatal(err)
+		}
+	}
+}
+
+// run has another process do the task, and gives the most memory that it had, in MB.
+func (p pulls) run(ctx context.Context, t *testing.T) float64 {
+	t.Helper()
+	raw, err := json.Marshal(p)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -264,8 +331,5 @@ func TestMemoryOfPulls(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	row(fmt.Sprintf("pulls8_of_%d_mib_rss", *mib), peak, "MB", 128)
-	if peak > 128 {
-		t.Errorf("eight pulls took %.0f MB", peak)
-	}
+	return peak
 }
