@@ -38,13 +38,14 @@ func TestSlowDeadAndLateNodesHoldNobodyUp(t *testing.T) {
 	bound := float64(size) / float64(*rate)
 	last := c.have(ctx, t, others).Seconds() / bound
 	came := c.have(ctx, t, []*member{late}).Seconds() / bound
-	judge(t, "faults_others", last, "x bound", limits{1.4, 2.5})
-	judge(t, "faults_late", came, "x bound", limits{1.4, 2.5})
-	row("faults_source_sent_until_then", float64(c.nodes[0].says().Sent)/float64(size), "F", 0)
-	if *whole {
+	if *whole { // of a small blob, whose others say little
 		slowest := c.have(ctx, t, slow).Seconds() / bound
 		judge(t, "faults_slow", slowest, "x bound", limits{12, 15}) // their own downlink takes ten
+		return
 	}
+	judge(t, "faults_others", last, "x bound", limits{1.4, 3})
+	judge(t, "faults_late", came, "x bound", limits{1.4, 3})
+	row("faults_source_sent_until_then", float64(c.nodes[0].says().Sent)/float64(size), "F", 0)
 	for _, m := range slow { // they go on meanwhile
 		had := m.says().Held
 		if !m.until(ctx, func(r report) bool { return r.Done || r.Held > had }) {
