@@ -12,7 +12,7 @@ func TestLoneNodeWithoutAVote(t *testing.T) {
 	var elsewhere struct{ Token string }
 	const scope = "/service/token?service=harbor-registry&scope=repository:library/app:pull"
 	first.do("GET", scope, nil).want(200).decode(&elsewhere)
-	if len(lone.member.Identity().ClusterKey) != 0 {
+	if len(lone.member.ClusterKeys()) != 0 {
 		t.Error("it has the cluster key")
 	}
 	if err := first.stop(); err != nil {

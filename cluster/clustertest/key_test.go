@@ -3,10 +3,19 @@ package clustertest
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"io"
 	"io/fs"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httputil"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,7 +29,7 @@ import (
 func (c *Cluster) holding(key []byte) (names []string) {
 	c.t.Helper()
 	for _, n := range c.nodes {
-		found := n.Up() && bytes.Contains(n.Identity().ClusterKey, key)
+		found := n.Up() && bytes.Contains(n.ClusterKeys(), key)
 		err := filepath.WalkDir(n.Dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() {
 				return err
@@ -60,7 +69,7 @@ func TestVotersHoldTheKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := New(t, Options{Define: withNotes})
 		first := c.Found()
-		key := bytes.Clone(first.Identity().ClusterKey)
+		key := first.ClusterKeys()
 		for _, want := range []int{1, 3, 3, 5, 5, 5} {
 			joined := c.Join(first)
 			c.AwaitVoters(want)
@@ -103,10 +112,10 @@ func TestVotersHoldTheKey(t *testing.T) {
 		}
 		c.Await("the key has changed and nobody is exposed", func() bool {
 			s, err := first.Status(t.Context())
-			return err == nil && !s.Rekeying && len(s.Exposed) == 0 && !bytes.Equal(first.Identity().ClusterKey, key)
+			return err == nil && !s.Rekeying && len(s.Exposed) == 0 && !bytes.Equal(first.ClusterKeys(), key)
 		})
 		c.Await("nobody has the former key", func() bool { return len(c.holding(key)) == 0 })
-		if held, votes := c.holding(first.Identity().ClusterKey), c.voting(first); !slices.Equal(held, votes) {
+		if held, votes := c.holding(first.ClusterKeys()), c.voting(first); !slices.Equal(held, votes) {
 			t.Errorf("%v hold the new key and %v vote", held, votes)
 		}
 	})
@@ -137,10 +146,84 @@ func TestNoVoteWithoutTheKey(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.AwaitVoters(3)
-		if held := c.holding(first.Identity().ClusterKey); len(held) != 3 {
+		if held := c.holding(first.ClusterKeys()); len(held) != 3 {
 			t.Errorf("%v hold the key", held)
 		}
 	})
+}
+
+// TestAClaimIsNoProof: a node that only says that it holds the key gets no vote by it,
+// and nobody gives up the key for it.
+func TestAClaimIsNoProof(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		first := c.Found()
+		liar := c.Join(first)
+		c.AwaitVoters(1)
+		if err := os.MkdirAll(filepath.Join(liar.Dir, "cluster.key", "x"), 0o700); err != nil { // it cannot have it
+			t.Fatal(err)
+		}
+		defer liar.claims(first, first.ClusterKeys())()
+		// All that it takes for the other to vote, lead and be the only one with the key.
+		if err := first.Drain(t.Context(), first.Self(), false); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(time.Minute)
+		if votes := c.voting(first); !slices.Equal(votes, []string{first.Name}) {
+			t.Errorf("%v vote", votes)
+		}
+		if held := len(first.ClusterKeys()); held != pki.ClusterKeySize {
+			t.Errorf("the one node with the key holds %d bytes of it now", held)
+		}
+	})
+}
+
+// claims has a node's answers to pings of another say that it holds a key, until the
+// end. All else it answers as before.
+func (n *Node) claims(to *Node, key []byte) (end func()) {
+	t, network := n.cluster.t, n.cluster.Network
+	id := sha256.Sum256(append([]byte("atoll cluster key id\x00"), key...))
+	network.mu.Lock()
+	honest := n.host.services[member.ServiceControl]
+	network.mu.Unlock()
+	liar := n.host.Listen(member.ServiceControl)
+	n.host.Drop(to.Self())
+	proxy := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", n.Addr },
+		Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			there, back := &stream{network: network, link: link{to.Addr, n.Addr}}, &stream{network: network, link: link{n.Addr, to.Addr}}
+			select {
+			case honest.accepted <- &conn{host: n.host, in: there, out: back, peer: to.Self(), accepted: true}:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+			return &conn{host: to.host, in: back, out: there, peer: n.Self()}, nil
+		}},
+		ModifyResponse: func(r *http.Response) error {
+			if r.Request.URL.Path != "/v1/ping" {
+				return nil
+			}
+			var said map[string]any
+			if err := json.NewDecoder(r.Body).Decode(&said); err != nil {
+				return err
+			}
+			said["keys"] = []string{hex.EncodeToString(id[:16])}
+			said["seals"] = hex.EncodeToString(id[:16])
+			text, err := json.Marshal(said)
+			r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(text)), int64(len(text))
+			r.Header.Set("Content-Length", strconv.Itoa(len(text)))
+			return err
+		},
+	}
+	server := &http.Server{Handler: proxy, ErrorLog: log.New(io.Discard, "", 0)}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(liar) }()
+	return func() {
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+		<-served
+	}
 }
 
 // TestALoneNodeWithoutAVote: with everybody else dead it serves with the certificate
@@ -186,14 +269,14 @@ func TestStolenWithoutAVote(t *testing.T) {
 			c.Join(first)
 		}
 		c.AwaitVoters(5)
-		key, ca, token := bytes.Clone(first.Identity().ClusterKey), first.CA(), first.token()
+		key, ca, token := first.ClusterKeys(), first.CA(), first.token()
 		without := c.nodes[slices.IndexFunc(c.nodes, func(n *Node) bool { return !slices.Contains(c.voting(first), n.Name) })]
 		if err := first.Betray(t.Context(), without.Self()); err != nil {
 			t.Fatal(err)
 		}
 		without.ends()
 		c.rotated(ca)
-		if s, err := first.Status(t.Context()); err != nil || s.Rekeying || !bytes.Equal(first.Identity().ClusterKey, key) {
+		if s, err := first.Status(t.Context()); err != nil || s.Rekeying || !bytes.Equal(first.ClusterKeys(), key) {
 			t.Errorf("the cluster key changed: %v", err)
 		}
 		if err := c.NewNode().JoinWith(token, first.Addr); err == nil {
@@ -212,7 +295,7 @@ func TestStolenThroughACrash(t *testing.T) {
 			leader := c.Leader()
 			others := c.Others(leader)
 			stolen, asked := others[0], others[1]
-			key, ca, token := bytes.Clone(asked.Identity().ClusterKey), asked.CA(), asked.token()
+			key, ca, token := asked.ClusterKeys(), asked.CA(), asked.token()
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error, 1)
 			id := stolen.Self()
@@ -240,7 +323,7 @@ func TestStolenThroughACrash(t *testing.T) {
 					if !n.Up() || n == stolen {
 						continue
 					}
-					if s, err := n.Status(t.Context()); err != nil || s.Rekeying || len(n.Identity().ClusterKey) > pki.ClusterKeySize || bytes.Equal(n.Identity().ClusterKey, key) {
+					if s, err := n.Status(t.Context()); err != nil || s.Rekeying || len(n.ClusterKeys()) > pki.ClusterKeySize || bytes.Equal(n.ClusterKeys(), key) {
 						return false
 					}
 				}

@@ -217,6 +217,7 @@ func TestStolen(t *testing.T) {
 			others := c.Others(leader)
 			stolen, away, asked := others[0], others[1], others[2]
 			held, id := stolen.Identity(), stolen.Self()
+			held.ClusterKey = stolen.ClusterKeys()
 			away.Kill()
 			c.Await("it is missed", func() bool { return len(asked.Live()) == 4 })
 			for range 2 { // safe to repeat
@@ -238,7 +239,7 @@ func TestStolen(t *testing.T) {
 				votes := c.voting(asked)
 				for _, n := range c.Others() {
 					s, err := n.Status(t.Context())
-					key := n.Identity().ClusterKey
+					key := n.ClusterKeys()
 					if err != nil || s.Rekeying || bytes.Equal(key, held.ClusterKey) || slices.Contains(votes, n.Name) != (len(key) == pki.ClusterKeySize) {
 						return false
 					}

@@ -304,7 +304,10 @@ func (n *Node) follow() (told bool, err error) {
 func (n *Node) alter(change func(id *Identity)) error {
 	n.altering.Lock()
 	defer n.altering.Unlock()
-	id := n.Identity()
+	n.mu.Lock()
+	id := n.identity
+	n.mu.Unlock()
+	former := id.ClusterKey
 	change(&id)
 	if _, err := id.issuer(); err != nil {
 		return err
@@ -312,7 +315,15 @@ func (n *Node) alter(change func(id *Identity)) error {
 	if err := id.save(n.cfg.Dir, n.cfg.Keys); err != nil {
 		return err
 	}
-	return n.become(id)
+	if err := n.become(id); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !bytes.Equal(former, id.ClusterKey) {
+		clear(former) // all who read it do so under mu
+	}
+	return nil
 }
 
 // become takes an identity for the next handshakes.

@@ -12,12 +12,14 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/raft"
 
 	"github.com/atoll-registry/atoll/cluster/joining"
 	"github.com/atoll-registry/atoll/cluster/kv"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -26,7 +28,7 @@ import (
 //	POST /v1/txn    a Txn's bytes in, a Result's bytes out; to the leader
 //	GET  /v1/index  a read index; to the leader
 //	GET  /v1/term   the term of this node
-//	GET  /v1/ping   a sign of life
+//	GET  /v1/ping   a sign of life, with proofs for a ?nonce=
 //	GET  /v1/key    the cluster key ?id=; to members that are entrusted with it
 //	POST /v1/duty   what takes the cluster key, ?of=; to members
 //	POST /v1/lead   hand the leadership to the voter ?node=; to the leader
@@ -70,9 +72,10 @@ type ping struct {
 	Trusts  []string `json:"trusts,omitempty"`
 	Renewal int      `json:"renewal,omitempty"`
 	// Keys are the ids of the cluster keys that the node holds; Seals is the one
-	// that it seals with.
-	Keys  []string `json:"keys,omitempty"`
-	Seals string   `json:"seals,omitempty"`
+	// that it seals with. Proofs show that it holds them: see prove.
+	Keys   []string `json:"keys,omitempty"`
+	Seals  string   `json:"seals,omitempty"`
+	Proofs [][]byte `json:"proofs,omitempty"`
 }
 
 type number struct {
@@ -201,28 +204,74 @@ func (n *Node) askTerm(ctx context.Context, addr, id string) (uint64, error) {
 	return answer.Number, nil
 }
 
-func (n *Node) servePing(w http.ResponseWriter, _ *http.Request) {
+func (n *Node) servePing(w http.ResponseWriter, r *http.Request) {
 	in := n.raft.Load()
 	if in == nil {
 		http.Error(w, "the node is starting", http.StatusServiceUnavailable)
 		return
 	}
-	n.reply(w, n.sign(in))
+	answer := n.sign(in)
+	if peer, _ := r.Context().Value(peerKey{}).(string); peer != "" {
+		answer.Proofs = n.prove(r.URL.Query().Get("nonce"), peer)
+	}
+	n.reply(w, answer)
 }
 
 // sign is this node's sign of life.
 func (n *Node) sign(in *instance) ping {
 	self := n.reported()
 	trusts := n.trusts()
-	seals, _ := n.sealing() // none is an answer
+	seals, _ := n.seals() // none is an answer
 	return ping{
 		Run:  n.run,
-		Keys: n.Identity().keyIDs(), Seals: keyID(seals),
+		Keys: n.keyIDs(), Seals: seals,
 		Issuer: trusts[0], Trusts: trusts, Renewal: n.Identity().Renewal,
 		Node: n.Self(), Term: in.CurrentTerm(), Applied: in.machine.Applied(), Leader: n.Leader(),
 		Version: n.cfg.Version, Expires: n.Certificate().Leaf.NotAfter.Unix(),
 		Clock: n.cfg.Clock().UnixMilli(), Fitness: self.Fitness, Codes: self.Codes,
 	}
+}
+
+// maxProofs bounds those of one answer that are looked at: a node holds two keys while
+// the site changes its own, and a third for a moment.
+const maxProofs = 4
+
+// proofName is what a proof is bound to: the question, who answers it and who asked. So
+// it is good once, and nobody can pass on another's.
+func proofName(nonce, holder, asker string) string {
+	return "proof of " + holder + " to " + asker + " for " + nonce
+}
+
+// prove shows to a member, in answer to its nonce, that this node holds its cluster
+// keys: by each it seals nothing, under a name that nobody could have known before.
+func (n *Node) prove(nonce, asker string) (proofs [][]byte) {
+	name := proofName(nonce, n.Self(), asker)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for key := range slices.Chunk(n.identity.ClusterKey, pki.ClusterKeySize) {
+		if proof, err := pki.Seal(key, name, nil); err == nil {
+			proofs = append(proofs, proof)
+		}
+	}
+	return proofs
+}
+
+// proved are the ids of the cluster keys that a member has shown to hold in answer to a
+// nonce. Only who holds a key can tell: what a member says of others is nothing that a
+// key may be given up for, or a vote be given.
+func (n *Node) proved(p ping, nonce string) (ids []string) {
+	name := proofName(nonce, p.Node, n.Self())
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for key := range slices.Chunk(n.identity.ClusterKey, pki.ClusterKeySize) {
+		if slices.ContainsFunc(p.Proofs[:min(len(p.Proofs), maxProofs)], func(proof []byte) bool {
+			_, err := pki.Open(key, name, proof)
+			return err == nil
+		}) {
+			ids = append(ids, keyID(key))
+		}
+	}
+	return ids
 }
 
 func (n *Node) reply(w http.ResponseWriter, v any) {
@@ -317,7 +366,7 @@ func (n *Node) Ask(ctx context.Context, duty string, ask, answer any) error {
 }
 
 func (n *Node) delegate(ctx context.Context, duty string, body []byte) (json.RawMessage, error) {
-	if _, err := n.sealing(); err == nil {
+	if _, err := n.seals(); err == nil {
 		v, err := n.duties[duty](ctx, body)
 		if err != nil {
 			return nil, err
@@ -370,7 +419,7 @@ func (n *Node) serveDuty(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	do, known := n.duties[r.URL.Query().Get("of")]
-	if _, err := n.sealing(); err != nil || !known {
+	if _, err := n.seals(); err != nil || !known {
 		http.Error(w, "this node does not hold the site's cluster key, or does not know the duty", http.StatusServiceUnavailable)
 		return
 	}

@@ -303,6 +303,15 @@ func (id Identity) keyIDs() (ids []string) {
 	return ids
 }
 
+// sealing is the key that secrets are sealed with now, by the site's row; nil when the
+// node does not hold it.
+func (id Identity) sealing(row secretRow) []byte {
+	if row.Seals == "" && len(id.ClusterKey) > 0 { // the site is being founded
+		return id.ClusterKey[:pki.ClusterKeySize]
+	}
+	return id.key(row.Seals)
+}
+
 // key finds a key by its id; nil when the node does not hold it.
 func (id Identity) key(name string) []byte {
 	for key := range slices.Chunk(id.ClusterKey, pki.ClusterKeySize) {

@@ -194,7 +194,8 @@ type Node struct {
 var _ table.Backend = (*Node)(nil)
 
 // New prepares a node and defines its tables on cfg.DB; nothing runs yet. The
-// order is: New, DB.Build, DB.Attach(node), Run.
+// order is: New, DB.Build, DB.Attach(node), Run. It keeps the bytes of the identity's
+// cluster keys, and overwrites them when the node may not have them any more.
 func New(cfg Config, identity Identity) (*Node, error) {
 	if cfg.Dir == "" || cfg.Network == nil || cfg.DB == nil || cfg.Log == nil {
 		return nil, errors.New("member: Dir, Network, DB and Log are required")
@@ -274,12 +275,14 @@ func (c *Config) defaults() {
 // Self is this node's id.
 func (n *Node) Self() string { return n.Identity().NodeID }
 
-// Identity is what this node is at present; its certificate changes when it is
-// renewed.
+// Identity is what this node is at present, without the cluster keys; its certificate
+// changes when it is renewed.
 func (n *Node) Identity() Identity {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.identity
+	id := n.identity
+	id.ClusterKey = nil
+	return id
 }
 
 // Certificate is the node's certificate for its peers, the authority's behind

@@ -101,6 +101,10 @@ func (n *Node) foundRows(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	seals, err := n.seals()
+	if err != nil {
+		return err
+	}
 	keyHash, err := id.keyHash()
 	if err != nil {
 		return err
@@ -126,7 +130,7 @@ func (n *Node) foundRows(ctx context.Context) error {
 		if err := n.rows.clock.Put(tx, clockRow{At: n.cfg.Clock().Unix()}, theClock); err != nil {
 			return err
 		}
-		if err := n.rows.secrets.Put(tx, secretRow{Seals: id.keyIDs()[0]}, theSecret); err != nil {
+		if err := n.rows.secrets.Put(tx, secretRow{Seals: seals}, theSecret); err != nil {
 			return err
 		}
 		return n.rows.authority.Put(tx, authorityRow{Cert: id.CA, SealedKey: sealed}, theAuthority)

@@ -35,9 +35,15 @@ func (n *Node) Unseal(name string, sealed []byte) ([]byte, error) {
 func (n *Node) Resealers(reseal ...func(context.Context) error) { n.reseal = reseal }
 
 func (n *Node) seal(name string, plain []byte) ([]byte, error) {
-	key, err := n.sealing()
+	row, err := n.localSecret()
 	if err != nil {
 		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	key := n.identity.sealing(row)
+	if key == nil {
+		return nil, errNoKey
 	}
 	return pki.Seal(key, name, plain)
 }
@@ -45,14 +51,33 @@ func (n *Node) seal(name string, plain []byte) ([]byte, error) {
 // unseal tries the keys that this node holds: there are several only while the site
 // changes its key.
 func (n *Node) unseal(name string, sealed []byte) (plain []byte, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	err = errNoKey
-	for key := range slices.Chunk(n.Identity().ClusterKey, pki.ClusterKeySize) {
+	for key := range slices.Chunk(n.identity.ClusterKey, pki.ClusterKeySize) {
 		if plain, err = pki.Open(key, name, sealed); err == nil {
 			return plain, nil
 		}
 	}
 	return nil, err
 }
+
+// ClusterKeys are a copy of the keys that this node holds, one after the other: see
+// Identity.ClusterKey. Whoever has it clears it.
+func (n *Node) ClusterKeys() []byte {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return bytes.Clone(n.identity.ClusterKey)
+}
+
+// keyIDs are the ids of the cluster keys that this node holds.
+func (n *Node) keyIDs() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.identity.keyIDs()
+}
+
+func (n *Node) holds(id string) bool { return slices.Contains(n.keyIDs(), id) }
 
 func (n *Node) secret(r table.Reader) (secretRow, error) {
 	row, _, _, err := n.rows.secrets.Get(r, theSecret)
@@ -73,23 +98,20 @@ func (n *Node) localSecret() (row secretRow, err error) {
 // errNoKey: the node has no vote, and no node that has one could be asked instead.
 const errNoKey = failure("this takes the site's cluster key, which only the nodes that vote hold, and none of them answers: try again when one is up (atoll cluster status)")
 
-// sealing is the key that secrets are sealed with now; errNoKey in a node that does
-// not hold it.
-func (n *Node) sealing() ([]byte, error) {
+// seals is the id of the key that secrets are sealed with now; errNoKey in a node that
+// does not hold it.
+func (n *Node) seals() (string, error) {
 	row, err := n.localSecret()
-	id := n.Identity()
-	switch {
-	case err != nil:
-		return nil, err
-	case len(id.ClusterKey) == 0:
-		return nil, errNoKey
-	case row.Seals == "": // the site is being founded
-		return id.ClusterKey[:pki.ClusterKeySize], nil
+	if err != nil {
+		return "", err
 	}
-	if key := id.key(row.Seals); key != nil {
-		return key, nil
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	key := n.identity.sealing(row)
+	if key == nil {
+		return "", errNoKey
 	}
-	return nil, errNoKey
+	return keyID(key), nil
 }
 
 // RotateKey has the site's cluster key replaced, while it runs on: see rekey. When that
@@ -148,7 +170,7 @@ func (n *Node) replaceSecrets(ctx context.Context) error {
 
 // nameKey writes down which key seals, where no row says so yet.
 func (n *Node) nameKey(ctx context.Context) error {
-	now, err := n.sealing()
+	now, err := n.seals()
 	if err != nil {
 		return err
 	}
@@ -157,7 +179,7 @@ func (n *Node) nameKey(ctx context.Context) error {
 		if err != nil || row.Seals != "" {
 			return err
 		}
-		row.Seals = keyID(now)
+		row.Seals = now
 		return n.rows.secrets.Put(tx, row, theSecret)
 	})
 	return err
@@ -242,7 +264,9 @@ func (n *Node) rotateKey(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	now, err := n.sealing()
+	defer clear(fresh)
+	next := keyID(fresh)
+	now, err := n.seals()
 	if err != nil {
 		return err
 	}
@@ -257,18 +281,18 @@ func (n *Node) rotateKey(ctx context.Context) error {
 		if !row.Key {
 			return nil // somebody else has done it
 		}
-		row.Key, row.Seals = false, cmp.Or(row.Seals, keyID(now))
-		row.Next = keyID(fresh) // in the place of one that was under way: its only holder may be gone
+		row.Key, row.Seals = false, cmp.Or(row.Seals, now)
+		row.Next = next // in the place of one that was under way: its only holder may be gone
 		return n.rows.secrets.Put(tx, row, theSecret)
 	})
 	return err
 }
 
-// keep changes the keys that this node holds.
+// keep changes the keys that this node holds: change gives those of them that stay, and
+// others, and alters none. It is the one place where they change, under altering.
 func (n *Node) keep(change func(keys [][]byte) [][]byte) error {
 	return n.alter(func(id *Identity) {
-		keys := slices.Collect(slices.Chunk(bytes.Clone(id.ClusterKey), pki.ClusterKeySize))
-		id.ClusterKey = bytes.Join(change(keys), nil)
+		id.ClusterKey = bytes.Join(change(slices.Collect(slices.Chunk(id.ClusterKey, pki.ClusterKeySize))), nil)
 	})
 }
 
@@ -308,18 +332,20 @@ func (n *Node) holdOnce(ctx context.Context) error {
 		return n.forget(ctx)
 	}
 	for _, id := range []string{row.Seals, row.Next} {
-		if id == "" || n.Identity().key(id) != nil {
+		if id == "" || n.holds(id) {
 			continue
 		}
 		key, err := n.fetchKey(ctx, id)
 		if err != nil {
 			return err
 		}
-		if err := n.keep(func(keys [][]byte) [][]byte { return append(keys, key) }); err != nil {
+		err = n.keep(func(keys [][]byte) [][]byte { return append(keys, key) })
+		clear(key)
+		if err != nil {
 			return err
 		}
 	}
-	if row.Next != "" || row.Former != "" || len(n.Identity().ClusterKey) == pki.ClusterKeySize {
+	if row.Next != "" || row.Former != "" || len(n.keyIDs()) == 1 {
 		return nil
 	}
 	// Nothing is forgotten on the word of a state that may be old: a key that this
@@ -339,7 +365,7 @@ func (n *Node) holdOnce(ctx context.Context) error {
 // forget removes the cluster keys of a node that may not have them any more: not on
 // the word of a state that may be old, and never those that nobody else is known to hold.
 func (n *Node) forget(ctx context.Context) error {
-	if len(n.Identity().ClusterKey) == 0 {
+	if len(n.keyIDs()) == 0 {
 		return nil
 	}
 	var self Member
@@ -354,8 +380,11 @@ func (n *Node) forget(ctx context.Context) error {
 		return err
 	}
 	others := slices.DeleteFunc(n.Live(), func(m Member) bool { return m.ID == self.ID })
-	if !slices.ContainsFunc(others, func(m Member) bool { return slices.Contains(n.peers.of(m.ID).Keys, row.Seals) }) {
-		return errors.New("this node may not have the cluster key any more, but no other node that is up is known to hold it: it is kept until one is")
+	for _, id := range []string{row.Seals, row.Former} { // another opens nothing any more
+		proved := func(m Member) bool { return slices.Contains(n.peers.of(m.ID).Keys, id) }
+		if n.holds(id) && !slices.ContainsFunc(others, proved) {
+			return errors.New("this node may not have the cluster key any more, but no other node that is up has proved to hold it: it is kept until one has")
+		}
 	}
 	if err := n.keep(func([][]byte) [][]byte { return nil }); err != nil {
 		return err
@@ -414,12 +443,20 @@ func (n *Node) serveKey(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "you are no member of the site that may have its cluster key, as far as this node knows", http.StatusForbidden)
 		return
 	}
-	key := n.Identity().key(r.URL.Query().Get("id"))
+	key := n.copyOf(r.URL.Query().Get("id"))
+	defer clear(key)
 	if key == nil {
 		http.Error(w, "this node does not hold the key", http.StatusNotFound)
 		return
 	}
 	n.reply(w, keyAnswer{Key: key})
+}
+
+// copyOf is a copy of a key that this node holds; nil when it does not.
+func (n *Node) copyOf(id string) []byte {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return bytes.Clone(n.identity.key(id))
 }
 
 // rekey takes the change of the cluster key one step further, as the leader: when
@@ -431,8 +468,15 @@ func (n *Node) rekey(ctx context.Context) error {
 	if err != nil || row.Next == "" && row.Former == "" || time.Since(n.begun) < n.cfg.Timings.Live {
 		return err
 	}
-	if row.Former == "" && !n.known(row.Next) {
-		return n.repeat(ctx, row)
+	if row.Former == "" && !n.holds(row.Next) {
+		// What others say of it is not asked: one that claimed to have it would keep the
+		// site from ever changing its key.
+		key, err := n.fetchKey(ctx, row.Next)
+		clear(key)
+		if err != nil {
+			return n.repeat(ctx, row)
+		}
+		return nil // holdKeys takes it
 	}
 	ready := func(p ping) bool { return slices.Contains(p.Keys, row.Next) }
 	if row.Former != "" {
@@ -461,13 +505,6 @@ func (n *Node) rekey(ctx context.Context) error {
 		n.log.Info("the site has changed its cluster key; the former one opens nothing any more")
 	}
 	return err
-}
-
-// known reports whether this node or a live member holds a key.
-func (n *Node) known(key string) bool {
-	return n.Identity().key(key) != nil || slices.ContainsFunc(n.Live(), func(m Member) bool {
-		return m.ID != n.Self() && slices.Contains(n.peers.of(m.ID).Keys, key)
-	})
 }
 
 // repeat has another key made in the place of the next one, which its maker took down

@@ -373,13 +373,15 @@ func (n *Node) pingAll(ctx context.Context, members []Member) {
 		}
 		asked.Go(func() error {
 			var answer ping
-			sent := time.Now()
-			if err := n.ask(ctx, m.Addr, pathPing, &answer); err != nil {
+			sent, nonce := time.Now(), table.NewID()
+			if err := n.ask(ctx, m.Addr, pathPing+"?nonce="+nonce, &answer); err != nil {
 				n.log.Debug("asking a member how it is", "node", m.ID, "name", m.Name, "address", m.Addr, "error", err)
 				return nil
 			}
 			if answer.Node == m.ID { // else another node has its address now
-				n.peers.saw(answer, time.Since(sent))
+				took := time.Since(sent)
+				answer.Keys = n.proved(answer, nonce)
+				n.peers.saw(answer, took)
 			}
 			return nil
 		})

@@ -44,6 +44,7 @@ import (
 // Member is this node as a member of its site.
 type Member interface {
 	Identity() member.Identity
+	ClusterKeys() []byte // a copy of those that this node holds
 	Status(ctx context.Context) (member.Status, error)
 }
 
@@ -126,7 +127,8 @@ func (b *Backup) Write(ctx context.Context, w io.Writer, asked Request) error {
 	}
 	// The site may change its key meanwhile: what is sealed in the state opens with
 	// a key of before or of after.
-	before := b.Member.Identity().ClusterKey
+	before := b.Member.ClusterKeys()
+	defer clear(before)
 	if len(recipients) > 0 && len(before) == 0 {
 		return fault.New(fault.Precondition, "this node has no vote and does not hold the keys that a backup with recipients has to hold: write it on a node that atoll cluster status shows as a voter")
 	}
@@ -144,8 +146,12 @@ func (b *Backup) Write(ctx context.Context, w io.Writer, asked Request) error {
 		return err
 	}
 	if len(recipients) > 0 {
-		keys := Keys{ClusterKey: joinKeys(before, b.Member.Identity().ClusterKey)}
-		if err := out.part(partKeys, "", func(w io.Writer) error { return json.NewEncoder(w).Encode(keys) }); err != nil {
+		after := b.Member.ClusterKeys()
+		keys := Keys{ClusterKey: joinKeys(before, after)}
+		err := out.part(partKeys, "", func(w io.Writer) error { return json.NewEncoder(w).Encode(keys) })
+		clear(after)
+		clear(keys.ClusterKey)
+		if err != nil {
 			return err
 		}
 	}
