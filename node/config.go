@@ -31,7 +31,8 @@ const (
 type Config struct {
 	// Data is the directory of all that the node keeps.
 	Data string
-	// Keys opens and seals the files of Data that hold keys.
+	// Keys opens and seals the files of Data that hold keys. The start overwrites the
+	// passphrase.
 	Keys Keys
 	// Listen is the address of the registry and the API, host:port.
 	Listen string

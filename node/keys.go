@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -41,7 +42,7 @@ func (k Keys) provider(name string) (keyring.Provider, error) {
 		if cost == (keyring.Cost{}) {
 			cost = keyring.DefaultCost()
 		}
-		return keyring.NewPassphrase(k.Passphrase, cost), nil
+		return keyring.NewPassphrase(bytes.Clone(k.Passphrase), cost), nil // the provider overwrites its own
 	}
 	return nil, fault.New(fault.Invalid, "there is no key provider %s: choose %s or %s with --key-provider", name, keyring.File, keyring.PassphraseName)
 }
@@ -74,6 +75,9 @@ func (k Keys) open(ctx context.Context, data string) (*keyring.Ring, error) {
 		return nil, unopened(err)
 	}
 	ring, err := keyring.Open(ctx, p, protected(), recovery.Dirs(data)...)
+	if p, ok := p.(interface{ Forget() }); ok && err == nil {
+		p.Forget()
+	}
 	return ring, unopened(err)
 }
 

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"errors"
 	"maps"
 	"os"
@@ -95,6 +96,22 @@ func TestRekeyIsFinished(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A node that has started has the passphrase in memory no more.
+func TestStartOverwritesThePassphrase(t *testing.T) {
+	c := config(t)
+	c.Keys = Keys{Provider: keyring.PassphraseName, Passphrase: []byte("battery staple"), cost: quickly}
+	n := start(t, c)
+	if !bytes.Equal(c.Keys.Passphrase, make([]byte, len(c.Keys.Passphrase))) {
+		t.Error("the passphrase is still there")
+	}
+	p := n.push("library/app", "v1", content(91, 1000))
+	if err := n.stop(); err != nil {
+		t.Fatal(err)
+	}
+	again := n.again(func(c *Config) { c.Keys.Passphrase = []byte("battery staple") })
+	again.pull(p, "v1")
 }
 
 // What a recovery kept with keys in it is named, because it stays as it was.

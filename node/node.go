@@ -95,7 +95,9 @@ func New(ctx context.Context, c Config) (n *Node, err error) {
 	if err := recovery.Pending(c.Data); err != nil {
 		return nil, fault.New(fault.Conflict, "%v", err)
 	}
-	if n.keys, err = c.Keys.open(ctx, c.Data); err != nil {
+	n.keys, err = c.Keys.open(ctx, c.Data)
+	clear(c.Keys.Passphrase) // the ring needs it no more
+	if err != nil {
 		return nil, err
 	}
 	// The addresses and the certificate first: a node that cannot have them must

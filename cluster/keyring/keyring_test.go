@@ -285,6 +285,29 @@ func TestForgedCosts(t *testing.T) {
 	}
 }
 
+// What was given and what was derived is overwritten when it is not needed any more; the
+// ring goes on.
+func TestForget(t *testing.T) {
+	dir, secret := t.TempDir(), []byte("correct horse")
+	p := NewPassphrase(secret, quick).(*passphrase)
+	r := open(t, p, dir)
+	fill(t, r, dir)
+	var derived []byte
+	for _, key := range p.keys {
+		derived = key
+	}
+	p.Forget()
+	if !bytes.Equal(secret, make([]byte, len(secret))) || len(derived) == 0 || !bytes.Equal(derived, make([]byte, len(derived))) {
+		t.Error("the passphrase or its key is still in memory")
+	}
+	holds(t, r, dir)
+	fill(t, r, dir)
+	holds(t, open(t, NewPassphrase([]byte("correct horse"), quick), dir), dir)
+	if _, err := p.Wrap(t.Context(), "a", make([]byte, keySize)); !errors.Is(err, ErrLocked) {
+		t.Errorf("it wraps without its passphrase: %v", err)
+	}
+}
+
 // A file that was being erased is what it was without a provider: zeros.
 func TestErased(t *testing.T) {
 	dir := t.TempDir()

@@ -102,6 +102,17 @@ func (p *passphrase) Unwrap(ctx context.Context, purpose string, blob []byte) ([
 	return key, nil
 }
 
+// Forget overwrites the passphrase and what was derived from it: the provider takes no
+// further call.
+func (p *passphrase) Forget() {
+	clear(p.secret)
+	for _, key := range p.keys {
+		clear(key)
+	}
+	clear(p.keys)
+	p.secret = nil
+}
+
 func wrapName(purpose string) string { return "file key of " + purpose }
 
 func (p *passphrase) derive(ctx context.Context, head string) ([]byte, error) {
