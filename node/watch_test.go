@@ -1,6 +1,7 @@
 package node
 
 import (
+	"crypto/x509"
 	"fmt"
 	"io/fs"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -255,4 +257,84 @@ func TestWrongClocks(t *testing.T) {
 	nodes[2].awaitCondition("clock-wrong", true)
 	nodes[0].awaitCondition("clock-skew", true)
 	nodes[1].awaitCondition("clock-skew", true)
+}
+
+// A voter that goes lowers what the site can bear, a second ends its writes: each is in
+// status, health and metrics, and gone when the voter is back.
+func TestVotersDown(t *testing.T) {
+	nodes := three(t)
+	one := nodes[0]
+	shows := func(code, severity, part, advice string) {
+		t.Helper()
+		one.awaitCondition(code, true)
+		var s peers.Status
+		one.do("GET", "/api/atoll/v1/cluster", nil).want(http.StatusOK).decode(&s)
+		if all := strings.Join(s.Advice, "\n"); !strings.Contains(all, advice) {
+			t.Errorf("%s: the advice is %s", code, all)
+		}
+		metrics := string(one.do("GET", "/metrics", nil).want(http.StatusOK).Body)
+		if !strings.Contains(metrics, `atoll_watch_condition_bool{code="`+code+`",severity="`+severity+`"`) {
+			t.Errorf("the metrics do not show %s", code)
+		}
+		status, parts := one.components()
+		if well := part == ""; (status == "healthy") != well || !well && !strings.HasPrefix(parts[part], "unhealthy ") {
+			t.Errorf("%s: health is %s, %v", code, status, parts)
+		}
+	}
+	if err := nodes[2].stop(); err != nil {
+		t.Fatal(err)
+	}
+	shows("voter-down", "warning", "", "node three")
+	one.push("library/app", "v1", content(91, 1000))
+	if err := nodes[1].stop(); err != nil {
+		t.Fatal(err)
+	}
+	shows("no-quorum", "critical", "redis", "no quorum: pulls go on, pushes are refused")
+	nodes[1], nodes[2] = nodes[1].again(), nodes[2].again()
+	one.awaitCondition("no-quorum", false)
+	one.awaitCondition("voter-down", false)
+	await(t, "it is healthy again", func() string {
+		if status, parts := one.components(); status != "healthy" {
+			return fmt.Sprint(parts)
+		}
+		return ""
+	})
+}
+
+// A clock that jumps is shown, and the node works on.
+func TestClockJumps(t *testing.T) {
+	var ahead atomic.Int64
+	c := config(t)
+	c.clock = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	n := start(t, c)
+	n.awaitCondition("clock-jump", false)
+	ahead.Store(int64(time.Hour))
+	n.awaitCondition("clock-jump", true)
+	p := n.push("library/app", "v1", content(92, 1000))
+	n.pull(p, "v1")
+	if status, parts := n.components(); status != "healthy" {
+		t.Errorf("health is %s, %v", status, parts)
+	}
+	if got := string(n.do("GET", "/metrics", nil).want(http.StatusOK).Body); !strings.Contains(got, `atoll_watch_condition_bool{code="clock-jump"`) {
+		t.Error("the metrics do not show it")
+	}
+}
+
+// What is watched for its end are the very certificates that are in use.
+func TestWatchedCertificates(t *testing.T) {
+	n := start(t, config(t))
+	watched := map[string]*x509.Certificate{}
+	for _, c := range certificates(ground{member: n.member})() {
+		if c.Within <= 0 || c.Renew == "" || c.Of == "" {
+			t.Errorf("%+v", c)
+		}
+		watched[c.Code] = c.Leaf
+	}
+	authority := parseFirst(n.member.CA())
+	if got := watched["node-certificate-expiring"]; got == nil || !got.Equal(n.member.Certificate().Leaf) {
+		t.Error("the certificate of the node is not watched")
+	}
+	if got := watched["ca-expiring"]; got == nil || !got.Equal(authority) {
+		t.Error("the authority is not watched")
+	}
 }
