@@ -291,7 +291,12 @@ func advise(out Status, s member.Status, now time.Time) []string {
 	case 1:
 		advice = append(advice, "one node: add two more (atoll token create, then atoll serve --join there), so that one may fail")
 	case 2:
-		advice = append(advice, "two nodes: if the first fails, pushes wait for it; add a third")
+		for _, n := range out.Nodes {
+			if n.Voter {
+				advice = append(advice, fmt.Sprintf("two nodes: if %s fails, which alone votes and holds the cluster key, pushes wait for it; add a third", n.Name))
+				break
+			}
+		}
 	}
 	for _, stray := range s.Strays {
 		if stray.Apart {

@@ -12,6 +12,8 @@ func TestAdviceTellsAnElectionFromALostQuorum(t *testing.T) {
 	node := func(name string, up bool) NodeStatus {
 		return NodeStatus{ID: name, Name: name, Addr: name + ":5001", Voter: true, Up: up}
 	}
+	second := node("b", true)
+	second.Voter = false
 	suspect := node("b", true)
 	suspect.Suspect = true
 	for _, c := range []struct {
@@ -25,6 +27,7 @@ func TestAdviceTellsAnElectionFromALostQuorum(t *testing.T) {
 		{"one way", true, []NodeStatus{node("a", true), suspect, node("c", true)}, []string{"node b (b:5001) is up, as other nodes say"}},
 		{"electing", false, []NodeStatus{node("a", true), node("b", false), node("c", true)}, []string{"electing", "node b"}},
 		{"no quorum", false, []NodeStatus{node("a", true), node("b", false), node("c", false)}, []string{"no quorum", "node b", "node c"}},
+		{"two", true, []NodeStatus{node("a", true), second}, []string{"if a fails, which alone votes and holds the cluster key"}},
 		{"alone", true, []NodeStatus{node("a", true)}, []string{"add two more"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -316,6 +316,7 @@ func TestOperations(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	m.pair(ctx, machine(11, "voter"), machine(12, "other"))
 	m.backups(ctx, s, img, machine(6, "restored"))
 	m.recovery(ctx, s, []*lab.Node{one, two, heir, four}, join, keep)
 	m.done()
@@ -362,6 +363,38 @@ func (m *manual) together(ctx context.Context, nodes ...*lab.Node) {
 	for _, n := range nodes {
 		n.Kill()
 	}
+}
+
+// pair loses the voter of two nodes, and makes the other the site.
+func (m *manual) pair(ctx context.Context, voter, other *lab.Node) {
+	m.t.Helper()
+	m.must("", voter.Found(ctx))
+	m.must("", other.Join(ctx, voter))
+	s := &site{t: m.t, nodes: []*lab.Node{voter}}
+	var err error
+	if s.env, err = lab.Clients(ctx, m.t.TempDir(), voter, other); err != nil {
+		m.t.Fatal(err)
+	}
+	img := image(ctx, m.t, 0)
+	s.pushAll(ctx, voter, img, "library/app", "v1")
+	m.await(ctx, other, "two copies of everything", func(st lab.Status) bool {
+		return len(st.Nodes) == 2 && st.UnderReplicated == 0 && !st.Counting
+	})
+	if said := m.must(other.Atoll(ctx, "cluster", "status")); !strings.Contains(said, "pushes wait") {
+		m.t.Errorf("the status does not say what two nodes are worth:\n%s", said)
+	}
+	voter.Kill()
+	if got := s.pullAll(ctx, other, "app:v1"); got != img.Index.String() {
+		m.t.Errorf("with the voter lost the other serves %s, want %s", got, img.Index)
+	}
+	m.must("", other.Stop(ctx))
+	m.run(ctx, "One of two nodes is lost", m.off(other, "FILE", filepath.Join(voter.Data, "cluster.key")), m.start(other))
+	again := image(ctx, m.t, 0)
+	s.pushAll(ctx, other, again, "library/app", "v2")
+	if got := s.pullAll(ctx, other, "app:v1"); got != img.Index.String() {
+		m.t.Errorf("as the site it serves %s, want %s", got, img.Index)
+	}
+	other.Kill()
 }
 
 // backups carries a site to a new machine by a file.
