@@ -185,7 +185,11 @@ func (n *Net) meetStranger(ctx context.Context, info *quic.ClientInfo) (context.
 	}
 	context.AfterFunc(ctx, func() {
 		if cause := context.Cause(ctx); !s.shaken.Load() && !n.ended() {
-			n.refuse(context.WithoutCancel(ctx), info.RemoteAddr, &Conn{}, cause)
+			var late net.Error
+			if !errors.As(cause, &late) || !late.Timeout() {
+				ctx = context.WithoutCancel(ctx) // it did not just leave
+			}
+			n.refuse(ctx, info.RemoteAddr, &Conn{}, cause)
 		}
 		s.letIn()
 		s.leave()
