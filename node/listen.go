@@ -135,8 +135,8 @@ func (n *Node) tlsConfig() (*tls.Config, error) {
 	case c.TLS == TLSOff, c.TLS == TLSDefault && loopback(c.Listen):
 		return nil, nil
 	case c.TLS == TLSAuto || c.TLS == TLSDefault:
-		own := &siteCertificate{node: n, names: serverNames(c)}
-		config.GetCertificate = own.get
+		n.own = &siteCertificate{node: n, names: serverNames(c)}
+		config.GetCertificate = n.own.get
 	default:
 		return nil, fault.New(fault.Invalid, "--tls is off or auto, not %q", c.TLS)
 	}
@@ -186,7 +186,33 @@ type siteCertificate struct {
 	renewal int // of the node's identity when it was made
 }
 
+// ready has the certificate made before any client asks for it: when the first one
+// does, nobody may be there any more who could make it.
+func (s *siteCertificate) ready(ctx context.Context) error {
+	for s != nil {
+		try, cancel := context.WithTimeout(ctx, 10*time.Second)
+		_, err := s.certificate(try)
+		cancel()
+		if err == nil {
+			break
+		}
+		pause := time.NewTimer(5 * time.Second)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+			return nil
+		}
+	}
+	<-ctx.Done()
+	return nil
+}
+
 func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	return s.certificate(hello.Context())
+}
+
+func (s *siteCertificate) certificate(ctx context.Context) (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	// The clock may have been set back to the truth since the certificate was made.
@@ -195,7 +221,7 @@ func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 	if s.current != nil && now.Before(s.renew) && now.After(s.current.Leaf.NotBefore) && s.renewal == renewal {
 		return s.current, nil
 	}
-	cert, err := s.node.member.ServerCertificate(hello.Context(), s.names)
+	cert, err := s.node.member.ServerCertificate(ctx, s.names)
 	if err != nil {
 		if s.current != nil { // better an old one than none
 			return s.current, nil

@@ -65,6 +65,7 @@ type Node struct {
 	public       net.Listener
 	publicTLS    *tls.Config
 	files        *fileCertificate // the user's own certificate; nil when there is none
+	own          *siteCertificate // of the site's authority; nil when there is none
 	socket       net.Listener
 }
 
@@ -356,7 +357,7 @@ func (n *Node) Run(ctx context.Context) error {
 	// stops them all.
 	run, fail := context.WithCancelCause(ctx)
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.ServeBoth(ctx, n.peerListener, n.packets()) })
-	cluster := startFloor(run, fail, n.member.Run, n.welcome)
+	cluster := startFloor(run, fail, n.member.Run, n.welcome, n.own.ready)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.traffic.Run, n.rooms.jobs.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
 		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, n.rooms.doctor.Run, telemetry.GiveBackMemory,
 		telemetry.BoundMemory)
