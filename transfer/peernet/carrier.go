@@ -113,11 +113,20 @@ func (n *Net) arrived(addr string, by Carrier, why string, lost bool) {
 	}
 }
 
-// dial carries out a call over the carrier that the configuration says, or over
-// whichever lets it through, all within the handshake timeout.
+// dial carries out a call within the handshake timeout. A node of the site that
+// cannot be dialled is called, if it has parked a connection.
 func (n *Net) dial(ctx context.Context, k call) (*Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
+	if k.kept && k.service != ServiceBack && n.cfg.Peers != nil {
+		return n.eitherWay(ctx, k)
+	}
+	return n.direct(ctx, k)
+}
+
+// direct dials over the carrier that the configuration says, or over whichever lets
+// the call through.
+func (n *Net) direct(ctx context.Context, k call) (*Conn, error) {
 	only := n.cfg.Transport()
 	if only == Auto {
 		return n.race(ctx, k)
@@ -219,10 +228,15 @@ func (n *Net) order(ctx context.Context, addr string) (order [2]Carrier, start t
 		start = surerHead
 	}
 	n.mu.Unlock()
-	if by, ok := ctx.Deadline(); ok { // who has little time must have tried both
+	return order, soon(ctx, start)
+}
+
+// soon is the start of one of two ways: who has little time must have tried both.
+func soon(ctx context.Context, start time.Duration) time.Duration {
+	if by, ok := ctx.Deadline(); ok {
 		start = min(start, time.Until(by)/4)
 	}
-	return order, start
+	return start
 }
 
 func because(by Carrier, failed map[Carrier]error, order [2]Carrier) string {
@@ -243,6 +257,9 @@ func because(by Carrier, failed map[Carrier]error, order [2]Carrier) string {
 func (n *Net) unreachable(addr string, failed map[Carrier]error) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if errors.Is(failed[TCP], context.Canceled) {
+		return failed[TCP] // the other way was faster
+	}
 	n.route(addr).despair = time.Now().Add(despair)
 	if errors.Is(failed[TCP], context.DeadlineExceeded) || errors.Is(failed[TCP], context.Canceled) {
 		return failed[TCP]

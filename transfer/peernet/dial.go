@@ -25,7 +25,9 @@ const (
 type call struct {
 	addr    string
 	service byte
-	kept    bool // over QUIC the connection stays for further streams
+	kept    bool   // over QUIC the connection stays for further streams
+	pool    byte   // which of those connections: those for this service; 0: as service
+	after   []byte // goes out right behind the greeting
 	// config for a handshake, which puts what it proves into c.
 	config func(c *Conn) *tls.Config
 }
@@ -146,7 +148,7 @@ func (n *Net) overTCP(ctx context.Context, k call) (*Conn, error) {
 		return nil, fmt.Errorf("peer does not speak %s", cfg.NextProtos[0])
 	}
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
-	err = n.greet(c, nil)
+	err = n.greet(c, nil, k.after)
 	if !stop() { // the timeout or ctx closed the connection under it
 		return nil, ctx.Err()
 	}
@@ -161,15 +163,15 @@ func (n *Net) overTCP(ctx context.Context, k call) (*Conn, error) {
 
 // greet says what this end has to say and hears whether it may go on. A peer's
 // epoch is judged whatever its status: an older node learns in this way that the
-// site has gone on without it. The hello goes before all else.
-func (n *Net) greet(c *Conn, hello []byte) error {
+// site has gone on without it. The hello goes before all else, after goes last.
+func (n *Net) greet(c *Conn, hello, after []byte) error {
 	switch c.protocol {
 	case ProtoNode:
 		hello = append(hello, c.service)
 	case ProtoEpoch:
 		hello = append(append(hello, c.service), n.epoch()...)
 	}
-	if _, err := c.Conn.Write(hello); err != nil {
+	if _, err := c.Conn.Write(append(hello, after...)); err != nil {
 		return err
 	}
 	var status [1]byte

@@ -46,7 +46,7 @@ func Greet(n *Net, accept, overQUIC bool, said []byte) (left int, err error) {
 	c := &Conn{Conn: scripted{in: in}, peer: "node-b", protocol: n.protocols()[0], closed: func() {}}
 	switch {
 	case !accept:
-		err = n.greet(c, nil)
+		err = n.greet(c, nil, nil)
 	case overQUIC:
 		if err = readPreface(c.Conn); err == nil {
 			_, err = n.receive(c)
@@ -55,4 +55,11 @@ func Greet(n *Net, accept, overQUIC bool, said []byte) (left int, err error) {
 		_, err = n.receive(c)
 	}
 	return in.Len(), err
+}
+
+// ParkedHere counts the connections that peers have parked.
+func ParkedHere(n *Net) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.back.parked)
 }

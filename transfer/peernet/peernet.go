@@ -37,6 +37,7 @@ const (
 	ServiceDoctor  byte = 8 // nodes help each other to see what is wrong
 	ServiceBlob    byte = 7 // blobs and pieces, in the frames of package stream; 3 was HTTP
 	ServiceSwarm   byte = 6 // blobs by BitTorrent
+	ServiceBack    byte = 9 // calls to nodes that cannot be dialled; see Config.Peers
 )
 
 // ALPN protocol names.
@@ -95,6 +96,11 @@ type Config struct {
 	// Both are nil, or neither.
 	Epoch func() string
 	Meet  func(peerID, epoch string) error
+	// Peers are the nodes of the site, this one among them; one that knows none yet gives
+	// where to find some. With it, where one of two nodes cannot be
+	// dialled by the other, it keeps a connection open there while the port is served,
+	// over which Dial calls it. Nil: Dial only dials. Its error changes nothing.
+	Peers func() ([]Peer, error)
 	// Founding opens the port, and DialFounding, to who holds the same token; nil: not.
 	Founding *Founding
 	// Now for certificates' validity; nil means time.Now. A node whose clock may be
@@ -146,6 +152,7 @@ type Net struct {
 	routes    map[string]*route
 	strangers int
 	addresses map[netip.Addr]int
+	back      callbacks
 }
 
 // New makes a Net; nothing runs yet.
@@ -200,5 +207,6 @@ func New(cfg Config) (*Net, error) {
 		sessions:  make(map[sessionKey][]*session),
 		routes:    make(map[string]*route),
 		addresses: make(map[netip.Addr]int),
+		back:      newCallbacks(),
 	}, nil
 }

@@ -1,6 +1,7 @@
 package peernet
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -31,7 +32,7 @@ func (n *Net) overQUIC(ctx context.Context, k call) (*Conn, error) {
 		if kept {
 			patience, cancel = context.WithTimeout(ctx, keptPatience)
 		}
-		err = n.openStream(patience, s, c)
+		err = n.openStream(patience, s, c, k.after)
 		cancel()
 		switch {
 		case err == nil:
@@ -46,11 +47,11 @@ func (n *Net) overQUIC(ctx context.Context, k call) (*Conn, error) {
 	}
 }
 
-func (n *Net) openStream(ctx context.Context, s *session, c *Conn) error {
+func (n *Net) openStream(ctx context.Context, s *session, c *Conn, after []byte) error {
 	s.hold()
 	raw, err := s.conn.OpenStreamSync(ctx)
 	if err != nil {
-		s.release(false)
+		s.release(false, false)
 		return refusal(err)
 	}
 	st := &stream{Stream: raw, session: s}
@@ -59,7 +60,7 @@ func (n *Net) openStream(ctx context.Context, s *session, c *Conn) error {
 		st.CancelRead(0)
 		st.CancelWrite(0)
 	})
-	err = n.greet(c, []byte(preface))
+	err = n.greet(c, []byte(preface), after)
 	if !stop() {
 		err = ctx.Err()
 	}
@@ -77,11 +78,11 @@ func (n *Net) session(ctx context.Context, k call, c *Conn) (s *session, kept bo
 	if len(cfg.Certificates) > 0 {
 		leaf = string(cfg.Certificates[0].Certificate[0])
 	}
-	key := sessionKey{k.addr, k.service}
+	key := sessionKey{k.addr, cmp.Or(k.pool, k.service)}
 	n.mu.Lock()
 	run := n.served
 	if k.kept {
-		s = pick(n.sessions[key], leaf, k.service)
+		s = pick(n.sessions[key], leaf, key.service)
 	}
 	n.mu.Unlock()
 	if s != nil {

@@ -67,6 +67,12 @@ func (n *Net) ServeBoth(ctx context.Context, ln net.Listener, packets net.Packet
 	n.mu.Lock()
 	n.served = run
 	n.mu.Unlock()
+	if n.cfg.Peers != nil {
+		back := n.Listen(ServiceBack)
+		spawn := func(f func(context.Context)) { wg.Go(func() { f(ctx) }) }
+		wg.Go(func() { n.serveBack(back, spawn) })
+		wg.Go(func() { n.park(ctx, spawn) })
+	}
 	if ln != nil {
 		running++
 		wg.Go(func() { ended <- n.serveTCP(ctx, ln, &wg) })
@@ -139,13 +145,18 @@ func (n *Net) known(raw net.Conn, peer string) {
 	n.mu.Unlock()
 }
 
-// Drop closes the accepted connections of a node. Authorize is asked for new
+// Drop closes the connections that serve a node. Authorize is asked for new
 // connections only, so who changes its answer drops those that it let in before.
 func (n *Net) Drop(peerID string) {
 	var drop []io.Closer
 	n.mu.Lock()
 	for c, peer := range n.conns {
 		if peer == peerID && peer != "" {
+			drop = append(drop, c)
+		}
+	}
+	for c, peer := range n.back.served {
+		if peer == peerID {
 			drop = append(drop, c)
 		}
 	}
@@ -180,6 +191,18 @@ func (n *Net) forget(c io.Closer) {
 	n.mu.Unlock()
 }
 
+// leave forgets what a peer dialled. If it was the last, it may be that the peer
+// cannot dial this node any more.
+func (n *Net) leave(c io.Closer, news bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	peer := n.conns[c]
+	delete(n.conns, c)
+	if news {
+		n.wakeFor(peer)
+	}
+}
+
 // shut closes all listeners, accepted connections and QUIC connections, now and
 // from now on.
 func (n *Net) shut() {
@@ -197,6 +220,9 @@ func (n *Net) shut() {
 	for c := range n.conns {
 		all = append(all, c)
 	}
+	for c := range n.back.served {
+		all = append(all, c)
+	}
 	clear(n.sessions)
 	n.mu.Unlock()
 	for _, c := range all {
@@ -209,7 +235,7 @@ func (n *Net) accept(ctx context.Context, raw net.Conn, from netip.Addr) {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
 	c := &Conn{}
-	c.closed = func() { n.forget(raw) }
+	c.closed = func() { n.leave(raw, c.service != ServiceBack) }
 	l, err := n.handshake(ctx, raw, c)
 	n.known(raw, c.peer)
 	joining := err == nil && c.peer == ""

@@ -7,10 +7,13 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -110,7 +113,7 @@ func (s *session) hold() {
 // release takes a stream out of the count. After a consensus call that was not
 // answered in time the connection goes too: the next call must not wait for the
 // path that lost this one.
-func (s *session) release(late bool) {
+func (s *session) release(late, consensus bool) {
 	s.mu.Lock()
 	s.streams--
 	if s.streams == 0 && s.dialled {
@@ -121,7 +124,7 @@ func (s *session) release(late bool) {
 		s.idle = time.AfterFunc(rest, func() { s.closeIdle() })
 	}
 	s.mu.Unlock()
-	if late && s.dialled && s.key.service == ServiceRaft {
+	if late && (consensus || s.dialled && s.key.service == ServiceRaft) {
 		s.Close()
 	}
 }
@@ -268,7 +271,7 @@ func (n *Net) acceptSession(ctx context.Context, s *session, wg *sync.WaitGroup)
 	if !n.remember(s, peer) {
 		return
 	}
-	defer n.forget(s)
+	defer n.leave(s, true)
 	late := time.AfterFunc(n.cfg.HandshakeTimeout, func() { s.Close() })
 	defer late.Stop()
 	n.acceptStreams(ctx, s, wg, func(c *Conn) {
@@ -327,3 +330,78 @@ func (n *Net) receiveStream(s *session, c *Conn) (l *listener, err error) {
 	}
 	return n.receive(c)
 }
+
+// stream is a stream of a QUIC connection as a connection of its own. What TCP does
+// it does too: Close may meet a Read and a Write, what was written before is
+// delivered, and a peer that is gone is an error of the network.
+type stream struct {
+	*quic.Stream
+	session *session
+
+	writing sync.Mutex // a Write must not meet the stream's Close
+	closing atomic.Bool
+	late    atomic.Bool // a deadline passed
+	end     sync.Once
+	// consensus: one whose answer is late takes the connection with it, though that
+	// was dialled by the peer.
+	consensus bool
+}
+
+func (s *stream) LocalAddr() net.Addr  { return s.session.conn.LocalAddr() }
+func (s *stream) RemoteAddr() net.Addr { return s.session.conn.RemoteAddr() }
+
+func (s *stream) Read(p []byte) (int, error) {
+	n, err := s.Stream.Read(p)
+	return n, s.plain("read", err)
+}
+
+func (s *stream) Write(p []byte) (int, error) {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if s.closing.Load() {
+		return 0, s.plain("write", net.ErrClosed)
+	}
+	n, err := s.Stream.Write(p)
+	return n, s.plain("write", err)
+}
+
+// Close ends both directions. Without CancelRead the peer's bytes would be kept for
+// a reader who never comes.
+func (s *stream) Close() error {
+	s.end.Do(func() {
+		s.closing.Store(true)
+		s.CancelRead(0)
+		if s.writing.TryLock() {
+			_ = s.Stream.Close() // a stream that the peer cancelled is what we want
+			s.writing.Unlock()
+		} else {
+			s.CancelWrite(0)
+		}
+		s.session.release(s.late.Load(), s.consensus)
+	})
+	return nil
+}
+
+// plain gives errors the meaning that those of a TCP connection have.
+func (s *stream) plain(op string, err error) error {
+	switch {
+	case err == nil, errors.Is(err, io.EOF):
+		return err
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		s.late.Store(true)
+		return err
+	case s.closing.Load():
+		err = net.ErrClosed
+	default:
+		err = broken{err}
+	}
+	return &net.OpError{Op: op, Net: "quic", Source: s.LocalAddr(), Addr: s.RemoteAddr(), Err: err}
+}
+
+// broken is the end of a stream or connection that this end did not want. quic-go
+// calls it net.ErrClosed, which here would mean that this end did.
+type broken struct{ cause error }
+
+func (b broken) Error() string        { return b.cause.Error() }
+func (b broken) Is(target error) bool { return target == syscall.ECONNRESET }
+func (b broken) As(target any) bool   { return errors.As(b.cause, target) }
