@@ -1,11 +1,13 @@
 package transfertest
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -56,6 +58,25 @@ type fleet struct {
 	site  *Site
 	start Start
 	stall time.Duration
+	roll  *roll // nil: nodes only dial
+}
+
+// roll is where the nodes of a fleet can be dialled, as each of them believes.
+type roll struct {
+	mu  sync.Mutex
+	all []peernet.Peer
+}
+
+func (r *roll) add(p peernet.Peer) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.all = append(r.all, p)
+}
+
+func (r *roll) list() ([]peernet.Peer, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.all), nil
 }
 
 // node is one of them.
@@ -75,6 +96,7 @@ type node struct {
 type options struct {
 	source func(transfer.Source) transfer.Source // wraps what it serves from
 	accept func(net.Conn) net.Conn               // wraps the raw connections that it accepts
+	wall   string                                // an address without an answer, by which others know it
 }
 
 // node starts a node over a store; it asks the peers given.
@@ -82,11 +104,15 @@ func (f *fleet) node(id string, store *Store, opts options, asks ...*node) *node
 	f.t.Helper()
 	n := &node{id: id, asks: asks, moved: make(map[string]int64), dropped: make(map[string]bool), drops: make(chan string, 64)}
 	cert := f.site.Node(f.t, id)
-	port, err := peernet.New(peernet.Config{
+	cfg := peernet.Config{
 		SiteID: f.site.ID,
 		Cert:   func() tls.Certificate { return cert },
 		CA:     func() *x509.CertPool { return f.site.Pool },
-	})
+	}
+	if f.roll != nil {
+		cfg.Peers = f.roll.list
+	}
+	port, err := peernet.New(cfg)
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -94,7 +120,10 @@ func (f *fleet) node(id string, store *Store, opts options, asks ...*node) *node
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	n.addr = raw.Addr().String()
+	n.addr = cmp.Or(opts.wall, raw.Addr().String())
+	if f.roll != nil {
+		f.roll.add(peernet.Peer{ID: id, Addr: n.addr})
+	}
 	var source transfer.Source = store
 	if opts.source != nil {
 		source = opts.source(store)

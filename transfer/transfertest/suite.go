@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"net"
 	"testing"
 	"time"
 
@@ -34,6 +35,7 @@ func Run(t *testing.T, start Start) {
 		{"OtherAlgorithm", testOtherAlgorithm},
 		{"HeldAlready", testHeldAlready},
 		{"SharedByHolders", testSharedByHolders},
+		{"OnlyDialsOut", testOnlyDialsOut},
 		{"Joined", testJoined},
 		{"Lie", testLie},
 		{"LieWithoutRoot", testLieWithoutRoot},
@@ -62,6 +64,28 @@ func Run(t *testing.T, start Start) {
 		t.Run(c.name, func(t *testing.T) {
 			c.test(t, &fleet{t: t, site: NewSite(t, "site-a"), start: start, stall: patient})
 		})
+	}
+}
+
+// A node that cannot be dialled serves, and is served.
+func testOnlyDialsOut(t *testing.T, f *fleet) {
+	wall, err := net.Listen("tcp", "127.0.0.1:0") // and nobody accepts
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer wall.Close()
+	f.roll = &roll{}
+	theirs, ours := fresh(9*transfer.PieceSize+1), fresh(5*transfer.PieceSize)
+	outside, inside := holding(theirs), holding(ours)
+	open := f.node("outside", outside, options{})
+	shut := f.node("inside", inside, options{wall: wall.Addr().String()}, open)
+	open.mu.Lock()
+	open.asks = []*node{shut}
+	open.mu.Unlock()
+	f.arrives(open, outside, ours, blobOf(t, ours))
+	f.arrives(shut, inside, theirs, blobOf(t, theirs))
+	if open.movedFrom("inside") != int64(len(ours)) || shut.movedFrom("outside") != int64(len(theirs)) {
+		t.Errorf("%d and %d bytes moved", open.movedFrom("inside"), shut.movedFrom("outside"))
 	}
 }
 
