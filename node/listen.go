@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/node/rest"
@@ -78,6 +79,26 @@ func (n *Node) lentPackets() (net.PacketConn, error) {
 	}
 	defer file.Close()
 	return net.FilePacketConn(file)
+}
+
+// fellows are the nodes of the site as the peer port wants them. One that has joined and
+// has no state yet knows those that it joined by.
+func (n *Node) fellows() (out []peernet.Peer, err error) {
+	err = n.db.View(func(v *table.View) error {
+		all, err := n.member.Members(v)
+		for _, m := range all {
+			out = append(out, peernet.Peer{ID: m.ID, Addr: m.Addr})
+		}
+		return err
+	})
+	if len(out) == 0 {
+		for _, addr := range n.config.Join {
+			if addr != n.config.Advertise {
+				out = append(out, peernet.Peer{Addr: addr})
+			}
+		}
+	}
+	return out, err
 }
 
 // transport of connections to other nodes, as the configuration says.

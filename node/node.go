@@ -313,6 +313,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 		CA:        func() *x509.CertPool { return n.member.Pool() },
 		Authorize: func(id string, service byte) error { return n.member.Authorize(id, service) },
 		Now:       func() time.Time { return n.member.Now() },
+		Peers:     n.fellows,
 		Transport: n.config.transport, Secret: []byte(cmp.Or(string(who.TokenKey), string(who.Key))),
 	}); err != nil {
 		return err

@@ -61,7 +61,13 @@ func (r Report) Worst() string {
 type Network interface {
 	Listen(service byte) net.Listener
 	DialOver(ctx context.Context, addr string, service byte, by peernet.Carrier) (*peernet.Conn, error)
+	// Dial takes any way, also a call to a node that cannot be dialled.
+	Dial(ctx context.Context, addr string, service byte) (net.Conn, error)
 	Routes() []peernet.Route
+	// CalledBack says that the node at the address cannot be dialled and is called over
+	// a connection that it keeps here; Parked that this node keeps one there.
+	CalledBack(addr string) bool
+	Parked(addr string) bool
 }
 
 // Roster knows the nodes of the site.

@@ -174,13 +174,21 @@ func (d *Doctor) peer(ctx context.Context, m member.Member) []Finding {
 		by = peernet.QUIC
 	}
 	if there[by] != nil {
-		return found
+		if !d.Network.CalledBack(m.Addr) {
+			return found
+		}
+		by = "" // whatever gets through
+		found[0].State, found[0].Text = Warn, fmt.Sprintf("%s cannot be dialled at %s; all goes over connections that it opens. TCP: %v. UDP: %v", m.Name, m.Addr, there[peernet.TCP], there[peernet.QUIC])
 	}
 	clock, back, path, err := d.ask(ctx, m.Addr, by)
 	if err != nil {
 		return append(found, Finding{Check: "answer", State: Warn, Text: fmt.Sprintf("%s did not answer all questions: %v", m.Name, err), Remedy: "if it runs an older version, upgrade it"})
 	}
-	found = append(found, d.ways("reached", m.Name+" reaching this node at "+d.Advertise, back, "open the port for %s on the way to "+d.Advertise+", or set --advertise"))
+	reached := d.ways("reached", m.Name+" reaching this node at "+d.Advertise, back, "open the port for %s on the way to "+d.Advertise+", or set --advertise")
+	if reached.State == Bad && d.Network.Parked(m.Addr) {
+		reached.State, reached.Text = Warn, fmt.Sprintf("%s cannot dial this node at %s, and is served over connections that this node opens. TCP: %v. UDP: %v", m.Name, d.Advertise, back[peernet.TCP], back[peernet.QUIC])
+	}
+	found = append(found, reached)
 	found = append(found, clock)
 	if path.MTU > 0 {
 		f := Finding{Check: "mtu", State: OK, Text: fmt.Sprintf("packets of %d bytes get through", path.MTU)}
@@ -217,11 +225,16 @@ const (
 	clockBad  = time.Minute
 )
 
-// ask has a peer tell its time and dial back.
+// ask has a peer tell its time and dial back. The carrier "" is any.
 func (d *Doctor) ask(ctx context.Context, addr string, by peernet.Carrier) (clock Finding, back map[peernet.Carrier]error, path peernet.Path, err error) {
 	ctx, cancel := context.WithTimeout(ctx, answer)
 	defer cancel()
-	c, err := d.Network.DialOver(ctx, addr, peernet.ServiceDoctor, by)
+	var c net.Conn
+	if by == "" {
+		c, err = d.Network.Dial(ctx, addr, peernet.ServiceDoctor)
+	} else {
+		c, err = d.Network.DialOver(ctx, addr, peernet.ServiceDoctor, by)
+	}
 	if err != nil {
 		return clock, nil, path, err
 	}
@@ -253,7 +266,9 @@ func (d *Doctor) ask(ctx context.Context, addr string, by peernet.Carrier) (cloc
 			back[by] = fmt.Errorf("%.*q", errorText, text)
 		}
 	}
-	path, _ = c.Path()
+	if c, ok := c.(*peernet.Conn); ok {
+		path, _ = c.Path()
+	}
 	return clock, back, path, nil
 }
 
