@@ -70,6 +70,8 @@ type plan struct {
 	// caches: all nodes but the first are caches, which keep nothing for the site and fetch
 	// only what their clients ask for.
 	caches bool
+	// host changes a host before the node on it starts; i counts from 1.
+	host func(i int, h *lab.Host) error
 	// binary that the nodes run; the one that TestMain built when "".
 	binary string
 }
@@ -83,6 +85,11 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 		host, err := l.Host(ctx, fmt.Sprintf("%s%d", p.name, i), p.name, fmt.Sprintf("10.%d.0.%d/24", p.net, i))
 		if err != nil {
 			t.Fatal(err)
+		}
+		if p.host != nil {
+			if err := p.host(i, host); err != nil {
+				t.Fatal(err)
+			}
 		}
 		node := lab.NewNode(host, cmp.Or(p.binary, built.atoll), filepath.Join(dir, host.Name), p.args...)
 		switch {

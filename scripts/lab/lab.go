@@ -170,6 +170,12 @@ func (h *Host) Unblock(ctx context.Context, protocol, port string) error {
 	return h.filter(ctx, "-D", protocol, port)
 }
 
+// Wall loses every packet that arrives at the host and answers none of its own, as a
+// firewall or an address translator does that lets nothing in: the host dials out only.
+func (h *Host) Wall(ctx context.Context) error {
+	return runAll(ctx, "ip netns exec "+h.space+" iptables -w -A INPUT -i eth0 -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP")
+}
+
 func (h *Host) filter(ctx context.Context, change, protocol, port string) error {
 	rule := "ip netns exec " + h.space + " iptables -w " + change + " INPUT -p " + protocol
 	return runAll(ctx, rule+" --dport "+port+" -j DROP", rule+" --sport "+port+" -j DROP")
