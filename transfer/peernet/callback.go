@@ -35,12 +35,16 @@ const (
 	// firstWord bounds how long a connection for ServiceBack may say nothing.
 	firstWord = 5 * time.Second
 	// trial bounds the try to dial a node that has parked a connection, again how
-	// long its result counts.
+	// long it counts that this failed.
 	trial = 3 * time.Second
 	again = 3 * time.Minute
-	// resting is how long a node that could be dialled parks nothing, unless the last
-	// connection of that peer ends before.
-	resting = 5 * time.Minute
+	// fewNodes keep connections parked at each other whether they need them or not: a
+	// firewall that comes is noticed by the first Dial. Of more, one that could be dialled
+	// asks again after resting, or when the last connection of that peer ends.
+	fewNodes = 32
+	resting  = 5 * time.Minute
+	// shunned is the longest pause at a peer that does not let this node dial it either.
+	shunned = time.Minute
 	// parkPause is the first pause before a lost connection is parked anew, parkPauses
 	// the longest: as often as gossip asks who is down.
 	parkPause, parkPauses = 250 * time.Millisecond, 3 * time.Second
@@ -73,11 +77,13 @@ type callbacks struct {
 	told   map[string][]Peer        // members that a peer knows, where they are not those known here
 	wakes  map[string]chan struct{} // of those who park, by peer
 	away   map[string]bool          // addresses at which this node has parked
+	few    int                      // see fewNodes
 	served map[io.Closer]string     // connections dialled for a peer's sake: the peer
 }
 
 func newCallbacks() callbacks {
 	return callbacks{
+		few:    fewNodes,
 		parked: make(map[string]*parked), news: make(chan struct{}), calls: make(map[nonce]*answering),
 		fellow: make(map[string]string), blind: make(map[string]string), told: make(map[string][]Peer), wakes: make(map[string]chan struct{}), away: make(map[string]bool), served: make(map[io.Closer]string),
 	}
@@ -89,6 +95,7 @@ type parked struct {
 	done    chan struct{} // closed when it has ended
 	places  chan struct{} // of calls that are out
 	writing sync.Mutex
+	tried   string // the address at which the peer was dialled last; under Net.mu
 }
 
 // answering is a call that waits for its connection.
@@ -239,6 +246,9 @@ func (n *Net) came(addr string, r way) {
 	defer n.mu.Unlock()
 	if r.over == nil {
 		return // see arrived
+	}
+	if id := r.over.conn.peer; n.back.parked[id] == r.over {
+		n.back.blind[id] = addr // dialling has failed or takes longer
 	}
 	const why = "the node cannot be dialled, it dials back when it is called"
 	if known := n.route(addr); known.carrier != r.conn.Carrier() || known.why != why {
@@ -421,11 +431,14 @@ func (n *Net) unpark(p *parked) {
 	}
 }
 
-// mustStay says whether the peer of a parked connection cannot be dialled. If it can
-// it hears so.
+// mustStay finds out whether the peer of a parked connection can be dialled. If it can,
+// and there are many nodes, it hears that it is not needed.
 func (n *Net) mustStay(ctx context.Context, p *parked) bool {
 	n.mu.Lock()
 	addr, member := n.back.fellow[p.conn.peer]
+	few := len(n.back.fellow) <= n.back.few
+	known := p.tried == addr && n.back.blind[p.conn.peer] != addr
+	p.tried = addr
 	n.mu.Unlock()
 	select {
 	case <-p.done:
@@ -434,8 +447,8 @@ func (n *Net) mustStay(ctx context.Context, p *parked) bool {
 		return false
 	default:
 	}
-	if !member {
-		return false
+	if !member || known {
+		return member && few
 	}
 	trying, cancel := context.WithTimeout(ctx, trial)
 	defer cancel()
@@ -454,6 +467,9 @@ func (n *Net) mustStay(ctx context.Context, p *parked) bool {
 		delete(n.back.blind, p.conn.peer)
 	}
 	n.mu.Unlock()
+	if err == nil && few {
+		return true
+	}
 	if err == nil {
 		if p.say(0, nonce{}) == nil {
 			leaving := time.NewTimer(firstWord)

@@ -263,7 +263,7 @@ func testRemovedIsNotCalled(t *testing.T) {
 	waitFor(t, "nothing to be parked", func() bool { return peernet.ParkedHere(w.open.Net) == 0 })
 }
 
-// Nodes that can dial each other keep nothing parked.
+// Many nodes that can dial each other keep nothing parked.
 func TestNothingIsParkedWithoutNeed(t *testing.T) {
 	t.Parallel()
 	overBoth(t, testNothingIsParkedWithoutNeed)
@@ -283,7 +283,9 @@ func testNothingIsParkedWithoutNeed(t *testing.T) {
 			}
 			return nil
 		}
-		return open(t, cfg), tried
+		p := open(t, cfg)
+		peernet.Few(p.Net, 1)
+		return p, tried
 	}
 	a, triedA := make("node-a")
 	b, triedB := make("node-b")
@@ -382,4 +384,44 @@ func testToldWhereToPark(t *testing.T) {
 	}
 	says(t, c, "hello")
 	c.Close()
+}
+
+// A firewall that comes while nodes run, and lets go on what is open: the first Dial that
+// it swallows is carried by a call.
+func TestWallThatComes(t *testing.T) {
+	t.Parallel()
+	overBoth(t, testWallThatComes)
+}
+
+func testWallThatComes(t *testing.T) {
+	t.Parallel()
+	s := transfertest.NewSite(t, "site-a")
+	r, addr := &roll{}, wall(t)
+	make := func(id string) *port {
+		cfg := config(t, s, id)
+		cfg.Peers = r.list
+		return open(t, cfg)
+	}
+	a, b := make("node-a"), make("node-b")
+	r.set(peernet.Peer{ID: "node-a", Addr: a.addr}, peernet.Peer{ID: "node-b", Addr: b.addr})
+	echo(t, b.Listen(peernet.ServiceBlob))
+	waitFor(t, "both to have parked", func() bool { return a.Parked(b.addr) && b.Parked(a.addr) })
+	if a.CalledBack(b.addr) {
+		t.Error("a node that can be dialled is called")
+	}
+	// As a firewall would: b's parked connection stays, and who dials b gets no answer.
+	r.set(peernet.Peer{ID: "node-a", Addr: a.addr}, peernet.Peer{ID: "node-b", Addr: addr})
+	var c net.Conn
+	waitFor(t, "the node to be called", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		var err error
+		c, err = a.Dial(ctx, addr, peernet.ServiceBlob)
+		return err == nil
+	})
+	says(t, c, "hello")
+	c.Close()
+	if !a.CalledBack(addr) {
+		t.Error("the next one dials in vain again")
+	}
 }

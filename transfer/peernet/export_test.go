@@ -63,3 +63,10 @@ func ParkedHere(n *Net) int {
 	defer n.mu.Unlock()
 	return len(n.back.parked)
 }
+
+// Few says how many nodes keep connections parked without need.
+func Few(n *Net, nodes int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.back.few = nodes
+}

@@ -104,9 +104,10 @@ func (n *Net) parkAt(ctx context.Context, peer Peer, run runner) {
 	for ctx.Err() == nil {
 		rest := resting
 		n.mu.Lock()
-		proven := n.back.parked[peer.ID] != nil // it dials this node: see wakeFor
+		proven := n.back.parked[peer.ID] != nil // it dials this node
+		many := len(n.back.fellow) > n.back.few
 		n.mu.Unlock()
-		if !proven {
+		if !proven || !many {
 			begun := time.Now()
 			err := n.parkOnce(ctx, peer, run)
 			if err == nil || time.Since(begun) > again {
@@ -114,7 +115,10 @@ func (n *Net) parkAt(ctx context.Context, peer Peer, run runner) {
 			}
 			if err != nil {
 				rest = pause
-				pause = min(2*pause, parkPauses)
+				if pause *= 2; pause > parkPauses && !proven {
+					pause = parkPauses
+				}
+				pause = min(pause, shunned)
 				n.log.Debug("no connection is parked", "node", peer.ID, "address", peer.Addr, "err", err)
 			}
 			if errors.Is(err, ErrNoService) { // an older version
