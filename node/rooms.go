@@ -210,11 +210,7 @@ func (g ground) over() func(context.Context, string, byte, peernet.Carrier) (net
 		if by == peernet.QUIC && !g.packets {
 			return g.network.Dial(ctx, addr, service)
 		}
-		conn, err := g.network.DialOver(ctx, addr, service, by)
-		if err != nil {
-			return nil, err
-		}
-		return conn, nil
+		return g.network.DialBy(ctx, addr, service, by)
 	}
 }
 

@@ -115,6 +115,15 @@ func testCalledBack(t *testing.T) {
 		}
 		c.Close()
 	}
+	for _, by := range []peernet.Carrier{peernet.TCP, peernet.QUIC} { // whichever is asked for
+		c, err := w.open.DialBy(within(t), w.addr, peernet.ServiceBlob, by)
+		if err != nil {
+			t.Fatal(err)
+		}
+		says(t, c, "hello")
+		<-ids
+		c.Close()
+	}
 	// What may not be dialled may not be called for either, and both ends say so at once.
 	if _, err := w.open.Dial(within(t), w.addr, peernet.ServiceControl); !errors.Is(err, peernet.ErrRefused) || asked.Load() == 0 {
 		t.Errorf("error is %v", err)

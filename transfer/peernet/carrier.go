@@ -1,6 +1,7 @@
 package peernet
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -127,7 +128,7 @@ func (n *Net) dial(ctx context.Context, k call) (*Conn, error) {
 // direct dials over the carrier that the configuration says, or over whichever lets
 // the call through.
 func (n *Net) direct(ctx context.Context, k call) (*Conn, error) {
-	only := n.cfg.Transport()
+	only := cmp.Or(Transport(k.by), n.cfg.Transport())
 	if only == Auto {
 		return n.race(ctx, k)
 	}

@@ -25,9 +25,10 @@ const (
 type call struct {
 	addr    string
 	service byte
-	kept    bool   // over QUIC the connection stays for further streams
-	pool    byte   // which of those connections: those for this service; 0: as service
-	after   []byte // goes out right behind the greeting
+	kept    bool    // over QUIC the connection stays for further streams
+	by      Carrier // the only one that is dialled over; "": as configured
+	pool    byte    // which of those connections: those for this service; 0: as service
+	after   []byte  // goes out right behind the greeting
 	// config for a handshake, which puts what it proves into c.
 	config func(c *Conn) *tls.Config
 }
@@ -56,6 +57,21 @@ func (n *Net) DialOver(ctx context.Context, addr string, service byte, by Carrie
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
 	return n.over(ctx, by, n.member(addr, service))
+}
+
+// DialBy is Dial over one carrier, whatever the configuration says. A node that cannot
+// be dialled is called all the same, and dials back by whatever gets through.
+func (n *Net) DialBy(ctx context.Context, addr string, service byte, by Carrier) (net.Conn, error) {
+	if n.cfg.Cert == nil {
+		return nil, fmt.Errorf("dialling %s: %w", addr, ErrNoCertificate)
+	}
+	k := n.member(addr, service)
+	k.by = by
+	c, err := n.dial(ctx, k)
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s for service %d: %w", addr, service, err)
+	}
+	return c, nil
 }
 
 // member is the call of a node of the site.
