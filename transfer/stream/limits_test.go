@@ -196,6 +196,8 @@ func TestIncomingHoldsTheSender(t *testing.T) {
 		t.Fatal(err)
 	}
 	took := time.Since(c.began)
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	t.Logf("%d bytes in %v, at most %.0f ahead", c.out, took, c.excess)
 	if least := time.Duration(float64(blob.Size) / rate * 0.9 * float64(time.Second)); took < least {
 		t.Errorf("it took %v, at least %v was allowed", took, least)

@@ -44,6 +44,12 @@ func (s *sluice) open(most int) {
 	s.most = most
 }
 
+func (s *sluice) sent() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.passed
+}
+
 func (s *sluice) got(n int64) func() bool {
 	return func() bool {
 		s.mu.Lock()
@@ -100,8 +106,8 @@ func TestAReaderBringsTheRoot(t *testing.T) {
 	if err := errors.Join(f.Wait(ctx), pushed.Wait(ctx)); err != nil {
 		t.Fatal(err)
 	}
-	if s.passed != 8 {
-		t.Errorf("%d pieces were sent of a blob of 8", s.passed)
+	if n := s.sent(); n != 8 {
+		t.Errorf("%d pieces were sent of a blob of 8", n)
 	}
 	if !bytes.Equal(store.Bytes(blob.Digest), content) {
 		t.Error("another blob arrived")
@@ -153,8 +159,8 @@ func TestAnAttemptWithoutARootIsOfUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.passed != 8 {
-		t.Errorf("%d pieces were sent of a blob of 8", s.passed)
+	if n := s.sent(); n != 8 {
+		t.Errorf("%d pieces were sent of a blob of 8", n)
 	}
 	if !bytes.Equal(store.Bytes(blob.Digest), content) {
 		t.Error("another blob arrived")
