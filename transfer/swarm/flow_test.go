@@ -149,6 +149,70 @@ func TestTheHolderHearsOfAnotherClass(t *testing.T) {
 	}
 }
 
+// sluice lets so many bytes pass.
+type sluice struct {
+	mu         sync.Mutex
+	most, took int64
+}
+
+func (s *sluice) Take(_ transfer.Flow, n int) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.took+int64(n) > s.most {
+		return time.Millisecond
+	}
+	s.took += int64(n)
+	return 0
+}
+
+// Of a peer whose bytes have to wait for a limit here little is asked at once, so that
+// little is on the way.
+func TestLittleIsAskedUnderALimit(t *testing.T) {
+	content := tide(16 * transfer.PieceSize)
+	b, _ := blobOf(t, content)
+	in := &sluice{most: 3 * transfer.PieceSize}
+	w := &wire{at: make(map[string]func(string, net.Conn)), stall: 10 * time.Second}
+	w.config = func(c *Config) {
+		if c.Node == "to" {
+			c.Incoming = in
+		}
+	}
+	held, store := transfertest.NewStore(), transfertest.NewStore()
+	held.Put(content)
+	w.engine(t, "from", held)
+	to := w.engine(t, "to", store, "from")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- to.fetch(ctx, store, b) }()
+	window := func() int {
+		to.Engine.mu.Lock()
+		s := to.swarms[Infohash(b)]
+		to.Engine.mu.Unlock()
+		if s == nil || s.want.Load() == nil {
+			return 0
+		}
+		plan := s.want.Load()
+		plan.mu.Lock()
+		defer plan.mu.Unlock()
+		for _, l := range plan.links {
+			return l.window
+		}
+		return 0
+	}
+	for tick := time.NewTicker(time.Millisecond); window() != minWindow; <-tick.C {
+		if ctx.Err() != nil {
+			t.Fatalf("%d pieces are asked for at once", window())
+		}
+	}
+	in.mu.Lock()
+	in.most = 1 << 40
+	in.mu.Unlock()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // cut is a connection that breaks after so many bytes were written to it.
 type cut struct {
 	net.Conn

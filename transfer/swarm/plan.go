@@ -239,6 +239,16 @@ func (w *want) refusedBy(t *tap, i int) {
 	}
 }
 
+// narrow asks a peer for as little at once as may be, from now on: a limit here holds
+// back what it sends, and what was asked for comes as fast as the wire lets it.
+func (w *want) narrow(t *tap) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if l := w.links[t]; l != nil {
+		l.window = minWindow
+	}
+}
+
 // check sets marked pieces aside until they are verified again.
 func (w *want) check(pieces []int) {
 	w.mu.Lock()

@@ -346,6 +346,7 @@ func (t *tap) admit(n int) error {
 			break
 		}
 		t.touch()
+		t.s.crowded(t)
 		select {
 		case <-time.After(min(wait, max(time.Millisecond, t.s.e.cfg.StallTimeout/4))):
 		case <-t.done:

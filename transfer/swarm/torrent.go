@@ -290,6 +290,13 @@ func (s *swarm) offeredBy(t *tap, piece int) {
 	}
 }
 
+// crowded: what a peer sends has to wait here.
+func (s *swarm) crowded(t *tap) {
+	if w := s.want.Load(); w != nil {
+		w.narrow(t)
+	}
+}
+
 func (s *swarm) refusedBy(t *tap, piece int) {
 	if w := s.want.Load(); w != nil {
 		w.refusedBy(t, piece)
