@@ -1,6 +1,7 @@
 package peernet
 
 import (
+	"cmp"
 	"net"
 	"time"
 )
@@ -10,12 +11,16 @@ import (
 const BBR = "bbr"
 
 const (
+	// longPath is the round trip above which a path is long by default.
+	longPath = 20 * time.Millisecond
 	// lossy is the share of packets sent again from which a path is lossy, once so
 	// many of them went.
 	lossy        = 0.002
 	lossyPackets = 500
 	// tuneEvery is how many bytes are written between two looks at the path.
 	tuneEvery = 1 << 20
+	// someLost are so many packets sent again that it was not one mishap.
+	someLost = 3
 )
 
 // probing finds out within some ten seconds that the path of a connection on which
@@ -56,6 +61,24 @@ func (p Path) wants(long time.Duration) bool {
 
 // Path of the connection; false where the system does not say, and over QUIC.
 func (c *Conn) Path() (Path, bool) { return pathOf(c.NetConn()) }
+
+// Thin says that what this end sends goes a long and lossy way without BBR: a second
+// connection would carry as much again.
+func (c *Conn) Thin() bool {
+	var p Path
+	if s, ok := c.Conn.(*stream); ok {
+		stats := s.session.conn.ConnectionStats()
+		p = Path{RTT: stats.SmoothedRTT, Packets: int64(stats.PacketsSent), Again: int64(stats.PacketsLost)}
+	} else if p, ok = c.Path(); !ok {
+		return false
+	}
+	return p.thin(c.long)
+}
+
+// thin says whether one connection carries little, from a round trip on; 0 is the usual one.
+func (p Path) thin(long time.Duration) bool {
+	return p.Congestion != BBR && p.RTT > cmp.Or(long, longPath) && p.Again >= someLost && float64(p.Again) > lossy*float64(p.Packets)
+}
 
 // tune gives a connection BBR if its path is one for it. It is asked now and then on
 // both ends, because it is the sender's choice that counts and the loss shows while

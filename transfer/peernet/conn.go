@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Carrier is what takes a connection's bytes to the peer.
@@ -24,6 +25,8 @@ type Conn struct {
 	service    byte
 	closed     func()
 	once       sync.Once
+
+	long time.Duration // see Config.LongPath
 
 	// Over TCP: what looks at the path; nil once there is no need to.
 	tune    atomic.Pointer[func() (done bool)]
@@ -45,6 +48,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 // tuned makes the connection look after the congestion control of the TCP
 // connection below it, from now on.
 func (c *Conn) tuned(n *Net, raw net.Conn) {
+	c.long = n.cfg.LongPath
 	tune := func() bool { return n.tune(raw) }
 	if !tune() {
 		c.tune.Store(&tune)

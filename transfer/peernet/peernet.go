@@ -178,7 +178,7 @@ func New(cfg Config) (*Net, error) {
 	for _, d := range []struct {
 		v   *time.Duration
 		def time.Duration
-	}{{&cfg.HandshakeTimeout, 10 * time.Second}, {&cfg.JoinTimeout, time.Minute}, {&cfg.LongPath, 20 * time.Millisecond}} {
+	}{{&cfg.HandshakeTimeout, 10 * time.Second}, {&cfg.JoinTimeout, time.Minute}, {&cfg.LongPath, longPath}} {
 		if *d.v <= 0 {
 			*d.v = d.def
 		}

@@ -245,13 +245,13 @@ func (a *Asker) Hear(n Note) {
 // says after how long there may be one by time alone; 0: only by what happens.
 func (q *Queue) Next(now time.Duration, allow func(a *Asker, piece int) (wait time.Duration)) (t *Turn, again time.Duration) {
 	busy, again := q.busy(now)
-	if busy >= q.slots.Pieces || len(q.turns) >= q.slots.Most {
+	if len(q.turns) >= q.slots.Most {
 		return nil, again
 	}
 	for {
 		a, wait := q.choose(now)
 		again = sooner(again, wait)
-		if a == nil {
+		if a == nil || busy >= q.slots.Pieces && !q.beside(a, q.turns) {
 			return nil, again
 		}
 		piece := a.piece()
@@ -279,13 +279,24 @@ func sooner(a, b time.Duration) time.Duration {
 // busy counts the pieces that use the uplink, and says when it may be one less.
 func (q *Queue) busy(now time.Duration) (n int, again time.Duration) {
 	patience := max(3*q.usual, 50*time.Millisecond)
-	for _, t := range q.turns {
+	for i, t := range q.turns {
+		if q.beside(t.Asker, q.turns[:i]) {
+			continue
+		}
 		if left := t.since + patience - now; left > 0 {
 			n++
 			again = sooner(again, left)
 		}
 	}
 	return n, again
+}
+
+// beside says whether one of the turns is that of another connection of the same node
+// about the same blob: it has several because each carries little, and they count once.
+func (q *Queue) beside(a *Asker, turns []*Turn) bool {
+	return a.peer.askers > 1 && slices.ContainsFunc(turns, func(t *Turn) bool {
+		return t.Asker != a && t.Asker.peer == a.peer && t.Asker.offer == a.offer
+	})
 }
 
 // choose finds whose turn it is: the class by weight, then whom a reader waits at,
@@ -339,10 +350,26 @@ func (o *Offer) before(a, b *Asker) bool {
 	if x, y := a.fresh(), b.fresh(); x != y {
 		return x < y
 	}
+	if a.peer != b.peer && a.peer.served != b.peer.served && (a.links() > 1 || b.links() > 1) {
+		return a.peer.served < b.peer.served // several connections give no second share
+	}
 	if a.burden != b.burden {
 		return a.burden < b.burden
 	}
 	return a.clock < b.clock
+}
+
+// links is how many connections about the blob the asker's node has.
+func (a *Asker) links() (n int) {
+	if a.peer.askers == 1 {
+		return 1
+	}
+	for _, o := range a.offer.askers {
+		if o.peer == a.peer {
+			n++
+		}
+	}
+	return n
 }
 
 // fresh is how often the least sent piece that it asks for has gone out.

@@ -39,6 +39,18 @@ func TestFewOfVeryManyAreAsked(t *testing.T) {
 	}
 }
 
+// eachAnother dials under another name each time, as naming reads them.
+func eachAnother(dial func(context.Context, string) (net.Conn, error)) func(context.Context, string) (net.Conn, error) {
+	var n atomic.Int32
+	return func(ctx context.Context, addr string) (net.Conn, error) {
+		c, err := dial(ctx, addr)
+		if err == nil {
+			_, err = fmt.Fprintf(c, "%02d", 50+n.Add(1))
+		}
+		return c, err
+	}
+}
+
 // A node that is still fetching serves so many; the next go elsewhere.
 func TestTheCrowdGoesElsewhere(t *testing.T) {
 	c := &crowd{t: t}
@@ -50,7 +62,7 @@ func TestTheCrowdGoesElsewhere(t *testing.T) {
 	if _, err := middle.Fetch(t.Context(), blob); err != nil {
 		t.Fatal(err)
 	}
-	e := mover(t, nil, peers(nil), func(cfg *Config) { cfg.Dial = middle.cfg.Dial })
+	e := mover(t, nil, peers(nil), func(cfg *Config) { cfg.Dial = eachAnother(cfg.Dial) })
 	for i := range maxAskers + 1 {
 		l, st, err := e.open(t.Context(), middle.peer, hello{digest: blob.Digest, size: blob.Size, patience: time.Second}, nil)
 		if err != nil {
@@ -126,7 +138,7 @@ func TestWhoFindsTheSourceBusyWaits(t *testing.T) {
 	content, blob := random(4 * transfer.PieceSize)
 	source := c.add("00", nil)
 	source.store.Put(content)
-	e := mover(t, nil, peers(nil), func(cfg *Config) { cfg.Dial = source.cfg.Dial })
+	e := mover(t, nil, peers(nil), func(cfg *Config) { cfg.Dial = eachAnother(cfg.Dial) })
 	greet := hello{digest: blob.Digest, size: blob.Size, patience: time.Second}
 	var links []*link
 	for range maxAskers {

@@ -42,14 +42,31 @@ func newDesk(cfg Config) *desk {
 	return d
 }
 
+// full says that no session of a node may join: as many nodes ask for the blob as may,
+// since hundreds would share what little each could get, and pass on nothing; or the node
+// has as many sessions as may be.
+func (o *offer) full(node string) bool {
+	links, nodes := 0, 0
+	seen := make(map[string]bool, maxAskers)
+	for s := range o.sessions {
+		switch peer := s.link.peer; {
+		case peer == node && peer != "":
+			links++
+		case peer == "" || !seen[peer]:
+			nodes++
+			seen[peer] = true
+		}
+	}
+	return links == 0 && nodes >= maxAskers || links >= maxLinks
+}
+
 // join takes a session in and tells the wanter the state. have is nil for a blob that
-// is held whole. What is held from now on is told by hold. false when as many ask for the
-// blob as may: hundreds would share what little each could get, and pass on nothing.
+// is held whole. What is held from now on is told by hold. false when there are enough.
 func (d *desk) join(s *session, have func() transfer.Bitmap) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	o := d.offers[s.blob.Digest]
-	if o != nil && o.Askers() >= maxAskers && transfer.Pieces(s.blob.Size) > 1 {
+	if o != nil && transfer.Pieces(s.blob.Size) > 1 && o.full(s.link.peer) {
 		return false
 	}
 	var part transfer.Bitmap

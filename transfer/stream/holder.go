@@ -28,6 +28,10 @@ type holder struct {
 	limited  time.Time    // when a limit last held back what it owes
 	dropped  *failure
 	in       intake
+	// Several connections to one node: main is the holder that the node is, nil for that
+	// itself; betrayed is what another connection than this one did that ends them all.
+	main     *holder
+	betrayed *failure
 }
 
 // strike counts a failure. Weights: a broken answer may be a restart, so it takes four;

@@ -382,6 +382,11 @@ func (h *hunt) lost(ctx context.Context, hd *holder) {
 	if hd.planned != nil {
 		h.want.Leave(hd.planned)
 	}
+	for _, beside := range h.dealing {
+		if beside.main == hd && beside.link != nil {
+			beside.link.close()
+		}
+	}
 	h.electLocked()
 	why := hd.dropped
 	h.mu.Unlock()

@@ -44,6 +44,7 @@ const (
 	kindTable    kind = 39 // the piece table
 	kindBeat     kind = 40 // empty: still there
 	kindWait     kind = 41 // empty: still there, and what is asked for is held back by a limit
+	kindThin     kind = 42 // empty: the path is long and lossy, more connections carry more
 )
 
 // held says what a holder has of a blob.
@@ -89,7 +90,7 @@ func limit(k kind, size int64) (int64, error) {
 		return transfer.TableSize(min(size, transfer.MaxSize)), nil
 	case kindClass:
 		return 1, nil
-	case kindTables, kindBye, kindComplete, kindGone, kindBeat, kindWait:
+	case kindTables, kindBye, kindComplete, kindGone, kindBeat, kindWait, kindThin:
 		return 0, nil
 	}
 	return 0, fmt.Errorf("frame of the unknown kind %d", k)

@@ -28,6 +28,8 @@ const (
 	// maxAskers that a node serves a blob of several pieces to at once. The next hear that
 	// it is busy, or, while it is still fetching the blob, that it holds nothing.
 	maxAskers = 20
+	// maxLinks are so many sessions of one node about one blob at once.
+	maxLinks = 16
 )
 
 // session is one wanter's interest in one blob.
@@ -37,6 +39,7 @@ type session struct {
 	blob   transfer.Blob // without a root
 	flight *flight       // nil unless it was arriving when the session began
 
+	thin    bool // the wanter has heard that the path is; the writer's
 	beat    time.Duration
 	limited atomic.Int64 // until when a limit holds it back, since the desk began
 
@@ -454,7 +457,18 @@ func (s *session) send(l loaded) error {
 	if s.e.cfg.Meter != nil {
 		s.e.cfg.Meter.Sent(s.flow(), int(l.bytes))
 	}
-	return nil
+	return s.thinness()
+}
+
+// thinness tells the wanter once if this connection's path carries little. Who sends
+// knows what is lost.
+func (s *session) thinness() error {
+	path, ok := s.link.conn.(interface{ Thin() bool })
+	if !ok || s.thin || s.flight != nil || !path.Thin() {
+		return nil
+	}
+	s.thin = true
+	return s.link.write(frame(nil, kindThin))
 }
 
 // readAt reads from wherever the bytes are: they may have arrived meanwhile.

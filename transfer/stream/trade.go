@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"net"
 	"slices"
 	"time"
 
@@ -67,6 +68,9 @@ func (h *hunt) failed(ctx context.Context, hd *holder, err error) bool {
 		f = &failure{why: Broken, err: err}
 	}
 	h.mu.Lock()
+	if hd.betrayed != nil {
+		f = hd.betrayed
+	}
 	final := hd.strike(f)
 	if final {
 		hd.dropped = f
@@ -84,7 +88,9 @@ func (h *hunt) session(ctx context.Context, hd *holder, l *link, st state) error
 	if h.whole != nil {
 		return h.pour(ctx, hd, l, st)
 	}
-	h.engaged(hd, l, st)
+	if err := h.engaged(hd, l, st); err != nil {
+		return err
+	}
 	h.pump()
 	for {
 		k, n, err := l.header(h.e.cfg.StallTimeout, h.blob.Size)
@@ -110,16 +116,27 @@ func (h *hunt) session(ctx context.Context, hd *holder, l *link, st state) error
 		if k == kindBye && h.isFinished() {
 			return nil
 		}
+		if k == kindThin {
+			h.widen(ctx, hd)
+			continue
+		}
 		if err := h.hear(hd, k, body); err != nil {
 			return err
 		}
 	}
 }
 
-// engaged begins a session in the planner's eyes.
-func (h *hunt) engaged(hd *holder, l *link, st state) {
+// engaged begins a session in the planner's eyes, unless another connection to the same
+// node has been its end.
+func (h *hunt) engaged(hd *holder, l *link, st state) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if hd.betrayed != nil {
+		return hd.betrayed
+	}
+	if hd.main != nil && (hd.main.betrayed != nil || hd.main.dropped != nil) {
+		return net.ErrClosed
+	}
 	now := time.Now()
 	said := hd.words
 	hd.words = words{}
@@ -148,6 +165,7 @@ func (h *hunt) engaged(hd *holder, l *link, st state) {
 		l.send(func(to []byte) []byte { return frame(to, kindBye) })
 	}
 	h.electLocked()
+	return nil
 }
 
 // spoken tells the planner what a holder was asked with the hello; mu is held.
