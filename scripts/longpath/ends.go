@@ -28,6 +28,9 @@ const (
 	bbrPort   = "5001"
 	plainPort = "5002"
 	barePort  = "5003"
+	// Those at which the engine serves one blob.
+	blobPort      = "5004"
+	plainBlobPort = "5005"
 )
 
 // siteID and nodeIDs are as those that a site makes.
@@ -96,10 +99,21 @@ func port(dir, name string, change func(*peernet.Config)) (*peernet.Net, error) 
 //
 //	source DIR IP
 //	sink DIR IP PORT tcp|quic|bare CONNECTIONS SECONDS
+//	fetch DIR IP PORT tcp|quic SECONDS
 func end(ctx context.Context, args []string) error {
 	switch {
 	case len(args) == 3 && args[0] == "source":
 		return source(ctx, args[1], args[2])
+	case len(args) == 6 && args[0] == "fetch":
+		seconds, err := strconv.Atoi(args[5])
+		if err != nil {
+			return err
+		}
+		rate, err := fetch(ctx, args[1], net.JoinHostPort(args[2], args[3]), load{args[4], 1, time.Duration(seconds) * time.Second})
+		if err == nil {
+			fmt.Printf("%.3f\n", rate)
+		}
+		return err
 	case len(args) == 7 && args[0] == "sink":
 		conns, err1 := strconv.Atoi(args[5])
 		seconds, err2 := strconv.Atoi(args[6])
@@ -117,7 +131,10 @@ func end(ctx context.Context, args []string) error {
 
 // source sends to whoever connects until they leave.
 func source(ctx context.Context, dir, ip string) error {
-	failed := make(chan error, 4)
+	failed := make(chan error, 8)
+	if err := serveBlob(ctx, dir, ip, failed); err != nil {
+		return err
+	}
 	for number, plain := range map[string]bool{bbrPort: false, plainPort: true} {
 		n, err := port(dir, "far", func(c *peernet.Config) { c.NoBBR = plain })
 		if err != nil {
@@ -203,7 +220,7 @@ func sink(ctx context.Context, dir, addr string, l load) (float64, error) {
 			} else {
 				c, err = n.Dial(ctx, addr, peernet.ServiceBlob)
 			}
-			if err != nil && tries == 20 {
+			if err != nil && tries == 300 {
 				return 0, err
 			}
 			if err != nil {

@@ -123,7 +123,25 @@ func overLine(ctx context.Context, loss float64, seconds int) (err error) {
 		}
 		say(fmt.Sprintf("long_%.0f%%_%s", loss*100, w.name), rates[w.name], "Mbit/s", ">=", goal)
 	}
-	for _, name := range []string{"atoll_quic_8", "atoll_tcp_8"} {
+	for _, w := range []way{
+		{"blob_bbr", blobPort, "tcp", 1},
+		{"blob_tcp", plainBlobPort, "tcp", 1},
+		{"blob_quic", plainBlobPort, "quic", 1},
+	} {
+		out, err := near.Run(ctx, self, "end", "fetch", dir, far.IP, w.port, w.how, strconv.Itoa(seconds))
+		if err != nil {
+			return err
+		}
+		if rates[w.name], err = strconv.ParseFloat(strings.TrimSpace(out), 64); err != nil {
+			return err
+		}
+		goal := 0.0
+		if w.name == "blob_bbr" {
+			goal = map[float64]float64{0.01: 80, 0.05: 65}[loss]
+		}
+		say(fmt.Sprintf("long_%.0f%%_%s", loss*100, w.name), rates[w.name], "Mbit/s", ">=", goal)
+	}
+	for _, name := range []string{"atoll_quic_8", "atoll_tcp_8", "blob_tcp", "blob_quic"} {
 		say(fmt.Sprintf("long_%.0f%%_%s_over_cubic", loss*100, name), rates[name]/rates["cubic"], "x", ">=", 8)
 	}
 	return nil
