@@ -251,8 +251,8 @@ func TestOperations(t *testing.T) {
 	img := image(ctx, t, 1<<20)
 	s.pushAll(ctx, one, img, "library/app", "v1")
 
-	m.run(ctx, "Bound what the registry takes of the network", m.on(one), m.typed(one), m.typed(one), m.typed(one), m.on(one))
-	for _, name := range []string{"traffic.links", "traffic.budgets"} {
+	m.run(ctx, "Bound what the registry takes of the network", m.on(one), m.typed(one), m.typed(one), m.typed(one), m.typed(one), m.on(one), m.on(one))
+	for _, name := range []string{"traffic.links", "traffic.budgets", "traffic.memory"} {
 		m.must(one.Atoll(ctx, "settings", "reset", name))
 	}
 	m.run(ctx, "Bring images to nodes before the morning", m.typed(one, "NODE", "three"), m.on(one))
