@@ -29,13 +29,14 @@ run: build
 # which saves minutes, and node/peers, which once ended in the detector's own runtime
 # (tsan_rtl.cpp, kEpochLast) and never in a race; test-race has all. Four packages at
 # once, because some wait much: for elections, and for disks and nodes that are late.
+# What go test looks for by itself in each package, go vet has looked for before.
 test: testdeps build
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
-	$(TESTED) CGO_ENABLED=1 go test -race -p 4 -timeout 12m $$(go list ./... | grep -vE '/scripts/|atoll/(node|node/peers|cmd/atoll)$$')
-	$(TESTED) go test -p 2 -timeout 6m ./node ./node/peers ./cmd/atoll
-	$(TESTED) go test -timeout 5m -tags s3 -run S3 ./node/blobs/cloud
-	PATH="$(TOOLS):$$PATH" go test -count=1 -timeout 12m ./scripts/...
+	$(TESTED) CGO_ENABLED=1 go test -vet=off -race -p 4 -timeout 12m $$(go list ./... | grep -vE '/scripts/|atoll/(node|node/peers|cmd/atoll)$$')
+	$(TESTED) go test -vet=off -p 2 -timeout 6m ./node ./node/peers ./cmd/atoll
+	$(TESTED) go test -vet=off -timeout 5m -tags s3 -run S3 ./node/blobs/cloud
+	PATH="$(TOOLS):$$PATH" go test -vet=off -count=1 -timeout 12m ./scripts/...
 
 # The quick part, with nothing installed.
 test-unit:
