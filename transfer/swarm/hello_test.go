@@ -84,16 +84,22 @@ func TestReadTable(t *testing.T) {
 func FuzzReadHello(f *testing.F) {
 	b := transfer.Blob{Digest: digest.FromString("x"), Size: 7, Root: make([]byte, transfer.HashSize)}
 	f.Add(marshalHello(b, transfer.Pull))
+	f.Add(marshalHello(b, transfer.Repair))
 	f.Add([]byte(helloMagic))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		b, _, err := readHello(bytes.NewReader(raw))
+		b, class, err := readHello(bytes.NewReader(raw))
 		if err != nil {
 			return
 		}
+		if class > transfer.Prefetch || class != min(transfer.Class(raw[len(helloMagic)+1]), transfer.Prefetch) {
+			t.Fatalf("%x is of %s", raw, class)
+		}
+		raw = bytes.Clone(raw)
+		raw[len(helloMagic)+1] = byte(class) // of a newer version it may be less urgent still
 		if err := b.Check(); err != nil || b.Size <= 0 || b.Root == nil {
 			t.Fatalf("%+v is taken: %v", b, err)
 		}
-		if out := marshalHello(b, transfer.Pull); !bytes.Equal(out, raw[:len(out)]) {
+		if out := marshalHello(b, class); !bytes.Equal(out, raw[:len(out)]) {
 			t.Fatalf("%x comes back as %x", raw, out)
 		}
 	})
