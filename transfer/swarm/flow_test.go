@@ -97,6 +97,55 @@ func TestLimitsAndClasses(t *testing.T) {
 	}
 }
 
+// disk is where a node keeps blobs.
+type disk interface {
+	transfer.Source
+	transfer.Sink
+}
+
+// lateDisk takes so long for each piece.
+type lateDisk struct {
+	*transfertest.Store
+	takes time.Duration
+}
+
+type latePartial struct {
+	transfer.Partial
+	takes time.Duration
+}
+
+func (d lateDisk) Create(ctx context.Context, b transfer.Blob) (transfer.Partial, error) {
+	p, err := d.Store.Create(ctx, b)
+	return latePartial{p, d.takes}, err
+}
+
+func (p latePartial) WriteAt(b []byte, off int64) (int, error) {
+	<-time.After(p.takes)
+	return p.Partial.WriteAt(b, off)
+}
+
+// While this node's own disk is late, as for a sync, nothing is read, and the holder is
+// not to blame.
+func TestALateDiskIsNobodysStall(t *testing.T) {
+	content := tide(6*transfer.PieceSize + 7)
+	b, _ := blobOf(t, content)
+	w := &wire{at: make(map[string]func(string, net.Conn)), stall: 500 * time.Millisecond}
+	held, store := transfertest.NewStore(), transfertest.NewStore()
+	held.Put(content)
+	w.engine(t, "from", held)
+	to := w.engine(t, "to", store, "from")
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	if err := to.fetchFor(ctx, lateDisk{store, 1200 * time.Millisecond}, b, transfer.Pull); err != nil {
+		t.Fatal(err)
+	}
+	to.mu.Lock()
+	defer to.mu.Unlock()
+	if len(to.drops) > 0 {
+		t.Errorf("dropped: %v", to.drops)
+	}
+}
+
 // gate lets pulls pass, and says when anything else has asked.
 type gate struct {
 	once  sync.Once

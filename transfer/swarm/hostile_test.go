@@ -142,7 +142,7 @@ func (r *rig) fetch(ctx context.Context, store *transfertest.Store, b transfer.B
 	return r.fetchFor(ctx, store, b, transfer.Pull)
 }
 
-func (r *rig) fetchFor(ctx context.Context, store *transfertest.Store, b transfer.Blob, class transfer.Class) error {
+func (r *rig) fetchFor(ctx context.Context, store disk, b transfer.Blob, class transfer.Class) error {
 	a := transfer.NewArrival(b, func(ctx context.Context) (transfer.Content, error) { return store.Open(ctx, b.Digest) })
 	a.For(class)
 	p, err := store.Create(ctx, b)

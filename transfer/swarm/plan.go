@@ -414,13 +414,18 @@ func (w *want) end() {
 
 // tick looks after what time alone changes: pieces that are slow to come, pieces that
 // the library has not asked for, slots that other fetches have freed. It gives the
-// connections that have stalled.
+// connections that have stalled: none while this node's own disk takes a piece, for
+// nothing more is read then.
 func (w *want) tick(stall time.Duration) (stalled []*tap) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	disk := w.s.storing.Load() > 0
 	for t, l := range w.links {
 		if len(l.asked) == 0 {
 			continue
+		}
+		if disk {
+			t.touch()
 		}
 		var oldest time.Time
 		var again []byte

@@ -189,7 +189,10 @@ func (p piece) WriteTo(w io.Writer) (int64, error) {
 	if want == nil {
 		return 0, fs.ErrClosed
 	}
-	if err := s.arrival.Store(p.i, a.data); err != nil {
+	s.storing.Add(1)
+	err := s.arrival.Store(p.i, a.data)
+	s.storing.Add(-1)
+	if err != nil {
 		want.refused(p.i, a, err)
 		return 0, err
 	}

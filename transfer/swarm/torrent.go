@@ -46,6 +46,8 @@ type swarm struct {
 	users int         // guarded by Engine.mu
 	rest  *time.Timer // retires it
 
+	storing atomic.Int32 // pieces that this node's disk takes just now
+
 	want atomic.Pointer[want] // the fetch that moves the blob here by this torrent
 
 	mu    sync.Mutex
