@@ -221,6 +221,10 @@ func TestPullsOutliveKills(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	// One of them is behind all the others, and so needs somebody when the holder is gone.
+	if err := others[len(others)-1].Host.Shape(ctx, rate/3); err != nil {
+		t.Fatal(err)
+	}
 	img, list, pieces = push("source")
 	p = s.pullEverywhere(ctx, "library/many:source", img, others)
 	least := 0
