@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/anacrolix/torrent"
+
 	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/transfertest"
 )
@@ -254,6 +256,70 @@ func TestLittleIsAskedUnderALimit(t *testing.T) {
 			t.Fatalf("%d pieces are asked for at once", window())
 		}
 	}
+	in.mu.Lock()
+	in.most = 1 << 40
+	in.mu.Unlock()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// The library looks at 64 MiB of wanted pieces by default, those that nobody has first. A
+// larger blob comes all the same: the library wants only what the plan asks for, and looks
+// at all of that, also when holders that left have made it want the whole blob.
+func TestTheLibraryWantsWhatIsAskedFor(t *testing.T) {
+	content := tide(66 << 20)
+	b, _ := blobOf(t, content)
+	in := &sluice{}
+	w := &wire{at: make(map[string]func(string, net.Conn)), stall: 5 * time.Second}
+	w.config = func(c *Config) {
+		if c.Node == "to" {
+			c.Incoming = in
+		}
+	}
+	held, store := transfertest.NewStore(), transfertest.NewStore()
+	held.Put(content)
+	w.engine(t, "from", held)
+	to := w.engine(t, "to", store, "from")
+	ctx, cancel := context.WithTimeout(t.Context(), 120*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- to.fetch(ctx, store, b) }()
+	asking := func() *swarm {
+		to.Engine.mu.Lock()
+		s := to.swarms[Infohash(b)]
+		to.Engine.mu.Unlock()
+		if s == nil {
+			return nil
+		}
+		for _, tap := range s.all() {
+			tap.mu.Lock()
+			n := len(tap.asks)
+			tap.mu.Unlock()
+			if n > 0 {
+				return s
+			}
+		}
+		return nil
+	}
+	s := asking()
+	for tick := time.NewTicker(time.Millisecond); s == nil; s = asking() {
+		select {
+		case <-tick.C:
+		case err := <-done:
+			t.Fatalf("ended before anything was asked for: %v", err)
+		}
+	}
+	wanted := 0
+	for _, run := range s.torrent.PieceStateRuns() {
+		if run.Priority > torrent.PiecePriorityNone {
+			wanted += run.Length
+		}
+	}
+	if wanted > maxWindow+1 {
+		t.Errorf("the library wants %d pieces, at most %d are asked for", wanted, maxWindow)
+	}
+	s.torrent.DownloadAll()
 	in.mu.Lock()
 	in.most = 1 << 40
 	in.mu.Unlock()

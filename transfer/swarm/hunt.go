@@ -486,7 +486,7 @@ func (h *hunt) learn(t transfer.PieceTable) {
 		h.s, h.w = s, newWant(s, h.a, h.tell)
 		h.w.check(marked)
 		s.want.Store(h.w)
-		s.torrent.DownloadAll()
+		s.need(0) // with nothing to want the library would not connect to anybody
 		h.marked <- marked
 		close(h.known)
 		for _, tap := range s.all() { // others were quicker

@@ -475,6 +475,7 @@ func (w *want) assignTo(l *link) {
 // fill asks a peer for as much as fits its window.
 func (w *want) fill(l *link, urgent []int) {
 	var show []byte
+	var pieces []int
 	for len(l.asked) < l.window {
 		i := w.pick(l, urgent)
 		if i < 0 || !w.slot(i) {
@@ -492,10 +493,10 @@ func (w *want) fill(l *link, urgent []int) {
 			l.t.touch() // it has had nothing to send until now
 		}
 		l.asked[i] = now
-		show = appendSuggest(appendHave(show, i), i)
+		show, pieces = appendSuggest(appendHave(show, i), i), append(pieces, i)
 	}
 	if len(show) > 0 {
-		l.t.put(show)
+		l.t.put(show, pieces...)
 	}
 }
 

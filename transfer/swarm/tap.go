@@ -82,6 +82,7 @@ type tap struct {
 
 	mu      sync.Mutex
 	shown   []byte                // messages that the engine puts before the library
+	wanted  []int                 // pieces that the library is to want before it reads them
 	asks    map[chunk]bool        // what the library has asked for; true: and cancelled
 	asked   map[chunk]bool        // what the peer has asked for and not got
 	have    transfer.Bitmap       // what the peer has
@@ -157,10 +158,12 @@ func (t *tap) SetDeadline(time.Time) error      { return nil }
 func (t *tap) SetReadDeadline(time.Time) error  { return nil }
 func (t *tap) SetWriteDeadline(time.Time) error { return nil }
 
-// put puts messages before the library, between two of the peer's.
-func (t *tap) put(messages []byte) {
+// put puts messages before the library, between two of the peer's. It wants the pieces
+// by the time that it reads them.
+func (t *tap) put(messages []byte, pieces ...int) {
 	t.mu.Lock()
 	t.shown = append(t.shown, messages...)
+	t.wanted = append(t.wanted, pieces...)
 	t.mu.Unlock()
 	t.wakeUp()
 }
@@ -178,9 +181,12 @@ func (t *tap) Read(p []byte) (int, error) {
 		n := 0
 		if t.shaken.Load() {
 			t.mu.Lock()
+			wanted := t.wanted
+			t.wanted = nil
 			n = copy(p, t.shown)
 			t.shown = t.shown[:copy(t.shown, t.shown[n:])]
 			t.mu.Unlock()
+			t.s.need(wanted...) // the library's lock is free: it never waits for a peer with it
 		}
 		if n > 0 {
 			// A message that did not fit goes on with the next Read, before anything else.

@@ -127,6 +127,9 @@ func (s *swarm) config() *torrent.ClientConfig {
 	c.HandshakesTimeout = handshakeTimeout
 	c.StealRequestGrace = stealAfter
 	c.MaxAllocPeerRequestDataPerConn = 2 * chunkSize
+	// The plan bounds what is asked for. The library would count wanted pieces that nobody
+	// has, and has those first: behind 64 MiB of them it would look at no other.
+	c.MaxUnverifiedBytes = 0
 	c.Slogger = slog.New(quiet{s.e.log.Handler()})
 	return c
 }
@@ -160,6 +163,14 @@ func (s *swarm) serves(a *transfer.Arrival) bool {
 
 // holds says whether a piece is here, verified.
 func (s *swarm) holds(piece int) bool { return s.arrival == nil || s.arrival.Holds(piece) }
+
+// need has the library want pieces. It wants none but those that the plan has asked for:
+// it looks at all of them, piece by piece, whenever it chooses what to ask for.
+func (s *swarm) need(pieces ...int) {
+	for _, i := range pieces {
+		s.torrent.DownloadPieces(i, i+1)
+	}
+}
 
 // follow tells the library of pieces that arrive by other ways than through it, and
 // closes the torrent when the fetch fails: then its bytes may be gone.
