@@ -28,7 +28,7 @@ type Network struct {
 	mu      sync.Mutex
 	hosts   map[string]*host
 	cut     map[link]bool
-	changed chan struct{} // closed when a link or a connection changes; then replaced
+	changed chan struct{} // closed when a link or a host changes; then replaced
 }
 
 // link is a direction of travel.
@@ -246,7 +246,7 @@ func (n *Network) dial(ctx context.Context, from *host, addr, peer string, find 
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", addr, err)
 	}
-	there, back := &stream{network: n, link: link{from.addr, addr}}, &stream{network: n, link: link{addr, from.addr}}
+	there, back := newStream(link{from.addr, addr}), newStream(link{addr, from.addr})
 	near := &conn{host: from, in: back, out: there, peer: to.identity().NodeID}
 	far := &conn{host: to, in: there, out: back, peer: peer, accepted: true}
 	select {
@@ -260,7 +260,6 @@ func (n *Network) dial(ctx context.Context, from *host, addr, peer string, find 
 	defer n.mu.Unlock()
 	if from.down || to.down {
 		there.reset, back.reset = true, true
-		n.wake()
 	}
 	from.conns[near], to.conns[far] = struct{}{}, struct{}{}
 	return near, nil
@@ -299,13 +298,21 @@ const window = 256 << 10
 
 // stream is one direction of a connection; its fields are under network.mu.
 type stream struct {
-	network     *Network
+	changed     chan struct{} // closed when another field changes; then replaced
 	link        link
 	data        []byte
 	ended       bool // the sender closed it
 	left        bool // the receiver closed it
 	reset       bool // a host died
 	readBy, due time.Time
+}
+
+func newStream(l link) *stream { return &stream{link: l, changed: make(chan struct{})} }
+
+// wake wakes who waits for this stream, and nobody else: a site of seven has hundreds.
+func (s *stream) wake() {
+	close(s.changed)
+	s.changed = make(chan struct{})
 }
 
 // conn is one end of a connection.
@@ -326,7 +333,7 @@ func (c *conn) RemoteAddr() net.Addr { return address(c.out.link.to) }
 func (c *conn) Read(p []byte) (int, error) {
 	s, n := c.in, c.host.network
 	var read int
-	err := c.await(func() (bool, error) {
+	err := c.await(s, func() (bool, error) {
 		switch {
 		case s.reset:
 			return true, syscall.ECONNRESET
@@ -347,7 +354,7 @@ func (c *conn) Read(p []byte) (int, error) {
 func (c *conn) Write(p []byte) (int, error) {
 	s, written := c.out, 0
 	for written < len(p) {
-		err := c.await(func() (bool, error) {
+		err := c.await(s, func() (bool, error) {
 			switch {
 			case s.reset || s.left:
 				return true, syscall.ECONNRESET
@@ -366,9 +373,9 @@ func (c *conn) Write(p []byte) (int, error) {
 	return written, nil
 }
 
-// await runs do under the network's lock at each change until it is done, the
-// connection is closed here, or the deadline passes.
-func (c *conn) await(do func() (bool, error), deadline *time.Time) error {
+// await runs do under the network's lock at each change of the stream or of the network
+// until it is done, the connection is closed here, or the deadline passes.
+func (c *conn) await(s *stream, do func() (bool, error), deadline *time.Time) error {
 	n := c.host.network
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -377,25 +384,27 @@ func (c *conn) await(do func() (bool, error), deadline *time.Time) error {
 			return net.ErrClosed
 		}
 		if done, err := do(); done {
-			n.wake()
+			s.wake()
 			return err
 		}
 		var late <-chan time.Time
+		stop := func() bool { return true }
 		if !deadline.IsZero() {
 			left := time.Until(*deadline)
 			if left <= 0 {
 				return os.ErrDeadlineExceeded
 			}
 			t := time.NewTimer(left)
-			defer t.Stop()
-			late = t.C
+			late, stop = t.C, t.Stop
 		}
-		changed := n.changed
+		changed, network := s.changed, n.changed
 		n.mu.Unlock()
 		select {
 		case <-changed:
+		case <-network:
 		case <-late:
 		}
+		stop()
 		n.mu.Lock()
 	}
 }
@@ -409,7 +418,8 @@ func (c *conn) Close() error {
 	}
 	c.closed, c.out.ended, c.in.left = true, true, true
 	delete(c.host.conns, c)
-	n.wake()
+	c.in.wake()
+	c.out.wake()
 	return nil
 }
 
@@ -417,14 +427,14 @@ func (c *conn) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
 }
 
-func (c *conn) SetReadDeadline(t time.Time) error  { return c.deadline(&c.in.readBy, t) }
-func (c *conn) SetWriteDeadline(t time.Time) error { return c.deadline(&c.out.due, t) }
+func (c *conn) SetReadDeadline(t time.Time) error  { return c.deadline(c.in, &c.in.readBy, t) }
+func (c *conn) SetWriteDeadline(t time.Time) error { return c.deadline(c.out, &c.out.due, t) }
 
-func (c *conn) deadline(at *time.Time, t time.Time) error {
+func (c *conn) deadline(s *stream, at *time.Time, t time.Time) error {
 	n := c.host.network
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	*at = t
-	n.wake()
+	s.wake()
 	return nil
 }
