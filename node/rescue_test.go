@@ -183,7 +183,8 @@ func TestBackupOfWhatOthersHold(t *testing.T) {
 		}
 		return ""
 	})
-	if err := nodes[1].rooms.store.Remove(digest.FromBytes(layer)); err != nil {
+	// It may have let go of the copy by itself: two are enough.
+	if err := nodes[1].rooms.store.Remove(digest.FromBytes(layer)); err != nil && !fault.Is(err, fault.NotFound) {
 		t.Fatal(err)
 	}
 	whole, err := backup.Verify(bytes.NewReader(nodes[1].backup(backup.Request{Blobs: true})), nil)

@@ -461,6 +461,12 @@ func (n *Net) mustStay(ctx context.Context, p *parked) bool {
 	}
 	n.mu.Lock()
 	first := n.back.blind[p.conn.peer] != addr
+	// A new node refuses others until it has read their rows, but it answers.
+	if errors.Is(err, ErrRefused) || errors.Is(err, ErrNoService) {
+		p.tried = ""
+		n.mu.Unlock()
+		return true
+	}
 	if err != nil && ctx.Err() == nil {
 		n.back.blind[p.conn.peer] = addr
 	} else {
