@@ -96,7 +96,7 @@ func newSite(ctx context.Context, t *testing.T, l *lab.Lab, p plan) *site {
 		case i == 1:
 			err = node.Found(ctx)
 		case p.caches:
-			err = node.Join(ctx, s.nodes[0], "--cache")
+			err = node.Join(ctx, s.nodes[0], asCache...)
 		default:
 			err = node.Join(ctx, s.nodes[0])
 		}
@@ -217,3 +217,7 @@ func (s *site) pullAll(ctx context.Context, node *lab.Node, reference string) st
 	s.run(ctx, node, "skopeo", "copy", "--all", "--preserve-digests", "docker://"+node.Registry()+"/"+reference, "oci:"+dir+":x")
 	return s.run(ctx, node, "crane", "digest", node.Registry()+"/"+reference)
 }
+
+// asCache are the flags of a node that is a cache. Its size is given, or it would let
+// go of what a test counts on where this machine's disk is nearly full.
+var asCache = []string{"--cache", "--cache-size", "1GiB"}

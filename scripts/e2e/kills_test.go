@@ -217,7 +217,7 @@ func TestPullsOutliveKills(t *testing.T) {
 	}
 	leader.Kill()
 	figure("leader_killed_failed_clients", float64(p.wait(leader)), "clients", 0)
-	if err := leader.Start(ctx, "--cache"); err != nil {
+	if err := leader.Start(ctx, asCache...); err != nil {
 		t.Fatal(err)
 	}
 

@@ -89,7 +89,7 @@ func TestTransfersGoOnAfterKills(t *testing.T) {
 	if err := node.Host.Shape(ctx, 3<<20); err != nil {
 		t.Fatal(err)
 	}
-	if err := node.Start(ctx, "--cache"); err != nil { // which fetches nothing by itself
+	if err := node.Start(ctx, asCache...); err != nil { // which fetches nothing by itself
 		t.Fatal(err)
 	}
 	// Headers, and what was under way when a node was killed.
@@ -121,7 +121,7 @@ func TestTransfersGoOnAfterKills(t *testing.T) {
 	if r := <-broken; r.err == nil {
 		t.Fatal("the client of a node that was killed got all")
 	}
-	if err := node.Start(ctx, "--cache"); err != nil {
+	if err := node.Start(ctx, asCache...); err != nil {
 		t.Fatal(err)
 	}
 	check("the_receiver", order[0], <-s.read(ctx, node, paths[order[0]]), before)

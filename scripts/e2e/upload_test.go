@@ -178,7 +178,7 @@ func TestBlobIsReadWhileItArrives(t *testing.T) {
 	start := time.Now()
 	// A cache fetches nothing by itself: else repair may be first, whose order is
 	// not that of a reader.
-	if err := node.Start(ctx, "--cache"); err != nil {
+	if err := node.Start(ctx, asCache...); err != nil {
 		t.Fatal(err)
 	}
 	w := s.wire(node)
