@@ -1,5 +1,5 @@
 # Every target works on a fresh machine with Go and git; what the tests need
-# besides is installed by scripts/testdeps.
+# besides is installed by scripts/testdeps/install.
 export CGO_ENABLED = 0
 # All with the same flags: other paths in the object files would be a second copy of
 # every package in the build cache, which takes minutes to compile.
@@ -51,7 +51,7 @@ test-race: testdeps build
 # All object stores, against a server of S3 and emulators of GCS and Azure. From
 # nothing the emulators take two minutes of CPU time, so CI has S3 only.
 test-cloud:
-	scripts/testdeps $(TOOLS) cloud
+	scripts/testdeps/install $(TOOLS) cloud
 	$(TESTED) go test -count=1 -timeout 10m -tags cloud ./node/blobs/cloud
 
 test-e2e: testdeps build
@@ -95,13 +95,13 @@ demo: testdeps build
 # Atoll beside a minimal server and distribution's registry, in one run of a few
 # minutes; adds the figures to docs/benchmarks.md.
 bench: build
-	scripts/testdeps $(TOOLS) bench
+	scripts/testdeps/install $(TOOLS) bench
 	go run ./scripts/bench -write docs/benchmarks.md
 
 # The same with the rows that need 1,000,000 artifacts and bigger blobs: ten
 # minutes more.
 bench-long: build
-	scripts/testdeps $(TOOLS) bench
+	scripts/testdeps/install $(TOOLS) bench
 	go run ./scripts/bench -long -mib 512 -write docs/benchmarks.md
 
 # What the consensus costs beside raw raft, and how long a killed leader is missed.
@@ -124,7 +124,7 @@ bench-transfer: testdeps
 	PATH="$(TOOLS):$$PATH" scripts/benchtransfer
 
 testdeps:
-	scripts/testdeps $(TOOLS)
+	scripts/testdeps/install $(TOOLS)
 
 clean:
 	rm -rf bin .cache

@@ -40,7 +40,7 @@ func main() {
 	flag.Float64Var(&b.linkMB, "link", 100, "speed of the link over which that comes, in MB/s")
 	flag.BoolVar(&b.long, "long", false, "run the rows that take an hour, too")
 	flag.StringVar(&b.atoll, "atoll", "bin/atoll", "the program to measure")
-	flag.StringVar(&b.peer, "peer", ".cache/bin/registry", "distribution's registry, which scripts/testdeps installs")
+	flag.StringVar(&b.peer, "peer", ".cache/bin/registry", "distribution's registry, which scripts/testdeps/install installs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -117,7 +117,7 @@ func (b *bench) run(ctx context.Context) error {
 	defer os.RemoveAll(dir)
 	b.dir = dir
 	if _, err := os.Stat(b.peer); errors.Is(err, os.ErrNotExist) {
-		fmt.Fprintf(os.Stderr, "bench: there is no %s, so distribution's registry is left out; scripts/testdeps .cache/bin bench installs it\n", b.peer)
+		fmt.Fprintf(os.Stderr, "bench: there is no %s, so distribution's registry is left out; scripts/testdeps/install .cache/bin bench installs it\n", b.peer)
 		b.peer = ""
 	}
 	if b.fleet, err = launch(ctx, place{dir: dir, atoll: b.atoll, peer: b.peer}); err != nil {
