@@ -65,7 +65,9 @@ func TestReader(t *testing.T) {
 		t.Skipf("this file system keeps %d of %d pages in memory whatever it is told", before, all)
 	}
 	read()
-	if now := resident(t, f, len(content)); now > all/10 {
+	// The kernel does not drop pages that a processor still has on its list of new
+	// ones; without the reader all of them would be there.
+	if now := resident(t, f, len(content)); now > all/3 {
 		t.Errorf("%d of %d pages are in memory after reading them cold", now, all)
 	}
 }
