@@ -54,16 +54,10 @@ func serveBlob(ctx context.Context, dir, ip string, failed chan<- error) error {
 		if err != nil {
 			return err
 		}
-		ln, err := cubic().Listen(ctx, "tcp", net.JoinHostPort(ip, number))
+		blobs, err := listen(ctx, n, net.JoinHostPort(ip, number), failed)
 		if err != nil {
 			return err
 		}
-		packets, err := net.ListenPacket("udp", net.JoinHostPort(ip, number))
-		if err != nil {
-			return err
-		}
-		blobs := n.Listen(peernet.ServiceBlob)
-		go func() { failed <- n.ServeBoth(ctx, ln, packets) }()
 		go func() { failed <- e.Serve(ctx, blobs) }()
 	}
 	return nil

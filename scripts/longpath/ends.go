@@ -140,16 +140,10 @@ func source(ctx context.Context, dir, ip string) error {
 		if err != nil {
 			return err
 		}
-		ln, err := cubic().Listen(ctx, "tcp", net.JoinHostPort(ip, number))
+		blobs, err := listen(ctx, n, net.JoinHostPort(ip, number), failed)
 		if err != nil {
 			return err
 		}
-		packets, err := net.ListenPacket("udp", net.JoinHostPort(ip, number))
-		if err != nil {
-			return err
-		}
-		blobs := n.Listen(peernet.ServiceBlob)
-		go func() { failed <- n.ServeBoth(ctx, ln, packets) }()
 		go func() { failed <- pour(blobs) }()
 	}
 	bare, err := cubic().Listen(ctx, "tcp", net.JoinHostPort(ip, barePort))
@@ -247,4 +241,20 @@ type counter struct{ n *atomic.Int64 }
 func (c counter) Write(p []byte) (int, error) {
 	c.n.Add(int64(len(p)))
 	return len(p), nil
+}
+
+// listen serves a port at an address over both carriers, and gives its connections for
+// blobs. What ends it goes to failed.
+func listen(ctx context.Context, n *peernet.Net, addr string, failed chan<- error) (net.Listener, error) {
+	ln, err := cubic().Listen(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	packets, err := net.ListenPacket("udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	blobs := n.Listen(peernet.ServiceBlob)
+	go func() { failed <- n.ServeBoth(ctx, ln, packets) }()
+	return blobs, nil
 }
