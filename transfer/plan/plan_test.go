@@ -495,6 +495,24 @@ func TestSlowReadsStandAside(t *testing.T) {
 
 // Holders that do not choose are never left a choice; the engine turns what it is told
 // to ask into what its protocol has.
+// What is late to be found slow has been sent by then, and the asker has its next turn: another
+// one beside that would take its place, and the piece would never go out.
+func TestNothingStandsAsideOnceItIsDone(t *testing.T) {
+	q := NewQueue(Slots{}, seeded())
+	a := q.Offer(3, nil).Join("a", transfer.Pull)
+	for i := range 3 {
+		a.Ask(Ask{Piece: i})
+	}
+	first := next(t, q, 0)
+	if turn, _ := q.Next(0, nil); turn == nil {
+		t.Fatal("the next has no turn")
+	}
+	q.Aside(first)
+	if turn, _ := q.Next(0, nil); turn != nil {
+		t.Errorf("piece %d goes out beside the one in service", turn.Piece)
+	}
+}
+
 func TestSpecific(t *testing.T) {
 	w := NewWant(16, Rules{Specific: true}, seeded())
 	source := w.Join(nil, false)

@@ -460,9 +460,9 @@ func (q *Queue) serve(now time.Duration, a *Asker, piece int) *Turn {
 }
 
 // Aside lets the asker have another turn while this one goes on, as when the piece is
-// slow to be read.
+// slow to be read. Of one that has ended the asker may have its next turn by now.
 func (q *Queue) Aside(t *Turn) {
-	if !t.aside {
+	if !t.aside && slices.Contains(q.turns, t) {
 		t.aside, t.Asker.serving = true, false
 	}
 }
