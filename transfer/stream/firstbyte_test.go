@@ -166,3 +166,53 @@ func TestTheFirstByteTakesTwoRoundTrips(t *testing.T) {
 		})
 	}
 }
+
+// A fetch right after another one goes on over the same connection, though the holder has
+// not said bye yet: to open one takes three round trips more.
+func TestTheNextFetchWaitsForNoConnection(t *testing.T) {
+	const trip = 100 * time.Millisecond
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		defer cancel()
+		full := transfertest.NewStore()
+		holder := mover(t, full, peers(nil), nil)
+		opened := 0
+		store := transfertest.NewStore()
+		e := mover(t, store, peers{{Addr: "a"}}, func(cfg *Config) {
+			cfg.StallTimeout = 10 * time.Second
+			cfg.Dial = func(context.Context, string) (net.Conn, error) {
+				<-time.After(3 * trip)
+				opened++
+				here, there := far(trip / 2)
+				wg.Go(func() { holder.serveConn(ctx, there) })
+				return here, nil
+			}
+		})
+		for i := range 4 {
+			content, blob := random(9*transfer.PieceSize + i)
+			full.Put(content)
+			began := time.Now()
+			f, err := e.Fetch(t.Context(), blob, transfer.ReadFrom(0))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := f.Ready(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if took := time.Since(began); i > 0 && took != trip {
+				t.Errorf("the first bytes of blob %d came after %v, want %v", i, took, trip)
+			}
+			if err := f.Wait(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(store.Bytes(blob.Digest), content) {
+				t.Error("another blob arrived")
+			}
+		}
+		if opened != 1 {
+			t.Errorf("%d connections were opened", opened)
+		}
+	})
+}

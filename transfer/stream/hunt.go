@@ -173,7 +173,8 @@ func (h *hunt) part() {
 	defer h.mu.Unlock()
 	for _, hd := range h.dealing {
 		if hd.link != nil {
-			hd.link.send(func(to []byte) []byte { return frame(to, kindBye) })
+			h.e.links.part(hd.peer, hd.link)
+			hd.link = nil // the next session may have it by now
 		}
 	}
 	for _, r := range h.reserve {

@@ -81,7 +81,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 		}
 		l := newLink(conn)
 		go l.writer()
-		if _, err = e.greet(t.Context(), l, hello{digest: blob.Digest, size: blob.Size, patience: time.Second}, nil); err != nil {
+		if _, err = e.greet(t.Context(), l, nil, hello{digest: blob.Digest, size: blob.Size, patience: time.Second}, nil); err != nil {
 			l.close()
 		}
 		return l.close, err

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -48,6 +49,9 @@ type link struct {
 	wake chan struct{}
 	shut sync.Once
 	done chan struct{} // closed by close
+	// over is there once the next session waits for the end of this one, which closes it; guarded
+	// by the links'.
+	over chan struct{}
 }
 
 func newLink(conn net.Conn) *link {
@@ -200,6 +204,7 @@ type links struct {
 
 	mu     sync.Mutex
 	idle   map[transfer.Peer][]*resting
+	ending map[transfer.Peer][]*link // that have said bye, and not heard it yet
 	closed bool
 }
 
@@ -212,35 +217,74 @@ type resting struct {
 // idleTimeout after which a connection in no session is closed.
 const idleTimeout = time.Minute
 
-// get gives a connection to a peer; old says that it had sessions before, and may turn
-// out to be dead.
-func (ls *links) get(ctx context.Context, p transfer.Peer) (l *link, old bool, err error) {
-	ls.mu.Lock()
-	kept := ls.idle[p]
-	for n := len(kept); n > 0 && l == nil; n = len(kept) {
-		if kept[n-1].expiry.Stop() {
-			l = kept[n-1].link
-		}
-		kept = kept[:n-1]
-	}
-	if ls.idle[p] = kept; len(kept) == 0 {
-		delete(ls.idle, p)
-	}
-	ls.mu.Unlock()
-	if l != nil {
-		return l, true, nil
+// get gives a connection to a peer. One that had sessions before may turn out to be dead; then
+// over is not nil, and closed once the last of them has ended.
+func (ls *links) get(ctx context.Context, p transfer.Peer) (l *link, over <-chan struct{}, err error) {
+	if l, over := ls.kept(p); l != nil {
+		return l, over, nil
 	}
 	conn, err := ls.dial(ctx, p.Addr)
 	if err != nil {
-		return nil, false, err
+		return nil, nil, err
 	}
 	l = newLink(conn)
 	if p.ID != "" && l.peer != "" && l.peer != p.ID {
 		l.close()
-		return nil, false, fmt.Errorf("%w: asked for %s, found %s", errOtherPeer, p.ID, l.peer)
+		return nil, nil, fmt.Errorf("%w: asked for %s, found %s", errOtherPeer, p.ID, l.peer)
 	}
 	go l.writer()
-	return l, false, nil
+	return l, nil, nil
+}
+
+// kept takes a connection that there is to a peer: one in no session, or one whose session
+// is about to end. To open another takes three round trips, and its first bytes go slowly.
+func (ls *links) kept(p transfer.Peer) (*link, <-chan struct{}) {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	for n := len(ls.idle[p]); n > 0; n = len(ls.idle[p]) {
+		last := ls.idle[p][n-1]
+		if ls.idle[p] = ls.idle[p][:n-1]; n == 1 {
+			delete(ls.idle, p)
+		}
+		if last.expiry.Stop() {
+			over := make(chan struct{})
+			close(over)
+			return last.link, over
+		}
+	}
+	if len(ls.ending[p]) == 0 {
+		return nil, nil
+	}
+	l := ls.ending[p][0] // which has waited for its end the longest
+	ls.forget(p, l)
+	l.over = make(chan struct{})
+	return l, l.over
+}
+
+// forget takes a connection out of those whose session is about to end; mu is held.
+func (ls *links) forget(p transfer.Peer, l *link) {
+	if ls.ending[p] = slices.DeleteFunc(ls.ending[p], func(o *link) bool { return o == l }); len(ls.ending[p]) == 0 {
+		delete(ls.ending, p)
+	}
+}
+
+// part says bye to a holder, once. The next session may say hello at once, see greet.
+func (ls *links) part(p transfer.Peer, l *link) {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	if l.over != nil || slices.Contains(ls.ending[p], l) {
+		return
+	}
+	l.send(func(to []byte) []byte { return frame(to, kindBye) })
+	ls.ending[p] = append(ls.ending[p], l)
+}
+
+// drop closes a connection.
+func (ls *links) drop(p transfer.Peer, l *link) {
+	ls.mu.Lock()
+	ls.forget(p, l)
+	ls.mu.Unlock()
+	l.close()
 }
 
 // writer writes what is queued until the link is closed.
@@ -260,10 +304,17 @@ func (l *link) writer() {
 	}
 }
 
-// put keeps a connection whose session has ended.
+// put keeps a connection whose session has ended, or leaves it to the next session if
+// that has taken it.
 func (ls *links) put(p transfer.Peer, l *link) {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
+	ls.forget(p, l)
+	if l.over != nil {
+		close(l.over)
+		l.over = nil
+		return
+	}
 	if ls.closed || len(ls.idle[p]) >= ls.keep {
 		l.close()
 		return
@@ -290,19 +341,19 @@ const keptLinks = 4
 
 // release ends a session in which nothing is on its way, and keeps the connection.
 func (e *Engine) release(p transfer.Peer, l *link, size int64) {
-	l.send(func(to []byte) []byte { return frame(to, kindBye) })
+	e.links.part(p, l)
 	select {
 	case e.starts <- func(ctx context.Context) {
 		stop := context.AfterFunc(ctx, l.close)
 		defer stop()
 		if l.drain(byeTimeout, size) != nil {
-			l.close()
+			e.links.drop(p, l)
 			return
 		}
 		e.links.put(p, l)
 	}:
 	case <-e.stopped:
-		l.close()
+		e.links.drop(p, l)
 	}
 }
 
@@ -313,26 +364,27 @@ func (e *Engine) open(ctx context.Context, p transfer.Peer, h hello, more func(t
 	ctx, cancel := context.WithTimeoutCause(ctx, e.cfg.AskTimeout, errStalled)
 	defer cancel()
 	for {
-		l, old, err := e.links.get(ctx, p)
+		l, over, err := e.links.get(ctx, p)
 		if err != nil {
 			if errors.Is(context.Cause(ctx), errStalled) {
 				return nil, state{}, &failure{Stalled, errStalled, true}
 			}
 			return nil, state{}, &failure{Broken, err, !errors.Is(err, errOtherPeer)}
 		}
-		st, err := e.greet(ctx, l, h, more)
+		st, err := e.greet(ctx, l, over, h, more)
 		if err == nil {
 			return l, st, nil
 		}
 		l.close()
-		if !old || ctx.Err() != nil {
+		if over == nil || ctx.Err() != nil {
 			return nil, state{}, err
 		}
 	}
 }
 
-// greet says hello and awaits the state.
-func (e *Engine) greet(ctx context.Context, l *link, h hello, more func(to []byte) []byte) (state, error) {
+// greet says hello and awaits the state. Hello follows the bye of the last session at once: the
+// holder reads one after the other. But what it still says of that one is not for this.
+func (e *Engine) greet(ctx context.Context, l *link, over <-chan struct{}, h hello, more func(to []byte) []byte) (state, error) {
 	stop := context.AfterFunc(ctx, l.close)
 	defer stop()
 	l.send(func(to []byte) []byte {
@@ -342,6 +394,13 @@ func (e *Engine) greet(ctx context.Context, l *link, h hello, more func(to []byt
 		}
 		return to
 	})
+	if over != nil {
+		select {
+		case <-over:
+		case <-l.done:
+			return state{}, broken(net.ErrClosed)
+		}
+	}
 	k, n, err := l.header(e.cfg.AskTimeout, h.size)
 	if err != nil {
 		return state{}, err

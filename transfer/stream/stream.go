@@ -142,7 +142,7 @@ func New(cfg Config) (*Engine, error) {
 		log:     cfg.Log,
 		starts:  make(chan func(context.Context)),
 		stopped: make(chan struct{}),
-		links:   &links{dial: cfg.Dial, keep: keptLinks, idle: make(map[transfer.Peer][]*resting)},
+		links:   &links{dial: cfg.Dial, keep: keptLinks, idle: make(map[transfer.Peer][]*resting), ending: make(map[transfer.Peer][]*link)},
 		desk:    newDesk(cfg),
 		buffers: newBuffers(cfg.Pieces, transfer.PieceSize),
 		serving: newBuffers(cfg.Sending, frameHeader+pieceHeader+transfer.PieceSize),

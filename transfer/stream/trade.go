@@ -28,7 +28,7 @@ func (h *hunt) deal(ctx context.Context, hd *holder, l *link, st state) {
 			h.e.links.put(hd.peer, l)
 			return
 		}
-		l.close()
+		h.e.links.drop(hd.peer, l)
 		for {
 			if !h.failed(ctx, hd, err) {
 				return
@@ -162,7 +162,8 @@ func (h *hunt) engaged(hd *holder, l *link, st state) error {
 		hd.hoped, hd.excused = said.pieces, len(said.pieces)
 	}
 	if h.isFinished() { // it came too late
-		l.send(func(to []byte) []byte { return frame(to, kindBye) })
+		h.e.links.part(hd.peer, l)
+		hd.link = nil
 	}
 	h.electLocked()
 	return nil

@@ -47,7 +47,7 @@ func (h *hunt) pour(ctx context.Context, hd *holder, l *link, st state) error {
 	complete := hd.complete
 	h.mu.Unlock()
 	if h.isFinished() {
-		l.send(func(to []byte) []byte { return frame(to, kindBye) })
+		h.e.links.part(hd.peer, l)
 		return h.bye(l)
 	}
 	for !complete { // one that is still fetching has to finish first

@@ -45,7 +45,7 @@ func (h *hunt) dealBeside(ctx context.Context, hd *holder) {
 		if err = h.session(ctx, hd, l, st); err == nil {
 			h.e.links.put(hd.peer, l)
 		} else {
-			l.close()
+			h.e.links.drop(hd.peer, l)
 		}
 		h.disengage(hd)
 	}
