@@ -23,8 +23,11 @@ const (
 	urgentWindow = 2
 	// lookAgain is how often the planner is asked whether time alone changes anything.
 	lookAgain = 100 * time.Millisecond
-	// silence after which a node of this site does not count where one is elected.
-	silence = 1500 * time.Millisecond
+	// signOfLife is how often holders say that they are there.
+	signOfLife = 250 * time.Millisecond
+	// silence after which a node of this site does not count where one is elected. The next one
+	// is to have the next piece within two seconds, of which this is the most.
+	silence = 4 * signOfLife
 	// byeTimeout bounds how long holders may take to end their sessions.
 	byeTimeout = 2 * time.Second
 )
@@ -132,7 +135,7 @@ func (h *hunt) isFinished() bool {
 func (h *hunt) hello() hello {
 	return hello{
 		digest: h.blob.Digest, size: h.blob.Size, class: h.fl.urgency(),
-		patience: min(lookAgain*5, h.e.cfg.StallTimeout/4),
+		patience: min(signOfLife, h.e.cfg.StallTimeout/4),
 	}
 }
 
