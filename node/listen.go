@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/node/access"
 	"github.com/atoll-registry/atoll/node/fault"
@@ -156,7 +158,7 @@ func (n *Node) tlsConfig() (*tls.Config, error) {
 	case c.TLS == TLSOff, c.TLS == TLSDefault && loopback(c.Listen):
 		return nil, nil
 	case c.TLS == TLSAuto || c.TLS == TLSDefault:
-		n.own = &siteCertificate{node: n, names: serverNames(c)}
+		n.own = newSiteCertificate(serverNames(c))
 		config.GetCertificate = n.own.get
 	default:
 		return nil, fault.New(fault.Invalid, "--tls is off or auto, not %q", c.TLS)
@@ -196,63 +198,180 @@ func serverNames(c Config) []string {
 }
 
 // siteCertificate is a server certificate of the site's CA, made anew when two
-// thirds of its life are over, and whenever the node's own for its peers was.
+// thirds of its life are over, and whenever the node's own for its peers was. One
+// goroutine makes it; clients get what there is.
 type siteCertificate struct {
-	node  *Node
+	from  issuer // set before keep runs
 	names []string
+	wish  chan struct{} // a client found it due
 
 	mu      sync.Mutex
 	current *tls.Certificate
 	renew   time.Time
-	renewal int // of the node's identity when it was made
+	renewal int           // of the node's identity when it was made
+	tried   chan struct{} // closed when the next attempt is over
+	failed  time.Time     // when the last attempt was, if in vain
+	err     error         // of it
 }
 
-// ready has the certificate made before any client asks for it: when the first one
-// does, nobody may be there any more who could make it.
-func (s *siteCertificate) ready(ctx context.Context) error {
-	for s != nil {
-		try, cancel := context.WithTimeout(ctx, 10*time.Second)
-		_, err := s.certificate(try)
-		cancel()
-		if err == nil {
-			break
+// issuer is the member of the site that the certificate is got by.
+type issuer interface {
+	ServerCertificate(ctx context.Context, names []string) (tls.Certificate, error)
+	KeptServerCertificate() (tls.Certificate, bool)
+	Identity() member.Identity
+	Now() time.Time
+}
+
+const (
+	certificateTry      = 10 * time.Second // for one attempt
+	certificatePause    = 250 * time.Millisecond
+	certificateMaxPause = 5 * time.Second
+	// How long a handshake waits for a certificate: for a newer one than there is, and
+	// for the first.
+	newerPatience = time.Second
+	firstPatience = 5 * time.Second
+)
+
+func newSiteCertificate(names []string) *siteCertificate {
+	return &siteCertificate{names: names, wish: make(chan struct{}, 1), tried: make(chan struct{})}
+}
+
+// keep has a certificate made before any client asks for it, because when the first
+// one does nobody may be there any more who could make it; and then whenever it is due.
+func (s *siteCertificate) keep(ctx context.Context) error {
+	if s == nil {
+		<-ctx.Done()
+		return nil
+	}
+	if kept, ok := s.from.KeptServerCertificate(); ok {
+		s.mu.Lock()
+		s.current = &kept // due at once: it may be of other names
+		s.mu.Unlock()
+	}
+	pause := certificatePause
+	for {
+		if s.make(ctx) == nil {
+			pause = certificatePause
+			if !s.wished(ctx) {
+				return nil
+			}
+			continue
 		}
-		pause := time.NewTimer(5 * time.Second)
+		timer := time.NewTimer(pause)
 		select {
-		case <-pause.C:
+		case <-timer.C:
 		case <-ctx.Done():
-			pause.Stop()
+			timer.Stop()
 			return nil
 		}
+		pause = min(2*pause, certificateMaxPause)
 	}
-	<-ctx.Done()
+}
+
+// wished waits until a client finds the certificate due; it is false when ctx ends.
+func (s *siteCertificate) wished(ctx context.Context) bool {
+	for {
+		select {
+		case <-s.wish:
+		case <-ctx.Done():
+			return false
+		}
+		s.mu.Lock()
+		due := s.due()
+		s.mu.Unlock()
+		if due {
+			return true
+		}
+	}
+}
+
+// make makes one attempt.
+func (s *siteCertificate) make(ctx context.Context) error {
+	renewal := s.from.Identity().Renewal
+	try, cancel := context.WithTimeout(ctx, certificateTry)
+	defer cancel()
+	cert, err := s.from.ServerCertificate(try, s.names)
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.tried)
+	s.tried = make(chan struct{})
+	if s.err = err; err != nil {
+		s.failed = time.Now()
+		return err
+	}
+	life := cert.Leaf.NotAfter.Sub(cert.Leaf.NotBefore)
+	s.current, s.renewal, s.renew = &cert, renewal, cert.Leaf.NotBefore.Add(life*2/3)
 	return nil
+}
+
+// first waits until there is a certificate.
+func (s *siteCertificate) first(ctx context.Context) error {
+	if s == nil {
+		return nil
+	}
+	for {
+		s.mu.Lock()
+		there, tried, err := s.current != nil, s.tried, s.err
+		s.mu.Unlock()
+		if there {
+			return nil
+		}
+		select {
+		case <-tried:
+		case <-ctx.Done():
+			return fmt.Errorf("certificate of the registry's address: %w", cmp.Or(err, context.Cause(ctx)))
+		}
+	}
 }
 
 func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return s.certificate(hello.Context())
 }
 
+// certificate is the one for a client. While a newer one cannot be had it gets the old
+// one, which is better than none.
 func (s *siteCertificate) certificate(ctx context.Context) (*tls.Certificate, error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	// The clock may have been set back to the truth since the certificate was made.
-	now := s.node.member.Now()
-	renewal := s.node.member.Identity().Renewal
-	if s.current != nil && now.Before(s.renew) && now.After(s.current.Leaf.NotBefore) && s.renewal == renewal {
-		return s.current, nil
+	current, due, tried := s.current, s.due(), s.tried
+	s.mu.Unlock()
+	if !due {
+		return current, nil
 	}
-	cert, err := s.node.member.ServerCertificate(ctx, s.names)
-	if err != nil {
-		if s.current != nil { // better an old one than none
-			return s.current, nil
+	select {
+	case s.wish <- struct{}{}:
+	default:
+	}
+	patience := firstPatience
+	if current != nil {
+		patience = newerPatience
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	select {
+	case <-tried:
+	case <-ctx.Done():
+	}
+	if current == nil {
+		if err := s.first(ctx); err != nil {
+			return nil, err
 		}
-		return nil, fmt.Errorf("certificate of the registry's address: %w", err)
 	}
-	s.current, s.renewal = &cert, renewal
-	life := cert.Leaf.NotAfter.Sub(cert.Leaf.NotBefore)
-	s.renew = cert.Leaf.NotBefore.Add(life * 2 / 3)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return s.current, nil
+}
+
+// due reports whether a newer certificate is worth waiting for: there is none, or it
+// is to be made anew and that has not just failed. The caller holds mu.
+func (s *siteCertificate) due() bool {
+	if s.current == nil {
+		return true
+	}
+	// The clock may have been set back to the truth since the certificate was made.
+	now := s.from.Now()
+	fresh := now.Before(s.renew) && now.After(s.current.Leaf.NotBefore) && s.renewal == s.from.Identity().Renewal
+	return !fresh && time.Since(s.failed) >= certificateMaxPause
 }
 
 // fileCertificate is a certificate in files, read again when they change.

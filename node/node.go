@@ -335,6 +335,9 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	}, who); err != nil {
 		return err
 	}
+	if n.own != nil {
+		n.own.from = n.member
+	}
 	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.peerPackets != nil, n.reserve, n.files, n.keys})
 	return err
 }
@@ -358,13 +361,14 @@ func (n *Node) Run(ctx context.Context) error {
 	// stops them all.
 	run, fail := context.WithCancelCause(ctx)
 	port := startFloor(run, fail, func(ctx context.Context) error { return n.network.ServeBoth(ctx, n.peerListener, n.packets()) })
-	cluster := startFloor(run, fail, n.member.Run, n.welcome, n.own.ready)
+	cluster := startFloor(run, fail, n.member.Run, n.welcome, n.own.keep)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.traffic.Run, n.rooms.jobs.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
 		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, n.rooms.doctor.Run, telemetry.GiveBackMemory,
 		telemetry.BoundMemory)
 
 	err := n.settle(run)
 	if err == nil {
+		n.certified(run)
 		n.announce()
 		err = n.serve(run)
 	}
@@ -467,6 +471,15 @@ func (n *Node) settle(ctx context.Context) error {
 		case <-ctx.Done():
 			pause.Stop()
 		}
+	}
+}
+
+// certified waits a while for the certificate that clients ask for first of all.
+func (n *Node) certified(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, certificateTry)
+	defer cancel()
+	if err := n.own.first(ctx); err != nil {
+		n.log.Warn("clients cannot connect until the site's leader has made a certificate for this node", "err", err)
 	}
 }
 

@@ -157,7 +157,7 @@ func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certif
 			}
 			return tls.X509KeyPair(answer.Chain, keyPEM)
 		}
-		if kept, ok := n.keptServer(); ok {
+		if kept, ok := n.KeptServerCertificate(); ok {
 			return kept, nil
 		}
 		if passes := interface{ Unavailable() bool }(nil); !errors.As(err, &passes) {
@@ -175,8 +175,9 @@ func (n *Node) ServerCertificate(ctx context.Context, sans []string) (tls.Certif
 	}
 }
 
-// keptServer is the last certificate of the public listener, if it is still good.
-func (n *Node) keptServer() (tls.Certificate, bool) {
+// KeptServerCertificate is the last certificate that ServerCertificate gave, in this
+// run or an earlier one, if it is still good.
+func (n *Node) KeptServerCertificate() (tls.Certificate, bool) {
 	var kept serverJSON
 	if err := n.cfg.Keys.ReadJSON(filepath.Join(n.cfg.Dir, serverFile), &kept); err != nil {
 		return tls.Certificate{}, false
