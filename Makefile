@@ -29,16 +29,16 @@ run: build
 # broken off (its writer's pool); our own part of it runs under the detector on
 # the disk and memory backends. Whole nodes and the command line go without it too,
 # which saves minutes, and node/peers, which once ended in the detector's own runtime
-# (see scripts/racetest) and never in a race; test-race has all. Four packages at
+# (see scripts/gotest) and never in a race; test-race has all. Four packages at
 # once, because some wait much: for elections, and for disks and nodes that are late.
 # What go test looks for by itself in each package, go vet has looked for before.
 test: testdeps build
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
-	$(TESTED) CGO_ENABLED=1 scripts/racetest -vet=off -p 4 -timeout 12m -- $$(go list ./... | grep -vE '/scripts/|atoll/(node|node/peers|cmd/atoll)$$')
-	$(TESTED) go test -vet=off -p 2 -timeout 9m ./node ./node/peers ./cmd/atoll
+	$(TESTED) CGO_ENABLED=1 scripts/gotest -race -vet=off -p 4 -timeout 12m -- $$(go list ./... | grep -vE '/scripts/|atoll/(node|node/peers|cmd/atoll)$$')
+	$(TESTED) scripts/gotest -vet=off -p 2 -timeout 9m -- ./node ./node/peers ./cmd/atoll
 	$(TESTED) go test -vet=off -timeout 5m -tags s3 -run S3 ./node/blobs/cloud
-	PATH="$(TOOLS):$$PATH" go test -vet=off -count=1 -timeout 12m ./scripts/...
+	PATH="$(TOOLS):$$PATH" scripts/gotest -vet=off -count=1 -timeout 12m -- ./scripts/...
 
 # The quick part, with nothing installed.
 test-unit:
@@ -46,7 +46,7 @@ test-unit:
 
 # All under the race detector, whole nodes and the command line too.
 test-race: testdeps build
-	$(TESTED) CGO_ENABLED=1 scripts/racetest -p 4 -timeout 20m -- $$(go list ./... | grep -v /scripts/)
+	$(TESTED) CGO_ENABLED=1 scripts/gotest -race -p 4 -timeout 20m -- $$(go list ./... | grep -v /scripts/)
 
 # All object stores, against a server of S3 and emulators of GCS and Azure. From
 # nothing the emulators take two minutes of CPU time, so CI has S3 only.
