@@ -55,7 +55,7 @@ func OpenBolt(path string) (Engine, error) {
 	if err := errors.Join(err, syncDir(filepath.Dir(path))); err != nil {
 		return nil, errors.Join(fmt.Errorf("open the state engine: %w", err), db.Close())
 	}
-	return &bolt{path: path, db: db, growths: newGrowths(), mapped: newMappedPages()}, nil
+	return &bolt{path: path, db: db, growths: newGrowths(), mapped: newMappedPages(stateLeast)}, nil
 }
 
 func openBolt(path string) (*bbolt.DB, error) {
@@ -253,47 +253,59 @@ func (e *bolt) Close() error {
 // the process's memory: for who looks at it, for limits that look at the
 // working set, and for the kernel when it chooses what to kill.
 //
-// All of them are taken from the process when it has grown to residentMost. What
-// was in use is mapped again then, which is little beside what scattered reads map
-// anew in any case; so the bound is as high as it may be, and a small state never
-// comes to it.
+// All of them are taken from the process when it has grown to residentMost and so
+// many keys were read or written since the last time that more than least may be
+// mapped. What was in use is mapped again then, which is little beside what scattered
+// reads of a large file map anew in any case; but of a small one, which is mapped
+// whole soon, it would be most of what a busy node does. So a file that is not larger
+// than least stays mapped.
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
-	least   int64 // bytes of files that may be mapped however large the rest is; the program is one of them
+	least   int64 // bytes of this file that may be mapped however large the rest is
 	touched atomic.Int64
 	looking sync.Mutex
+	taken   int64 // touched when the pages were taken last
 	memory  *memoryFile
 }
 
 const (
 	residentMost = 112 << 20
-	mappedLeast  = 32 << 20
-	// touchStep is how many keys are read or written from one look to the next. Each
-	// maps 64 KiB or two, so that as much as 16 MiB may come on top.
+	// What a push needs of the state lies all over it. The log is written at its end and
+	// hardly read.
+	stateLeast = 32 << 20
+	logLeast   = 4 << 20
+	// touchPages is what a key maps: so much when it is a page that was not mapped, and
+	// the pages on the way to it are most often there.
+	touchPages = 64 << 10
+	// touchStep is how many keys are read or written from one look to the next: as
+	// much as 8 MiB may come on top.
 	touchStep = 128
 )
 
-func newMappedPages() *mappedPages {
-	return &mappedPages{most: residentMost, least: mappedLeast, memory: openMemoryFile()}
+func newMappedPages(least int64) *mappedPages {
+	return &mappedPages{most: residentMost, least: least, memory: openMemoryFile()}
 }
 
 // touch is told of keys that were read or written, each some pages.
 func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
 	if now := m.touched.Add(int64(keys)); now/touchStep != (now-int64(keys))/touchStep {
-		m.look(tx)
+		m.look(tx, now)
 	}
 }
 
 // look takes all pages from the process when it has too many in memory. tx keeps
 // the mapping where it is.
-func (m *mappedPages) look(tx *bbolt.Tx) {
+func (m *mappedPages) look(tx *bbolt.Tx, now int64) {
 	if !m.looking.TryLock() {
 		return
 	}
 	defer m.looking.Unlock()
-	resident, files, ok := m.memory.read()
-	if ok && resident > m.most && files > m.least {
+	if min((now-m.taken)*touchPages, tx.Size()) <= m.least {
+		return
+	}
+	if resident, _, ok := m.memory.read(); ok && resident > m.most {
 		unmapPages(tx.DB().Info().Data, tx.Size())
+		m.taken = now
 	}
 }
 

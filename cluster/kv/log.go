@@ -121,7 +121,7 @@ func newLog(db *bbolt.DB) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages(), cut: cutLog}, nil
+	return &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages(logLeast), cut: cutLog}, nil
 }
 
 // prepareLog makes the buckets of a new file and checks the format of an old one.

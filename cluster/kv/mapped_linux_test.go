@@ -45,7 +45,7 @@ func TestMappedPagesStayBounded(t *testing.T) {
 	}
 	walk := func(most int64) int64 {
 		before, peak = unmapAll(t, e.(*bolt)), 0
-		m.least = before + most
+		m.least = most
 		n := 0
 		if err := e.Read(func(c Content) error {
 			for k, v := range c.Ascend(rows, nil, nil) {
@@ -67,7 +67,7 @@ func TestMappedPagesStayBounded(t *testing.T) {
 	}
 	scattered := func(most int64) int64 {
 		before, peak = unmapAll(t, e.(*bolt)), 0
-		m.least = before + most
+		m.least = most
 		if err := e.Read(func(c Content) error {
 			for i := range rowsEach * batches {
 				if !bytes.Equal(c.Lookup(rows, key(i*7919%(rowsEach*batches))), value) {
@@ -94,6 +94,9 @@ func TestMappedPagesStayBounded(t *testing.T) {
 	// Each key maps 64 KiB or two, and 128 are read from one look to the next.
 	if all, bounded := scattered(1<<40), scattered(2<<20); all < 15<<20 || bounded > 13<<20 {
 		t.Errorf("scattered lookups had %d bytes mapped at once, and %d without a bound", bounded, all)
+	}
+	if kept := scattered(e.Size()); kept < 15<<20 {
+		t.Errorf("of a file that may be mapped whole %d bytes are", kept)
 	}
 	m.most = 1 << 40 // the process is small
 	if all := scattered(2 << 20); all < 15<<20 {
