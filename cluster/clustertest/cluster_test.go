@@ -279,6 +279,34 @@ func TestWithoutQuorum(t *testing.T) {
 	})
 }
 
+// What was acknowledged while a node was away is found at that node, also when the
+// leader is killed in the moment at which it comes back.
+func TestFoundThoughTheLeaderIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		nodes := c.Grow(3)
+		lead, away := c.Leader(), nodes[2]
+		if away == lead {
+			away = nodes[1]
+		}
+		away.Kill()
+		if err := lead.write(t.Context(), "a", "1"); err != nil {
+			t.Fatal(err)
+		}
+		lead.Kill()
+		away.Start()
+		start := time.Now()
+		var v note
+		fresh, err := away.DB.Sought(t.Context(), func(view *table.View) (found bool, err error) {
+			v, _, found, err = away.notes().Get(view, "a")
+			return found, err
+		})
+		if err != nil || v.Text != "1" || fresh.Stale {
+			t.Errorf("after %v it finds %q, %+v, %v", time.Since(start), v.Text, fresh, err)
+		}
+	})
+}
+
 func TestLoneRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := New(t, Options{Define: withNotes})

@@ -169,6 +169,63 @@ func TestConfirmedFallsBack(t *testing.T) {
 	})
 }
 
+// An absence that nobody confirmed is looked for again when a leader comes, and one
+// that is there but slow counts as that. What is found is given after 200 ms.
+func TestSoughtWaitsForALeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := tabletest.Open(t)
+		boats := table.Define[boat](db, "boat")
+		b := tabletest.Start(t, db)
+		db.SetPatience(15 * time.Second)
+		put(t, db, boats, boat{}, "ada")
+		seek := func(name string) (found bool, took time.Duration, fresh table.Freshness) {
+			t.Helper()
+			start := time.Now()
+			fresh, err := db.Sought(t.Context(), func(v *table.View) (_ bool, err error) {
+				_, _, found, err = boats.Get(v, name)
+				return found, err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return found, time.Since(start), fresh
+		}
+		b.SetLeader(false)
+		if found, took, fresh := seek("ada"); !found || !fresh.Stale || took > 250*time.Millisecond {
+			t.Errorf("what is here: %v after %v, %+v", found, took, fresh)
+		}
+		time.AfterFunc(5*time.Second, func() {
+			b.SetLeader(true)
+			put(t, db, boats, boat{}, "bob")
+		})
+		if found, took, fresh := seek("bob"); !found || fresh.Stale || took < 5*time.Second || took > 6*time.Second {
+			t.Errorf("what a new leader brings: %v after %v, %+v", found, took, fresh)
+		}
+		db.Attach(&script{index: func(ctx context.Context, _ int) (uint64, error) {
+			<-time.After(time.Second)
+			put(t, db, boats, boat{}, "cleo")
+			return b.ReadIndex(ctx)
+		}, propose: b.Propose})
+		if found, took, fresh := seek("cleo"); !found || fresh.Stale || took > 3*time.Second {
+			t.Errorf("what a slow leader brings: %v after %v, %+v", found, took, fresh)
+		}
+		db.Attach(b)
+		b.SetLeader(false)
+		if found, took, fresh := seek("dora"); found || !fresh.Stale || took < 15*time.Second || took > 16*time.Second {
+			t.Errorf("no leader comes: %v after %v, %+v", found, took, fresh)
+		}
+		if found, took, fresh := seek("dora"); found || !fresh.Stale || took != 0 {
+			t.Errorf("none has been there for long: %v after %v, %+v", found, took, fresh)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 0)
+		defer cancel()
+		if _, err := db.Sought(ctx, func(*table.View) (bool, error) { return false, nil }); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a caller that is gone: %v", err)
+		}
+		synctest.Wait()
+	})
+}
+
 // TestReadsJoinOnlyARoundThatHasNotStarted: of many reads during one round,
 // none takes that round's answer and all share the next one.
 func TestReadsJoinOnlyARoundThatHasNotStarted(t *testing.T) {

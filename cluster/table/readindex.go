@@ -38,7 +38,8 @@ type Freshness struct {
 // before the call. When no leader confirms that within 200 ms (at once, when
 // there has been none for 15 s and none is known) fn runs on the local state
 // instead and Freshness is Stale: what fn finds was true, what it misses may
-// exist. For reads that must not fall back call ReadIndex, then View.
+// exist. For reads that must not fall back call ReadIndex, then View; for those
+// whose answer may be that there is nothing, Sought.
 func (db *DB) Confirmed(ctx context.Context, fn func(*View) error) (Freshness, error) {
 	if _, err := db.attached(); err != nil {
 		return Freshness{}, err
@@ -55,6 +56,33 @@ func (db *DB) Confirmed(ctx context.Context, fn func(*View) error) (Freshness, e
 	err := db.View(func(v *View) error {
 		fresh.Revision = v.Revision()
 		return fn(v)
+	})
+	return fresh, err
+}
+
+// Sought is Confirmed for what may be missing, which fn says. What it misses on a
+// state that no leader has confirmed it looks for again once one does: such an
+// absence is no answer, and a node that has just started, or a leader whose link is
+// full, is late by more than 200 ms. It waits for that as long as a write does
+// (see SetPatience), and not at all when there has been no leader for so long.
+func (db *DB) Sought(ctx context.Context, fn func(*View) (found bool, err error)) (Freshness, error) {
+	found := false
+	look := func(v *View) (err error) {
+		found, err = fn(v)
+		return err
+	}
+	fresh, err := db.Confirmed(ctx, look)
+	if !fresh.Stale || found || time.Since(db.lastContact()) >= db.patience {
+		return fresh, err
+	}
+	wait, cancel := context.WithTimeout(ctx, db.patience)
+	defer cancel()
+	if db.ReadIndex(wait) != nil {
+		return fresh, errors.Join(err, ctx.Err())
+	}
+	err = db.View(func(v *View) error {
+		fresh = Freshness{Revision: v.Revision()}
+		return look(v)
 	})
 	return fresh, err
 }

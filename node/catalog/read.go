@@ -25,9 +25,13 @@ func manifestUnknown(project, repository, reference string) error {
 }
 
 // confirmed reads at a read index. What is found is good even when no leader
-// answers; an absence then is a fault Unavailable.
+// answers; for an absence one is awaited, and when none comes it is a fault
+// Unavailable. It may read twice.
 func (c *Catalog) confirmed(ctx context.Context, read func(*table.View) error) (table.Freshness, error) {
-	fresh, err := c.db.Confirmed(ctx, read)
+	fresh, err := c.db.Sought(ctx, func(v *table.View) (bool, error) {
+		err := read(v)
+		return !fault.Is(err, fault.NotFound), err
+	})
 	if fresh.Stale && fault.Is(err, fault.NotFound) {
 		err = fault.Wrap(err, fault.Unavailable, "this cannot be found here and, as the site has no leader at the moment, not be said to be absent; try again in a few seconds")
 	}
@@ -363,9 +367,9 @@ func (c *Catalog) Referrers(ctx context.Context, q Referrers) (list []v1.Descrip
 		return nil, p, err
 	}
 	var found []Manifest
-	p.Fresh, err = c.confirmed(ctx, func(v *table.View) error {
+	p.Fresh, err = c.db.Sought(ctx, func(v *table.View) (bool, error) {
 		found, p.More, err = c.referrersOf(v, q)
-		return err
+		return len(found) > 0, err
 	})
 	if err != nil {
 		return nil, p, err

@@ -70,7 +70,10 @@ func (p *Projects) resolve(ctx context.Context, ref string) (Project, bool, erro
 	if err := p.db.View(read); err != nil || ok {
 		return found, ok, err
 	}
-	fresh, err := p.db.Confirmed(ctx, read)
+	fresh, err := p.db.Sought(ctx, func(v *table.View) (bool, error) {
+		err := read(v)
+		return ok, err
+	})
 	if err == nil && !ok && fresh.Stale {
 		err = fault.New(fault.Unavailable, "whether project %s exists cannot be said: the site has no leader at the moment; try again in a few seconds", strings.TrimPrefix(ref, "="))
 	}

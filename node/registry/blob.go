@@ -225,7 +225,10 @@ func (g *Registry) visible(ctx context.Context, n Name, d digest.Digest) (blobs.
 		return row, err
 	}
 	if !seen {
-		fresh, err := g.db.Confirmed(ctx, read)
+		fresh, err := g.db.Sought(ctx, func(v *table.View) (bool, error) {
+			err := read(v)
+			return seen, err
+		})
 		switch {
 		case err != nil:
 			return row, err

@@ -301,6 +301,26 @@ func TestNoLeader(t *testing.T) {
 	n.do("PUT", "/v2/app/manifests/v2", manifest, "Content-Type", ociManifest).want(201)
 }
 
+// While a leader is being elected, or does not answer at once, nothing that is not here
+// is refused: a client would fail that asks for what another node has acknowledged.
+func TestAbsencesWaitForALeader(t *testing.T) {
+	n := single(t)
+	n.pushImage("app", "v1")
+	n.site.db.SetPatience(15 * time.Second)
+	other := digest.FromString("other").String()
+	for path, want := range map[string]int{
+		"/v2/app/manifests/v2": 404, "/v2/none/manifests/v1": 404, "/v2/none/tags/list": 404, "/v2/app/blobs/" + other: 404,
+		"/v2/app/referrers/" + other: 200, "/v2/nowhere/app/manifests/v1": 404,
+	} {
+		n.site.backend.SetLeader(false)
+		time.AfterFunc(300*time.Millisecond, func() { n.site.backend.SetLeader(true) })
+		a := n.do("GET", path, nil).want(want)
+		if a.header.Get("Atoll-Stale") != "" {
+			t.Errorf("%s is stale", path)
+		}
+	}
+}
+
 // A push is acknowledged with what the other nodes have made durable.
 func TestCopies(t *testing.T) {
 	n := single(t)
