@@ -253,23 +253,25 @@ func (e *bolt) Close() error {
 // the process's memory: for who looks at it, for limits that look at the
 // working set, and for the kernel when it chooses what to kill.
 //
-// All of them are taken from the process when it has grown to residentMost and so
-// many keys were read or written since the last time that more than least may be
-// mapped. What was in use is mapped again then, which is little beside what scattered
-// reads of a large file map anew in any case; but of a small one, which is mapped
-// whole soon, it would be most of what a busy node does. So a file that is not larger
-// than least stays mapped.
+// When the process has grown to residentMost, and so many keys were read or written
+// that more than least may be mapped of this file, a quarter of the file is taken from
+// the process, and the next one at the next look if that was not enough. What was in
+// use is mapped again then, which is little beside what scattered reads of a large file
+// map anew in any case; but of a small one, which is mapped whole soon, it would be most
+// of what a busy node does. So a file that is not larger than least stays mapped.
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
 	least   int64 // bytes of this file that may be mapped however large the rest is
 	touched atomic.Int64
 	looking sync.Mutex
-	taken   int64 // touched when the pages were taken last
+	mapped  int64 // at most so much is, as far as it is known
+	looked  int64 // touched at the last look
+	hand    int64 // where the next quarter begins
 	memory  *memoryFile
 }
 
 const (
-	residentMost = 112 << 20
+	residentMost = 132 << 20
 	// What a push needs of the state lies all over it. The log is written at its end and
 	// hardly read.
 	stateLeast = 32 << 20
@@ -278,8 +280,8 @@ const (
 	// the pages on the way to it are most often there.
 	touchPages = 64 << 10
 	// touchStep is how many keys are read or written from one look to the next: as
-	// much as 8 MiB may come on top.
-	touchStep = 128
+	// much as 2 MiB may come on top.
+	touchStep = 32
 )
 
 func newMappedPages(least int64) *mappedPages {
@@ -293,20 +295,31 @@ func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
 	}
 }
 
-// look takes all pages from the process when it has too many in memory. tx keeps
-// the mapping where it is.
+// look takes pages from the process when it has too many in memory. tx keeps the
+// mapping where it is.
 func (m *mappedPages) look(tx *bbolt.Tx, now int64) {
 	if !m.looking.TryLock() {
 		return
 	}
 	defer m.looking.Unlock()
-	if min((now-m.taken)*touchPages, tx.Size()) <= m.least {
+	size := tx.Size()
+	m.mapped = min(m.mapped+max(0, now-m.looked)*touchPages, size)
+	m.looked = now
+	if m.mapped <= m.least {
 		return
 	}
-	if resident, _, ok := m.memory.read(); ok && resident > m.most {
-		unmapPages(tx.DB().Info().Data, tx.Size())
-		m.taken = now
+	resident, _, ok := m.memory.read()
+	if !ok || resident <= m.most {
+		return
 	}
+	page := int64(os.Getpagesize())
+	quarter := (size/4 + page) / page * page
+	if m.hand >= size {
+		m.hand = 0
+	}
+	unmapPages(tx.DB().Info().Data+uintptr(m.hand), min(quarter, size-m.hand))
+	m.hand += quarter
+	m.mapped -= m.mapped / 4
 }
 
 func (m *mappedPages) close() { m.memory.close() }
