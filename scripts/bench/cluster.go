@@ -12,6 +12,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/atoll-registry/atoll/node/telemetry"
 )
 
 const (
@@ -38,39 +40,20 @@ func (b *bench) launchSite(ctx context.Context, count int) (s *site, err error) 
 			s.stop()
 		}
 	}()
-	var first string
+	how, first := []string{"--init"}, ""
 	for i := range count {
-		addr, err := freeAddr()
+		n, peers, err := b.startNode(ctx, s.client, filepath.Join(p.dir, fmt.Sprint(i)), how)
 		if err != nil {
 			return s, err
 		}
-		peers, err := freeAddr()
-		if err != nil {
+		s.nodes = append(s.nodes, n)
+		if err := n.registry.login(ctx); err != nil {
 			return s, err
 		}
-		dir := filepath.Join(p.dir, fmt.Sprint(i))
-		prog := &program{
-			path: b.atoll, env: []string{"ATOLL_ADMIN_PASSWORD=" + password}, url: "http://" + addr + "/v2/", dir: dir,
-			args: []string{"serve", "--data", dir, "--listen", addr, "--peer-listen", peers, "--name", fmt.Sprint("node", i), "--log-level", "warn"},
-		}
-		how := []string{"--init"}
 		if i == 0 {
 			first = peers
-		} else {
-			token, err := exec.CommandContext(ctx, b.atoll, "token", "create", "--data", s.nodes[0].dir).Output()
-			if err != nil {
-				return s, fmt.Errorf("a join token: %w", err)
-			}
-			how = []string{"--join", first, "--token", strings.TrimSpace(string(token))}
 		}
-		prog.args = append(prog.args, how...)
-		run, err := prog.start(ctx, s.client)
-		if err != nil {
-			return s, err
-		}
-		user := &registry{base: "http://" + addr, http: s.client}
-		s.nodes = append(s.nodes, &server{run, prog, user, fmt.Sprint("node", i), user})
-		if err := user.login(ctx); err != nil {
+		if how, err = b.invite(ctx, s.nodes[0].dir, first); err != nil {
 			return s, err
 		}
 	}
@@ -78,6 +61,38 @@ func (b *bench) launchSite(ctx context.Context, count int) (s *site, err error) 
 		return s, err
 	}
 	return s, s.settled(ctx)
+}
+
+// startNode starts a node as a process; how says how it comes to its site. peers is its
+// address for other nodes.
+func (b *bench) startNode(ctx context.Context, client *http.Client, dir string, how []string) (n *server, peers string, err error) {
+	addr, err := freeAddr()
+	if err == nil {
+		peers, err = freeAddr()
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	name := "node" + filepath.Base(dir)
+	prog := &program{
+		path: b.atoll, env: []string{"ATOLL_ADMIN_PASSWORD=" + password}, url: "http://" + addr + "/v2/", dir: dir,
+		args: append([]string{"serve", "--data", dir, "--listen", addr, "--peer-listen", peers, "--name", name, "--log-level", "warn"}, how...),
+	}
+	run, err := prog.start(ctx, client)
+	if err != nil {
+		return nil, "", err
+	}
+	user := &registry{base: "http://" + addr, http: client}
+	return &server{run, prog, user, name, user}, peers, nil
+}
+
+// invite gives the way into the site of the node that has its data in dir.
+func (b *bench) invite(ctx context.Context, dir, peers string) (how []string, err error) {
+	token, err := exec.CommandContext(ctx, b.atoll, "token", "create", "--data", dir).Output()
+	if err != nil {
+		return nil, fmt.Errorf("a join token: %w", err)
+	}
+	return []string{"--join", peers, "--token", strings.TrimSpace(string(token))}, nil
 }
 
 func (s *site) stop() {
@@ -184,25 +199,30 @@ func commitsOf(clients int) int {
 	return manyCommits
 }
 
-// shares compares the manifests that a node in this process commits in a second with
-// what raft alone commits, pair by pair: the same log store, the same transactions,
-// callers in the same process.
+// shares compares the manifests that a node commits in a second with what raft alone
+// commits, pair by pair: the same log store, the same transactions, callers in the same
+// process as what they call. Each side has a process for itself, since nodes look at
+// what theirs has in memory.
 func (b *bench) shares(ctx context.Context, nodes int, payloads [][]byte) error {
 	raw, err := startRaw(filepath.Join(b.dir, fmt.Sprint("raw", nodes)), nodes, idleMachine)
 	if err != nil {
 		return err
 	}
 	defer raw.stop()
-	s, err := b.startInside(ctx, nodes)
+	s, err := b.startApart(ctx, nodes)
 	if err != nil {
 		return err
 	}
 	defer s.stop()
+	// Raft alone collects its garbage as rarely as a node does.
+	bounded, unbound := context.WithCancel(ctx)
+	defer unbound()
+	go func() { _ = telemetry.BoundMemory(bounded) }()
 	for _, clients := range []int{1, manyClients} {
 		n := commitsOf(clients)
 		var ours, floors, shares, took []float64
 		for turn := range b.pairs + 1 {
-			rateOurs, each, err := rate(clients, n, func(int) error { return s.push(ctx) })
+			rateOurs, each, err := s.rate(clients, n)
 			if err != nil {
 				return err
 			}

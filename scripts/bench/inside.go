@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -24,96 +26,82 @@ import (
 	"github.com/atoll-registry/atoll/node/catalog"
 )
 
-// inside is a site of Atoll whose nodes run in this process, as those of raw raft
-// do: what they are asked is not sent, but all else is as it is in production.
+// inside is a site of Atoll whose first node runs in the process that asks it, and
+// leads, as those of raw raft do: what it is asked is not sent, but all else is as it is
+// in production.
 type inside struct {
-	nodes  []*node.Node
-	ended  []chan error
-	cancel context.CancelFunc
 	lead   *node.Node
+	ended  chan error
+	cancel context.CancelFunc
+	all    *site // the first one's process is nil
 	number atomic.Int64
 }
 
 // startInside starts a site of so many nodes, all of which vote.
-func (b *bench) startInside(ctx context.Context, count int) (*inside, error) {
-	return b.startInsideAt(ctx, filepath.Join(b.dir, fmt.Sprint("inside", count)), count)
-}
-
-func (b *bench) startInsideAt(ctx context.Context, dir string, count int) (s *inside, err error) {
+func (b *bench) startInside(ctx context.Context, dir string, count int) (s *inside, err error) {
 	run, cancel := context.WithCancel(ctx)
-	s = &inside{cancel: cancel}
+	s = &inside{cancel: cancel, ended: make(chan error, 1), all: &site{client: newClient(place{dir: dir, atoll: b.atoll}), binary: b.atoll}}
 	defer func() {
 		if err != nil {
 			s.stop()
 		}
 	}()
-	at := &site{client: newClient(place{dir: dir, atoll: b.atoll}), binary: b.atoll}
-	var first string
-	for i := range count {
-		c := node.Config{
-			Data: filepath.Join(dir, fmt.Sprint(i)), Listen: "127.0.0.1:0", PeerListen: "127.0.0.1:0", Name: fmt.Sprint("node", i),
-			AdminPassword: password, Log: slog.New(slog.DiscardHandler),
-		}
-		if i == 0 {
-			c.Init = true
-		} else {
-			token, err := exec.CommandContext(ctx, b.atoll, "token", "create", "--data", filepath.Join(dir, "0")).Output()
-			if err != nil {
-				return s, fmt.Errorf("a join token: %w", err)
-			}
-			c.Join, c.Token = []string{first}, strings.TrimSpace(string(token))
-		}
-		serves := make(chan node.Started, 1)
-		c.Started = func(st node.Started) { serves <- st }
-		n, err := node.New(ctx, c)
+	home, serves := filepath.Join(dir, "0"), make(chan node.Started, 1)
+	if s.lead, err = node.New(ctx, node.Config{
+		Data: home, Listen: "127.0.0.1:0", PeerListen: "127.0.0.1:0", Name: "node0", Init: true, AdminPassword: password,
+		Log: slog.New(slog.DiscardHandler), Started: func(st node.Started) { serves <- st },
+	}); err != nil {
+		s.ended <- nil
+		return s, err
+	}
+	go func() { s.ended <- s.lead.Run(run) }()
+	var first node.Started
+	select {
+	case first = <-serves:
+	case err := <-s.ended:
+		s.ended <- nil
+		return s, fmt.Errorf("the first node ended: %w", err)
+	}
+	user := &registry{base: strings.TrimSuffix(first.URL, "/"), http: s.all.client}
+	s.all.nodes = append(s.all.nodes, &server{nil, &program{dir: home}, user, "node0", user})
+	if err := errors.Join(user.login(ctx), user.config(ctx, large)); err != nil {
+		return s, err
+	}
+	for i := 1; i < count; i++ {
+		how, err := b.invite(ctx, home, first.PeerAddr)
 		if err != nil {
 			return s, err
 		}
-		done := make(chan error, 1)
-		go func() { done <- n.Run(run) }()
-		s.nodes, s.ended = append(s.nodes, n), append(s.ended, done)
-		select {
-		case st := <-serves:
-			user := &registry{base: strings.TrimSuffix(st.URL, "/"), http: at.client}
-			at.nodes = append(at.nodes, &server{nil, &program{dir: c.Data}, user, c.Name, user})
-			if i == 0 {
-				first = st.PeerAddr
-				if err := errors.Join(user.login(ctx), user.config(ctx, large)); err != nil {
-					return s, err
-				}
-			}
-		case err := <-done:
-			done <- nil
-			return s, fmt.Errorf("node %d ended: %w", i, err)
+		n, _, err := b.startNode(ctx, s.all.client, filepath.Join(dir, fmt.Sprint(i)), how)
+		if err != nil {
+			return s, err
 		}
+		s.all.nodes = append(s.all.nodes, n)
 	}
-	return s, s.settled(ctx, at)
+	return s, s.settled(ctx)
 }
 
-// settled waits until all nodes vote, and finds the one that leads.
-func (s *inside) settled(ctx context.Context, at *site) error {
+// settled waits until all nodes vote and the first one leads.
+func (s *inside) settled(ctx context.Context) error {
 	limit, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
-		st, err := at.state(limit, at.nodes[0])
-		voters := 0
+		st, err := s.all.state(limit, s.all.nodes[0])
+		voters, leads := 0, false
 		for _, m := range st.Nodes {
 			if m.Voter && m.Up {
 				voters++
 			}
+			leads = leads || m.ID == st.Leader && m.Name == "node0"
 		}
-		if err == nil && voters == len(s.nodes) && st.Quorum {
-			for i, n := range s.nodes {
-				for _, m := range st.Nodes {
-					if m.ID == st.Leader && m.Name == at.nodes[i].name {
-						s.lead = n
-						return nil
-					}
-				}
+		if err == nil && voters == len(s.all.nodes) && st.Quorum {
+			if leads {
+				return nil
 			}
+			_, err = tool(s.all.binary, "cluster", "lead", "node0", "--data", s.all.nodes[0].dir)
 		}
 		if again := pause(limit, 50*time.Millisecond); again != nil {
-			return fmt.Errorf("%d of %d nodes vote: %w", voters, len(s.nodes), errors.Join(err, again))
+			return fmt.Errorf("%d of %d nodes vote: %w", voters, len(s.all.nodes), errors.Join(err, again))
 		}
 	}
 }
@@ -129,21 +117,124 @@ func (s *inside) push(ctx context.Context) error {
 	project, repository, _ := strings.Cut(large, "/")
 	return s.lead.Push(ctx, catalog.Push{
 		Project: project, Repository: repository, Tag: tagOf(at), MediaType: v1.MediaTypeImageManifest, Bytes: data,
-		Carrier: catalog.Client, Actor: "admin", At: time.Now(), Copies: len(s.nodes),
+		Carrier: catalog.Client, Actor: "admin", At: time.Now(), Copies: len(s.all.nodes),
 	})
 }
 
 func (s *inside) stop() {
+	for _, n := range s.all.nodes {
+		if n.process != nil {
+			n.stop()
+		}
+	}
 	s.cancel()
-	for _, done := range s.ended {
-		<-done // why is of no interest any more
+	<-s.ended // why is of no interest any more
+}
+
+// apart is such a site in another process, which pushes when it is told to.
+type apart struct {
+	process *exec.Cmd
+	orders  io.WriteCloser
+	answers *json.Decoder
+}
+
+// order is so many pushes by so many clients; pushed is what came of it, or that the
+// site is there.
+type (
+	order  struct{ Clients, Pushes int }
+	pushed struct {
+		PerSecond float64
+		Took      []float64 // ms
+		Error     string
+	}
+)
+
+func (b *bench) startApart(ctx context.Context, count int) (*apart, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	a := &apart{process: exec.CommandContext(ctx, self, "inside", filepath.Join(b.dir, fmt.Sprint("inside", count)), fmt.Sprint(count), b.atoll)}
+	a.process.Stderr = os.Stderr
+	if a.orders, err = a.process.StdinPipe(); err != nil {
+		return nil, err
+	}
+	answers, err := a.process.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	a.answers = json.NewDecoder(answers)
+	if err := a.process.Start(); err != nil {
+		return nil, err
+	}
+	if _, err := a.answer(); err != nil {
+		a.stop()
+		return nil, err
+	}
+	return a, nil
+}
+
+func (a *apart) answer() (p pushed, err error) {
+	if err := a.answers.Decode(&p); err != nil {
+		return p, fmt.Errorf("the process of the site: %w", err)
+	}
+	if p.Error != "" {
+		return p, errors.New(p.Error)
+	}
+	return p, nil
+}
+
+// rate is the function of this name, in the other process.
+func (a *apart) rate(clients, n int) (perSecond float64, took []float64, err error) {
+	if err := json.NewEncoder(a.orders).Encode(order{clients, n}); err != nil {
+		return 0, nil, err
+	}
+	p, err := a.answer()
+	return p.PerSecond, p.Took, err
+}
+
+// stop ends the process, which stops its site.
+func (a *apart) stop() {
+	a.orders.Close()
+	if err := a.process.Wait(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench: the process of the site:", err)
+	}
+}
+
+// serveInside is that process: args are a directory, how many nodes, and the program.
+func serveInside(ctx context.Context, args []string) error {
+	count, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	answers, b := json.NewEncoder(os.Stdout), &bench{atoll: args[2]}
+	s, err := b.startInside(ctx, args[0], count)
+	if err != nil {
+		return answers.Encode(pushed{Error: err.Error()})
+	}
+	defer s.stop()
+	if err := answers.Encode(pushed{}); err != nil {
+		return err
+	}
+	for orders := json.NewDecoder(os.Stdin); ; {
+		var o order
+		if err := orders.Decode(&o); err != nil {
+			return nil // no more of them
+		}
+		var p pushed
+		if p.PerSecond, p.Took, err = rate(o.Clients, o.Pushes, func(int) error { return s.push(ctx) }); err != nil {
+			p.Error = err.Error()
+		}
+		if err := answers.Encode(p); err != nil {
+			return err
+		}
 	}
 }
 
 // payloads are transactions of pushes, as they are in the log of a node.
 func (b *bench) payloads(ctx context.Context) (txns [][]byte, err error) {
 	dir := filepath.Join(b.dir, "payloads")
-	s, err := b.startInsideAt(ctx, dir, 1)
+	s, err := b.startInside(ctx, dir, 1)
 	if err != nil {
 		return nil, err
 	}
@@ -269,7 +360,7 @@ func (b *bench) device(ctx context.Context, payloads [][]byte) error {
 	if err != nil {
 		return err
 	}
-	s, err := b.startInsideAt(ctx, filepath.Join(d.dir, "site"), 1)
+	s, err := b.startInside(ctx, filepath.Join(d.dir, "site"), 1)
 	if err != nil {
 		return err
 	}
@@ -316,7 +407,7 @@ func (b *bench) wear(name string, d *disk, work func(i int) error, goals map[int
 
 // rawRaft is the floor of the cluster's rows: raft with the log store of a node and
 // the transactions of its pushes, over plain TCP, and a state machine that does
-// nothing. Its nodes share this process, as those that it is compared with do.
+// nothing. Its nodes share a process, as those that it is compared with do.
 type rawRaft struct {
 	nodes  []*raft.Raft
 	stores []io.Closer

@@ -31,6 +31,13 @@ func main() {
 		fmt.Fprintln(os.Stderr, floor(os.Args[2], os.Args[3], pair))
 		os.Exit(1)
 	}
+	if len(os.Args) == 5 && os.Args[1] == "inside" {
+		if err := serveInside(context.Background(), os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	var b bench
 	write := flag.String("write", "", "file of the figures to bring up to date")
 	flag.StringVar(&b.only, "only", "", "the groups of rows to run, parted by commas, for work on them: "+groupNames())
