@@ -33,6 +33,9 @@ type heldRequest struct {
 type heldBlob struct {
 	Digest digest.Digest `json:"digest"`
 	Size   int64         `json:"size"`
+	// Way it is to come, as far as the setting says; who has just been asked for a copy
+	// may not know yet in which projects it is.
+	Way transfer.Way `json:"way,omitempty"`
 }
 
 // Ensure implements blobs.Copies: it has every blob copied until as many live
@@ -181,12 +184,18 @@ func (p *Peers) askToHold(ctx context.Context, batches map[string][]*copyPlan) {
 		wait.Go(func() {
 			for part := range slices.Chunk(batch, blobsPerRequest) {
 				request := heldRequest{}
+				var err error
 				for _, c := range part {
+					if err == nil {
+						c.blob.Way, err = p.engineFor(c.blob.Digest, transfer.Replication)
+					}
 					request.Blobs = append(request.Blobs, c.blob)
 				}
-				err := p.whileLive(ctx, id, func(ctx context.Context) error {
-					return p.call(ctx, id, "held", request, nil)
-				})
+				if err == nil {
+					err = p.whileLive(ctx, id, func(ctx context.Context) error {
+						return p.call(ctx, id, "held", request, nil)
+					})
+				}
 				p.noteCopies(ctx, id, len(part), err)
 				if err != nil {
 					continue
@@ -263,12 +272,12 @@ func (p *Peers) hold(ctx context.Context, request heldRequest) error {
 // Bring makes this node hold a blob durably, fetched from other nodes if it must
 // be; transfer.ErrNoHolder when none that is up has it.
 func (p *Peers) Bring(ctx context.Context, d digest.Digest, size int64) error {
-	return p.obtain(ctx, heldBlob{d, size}, transfer.Replication)
+	return p.obtain(ctx, heldBlob{Digest: d, Size: size}, transfer.Replication)
 }
 
 // Prefetch is Bring for what nobody has asked for yet, in a way that may be chosen.
 func (p *Peers) Prefetch(ctx context.Context, d digest.Digest, size int64, way transfer.Way) error {
-	return p.obtain(ctx, heldBlob{Digest: d, Size: size}, transfer.Prefetch, transfer.Via(way))
+	return p.obtain(ctx, heldBlob{d, size, way}, transfer.Prefetch)
 }
 
 // Belongs reports whether this node is one of those that should hold a blob.
@@ -285,8 +294,9 @@ func (p *Peers) Belongs(d digest.Digest) (belongs bool, err error) {
 	return belongs, err
 }
 
-// obtain makes this node hold a blob durably; class says what for.
-func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class, options ...transfer.Option) error {
+// obtain makes this node hold a blob durably; class says what for. It goes in the way that
+// was chosen, if one was.
+func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class) error {
 	if _, err := p.Store.Stat(b.Digest); err == nil || !fault.Is(err, fault.NotFound) {
 		return err
 	}
@@ -298,15 +308,18 @@ func (p *Peers) obtain(ctx context.Context, b heldBlob, class transfer.Class, op
 		defer release()
 	}
 	root, err := p.root(b.Digest)
+	if err == nil && b.Way != transfer.ByStream && b.Way != transfer.ByBitTorrent {
+		b.Way, err = p.engineFor(b.Digest, class)
+	}
 	if err != nil {
 		return err
 	}
-	// Without a root the blob is fetched whole, and a client who comes meanwhile reads
-	// nothing before its end. Only a push does not wait for one.
-	if root == nil && b.Size > transfer.PieceSize && class != transfer.Replication {
+	// Without a root the blob is fetched whole, not by BitTorrent, and a client who comes
+	// meanwhile reads nothing before its end. Only a push does not wait for one.
+	if root == nil && b.Size > transfer.PieceSize && (class != transfer.Replication || b.Way == transfer.ByBitTorrent) {
 		root = p.askForRoot(ctx, b.Digest)
 	}
-	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root}, append(options, transfer.For(class))...)
+	fetch, err := p.engine.Fetch(ctx, transfer.Blob{Digest: b.Digest, Size: b.Size, Root: root}, transfer.Via(b.Way), transfer.For(class))
 	if err == nil {
 		err = fetch.Wait(ctx)
 	}

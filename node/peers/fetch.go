@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -37,7 +38,7 @@ func (p *Peers) Open(ctx context.Context, d digest.Digest, size int64) (io.ReadS
 
 // OpenAt is Open for who is about to read from a byte on: that comes first.
 func (p *Peers) OpenAt(ctx context.Context, d digest.Digest, size, from int64) (io.ReadSeekCloser, error) {
-	fetch, err := p.fetch(ctx, d, size, transfer.ReadFrom(from))
+	fetch, err := p.fetch(ctx, d, size, from)
 	if err != nil {
 		return nil, err
 	}
@@ -56,8 +57,8 @@ func noHolder(err error, d digest.Digest) error {
 	return fmt.Errorf("fetch %s from peers: %w", d, err)
 }
 
-// fetch starts fetching a blob whole, or joins the fetch under way.
-func (p *Peers) fetch(ctx context.Context, d digest.Digest, size int64, options ...transfer.Option) (*transfer.Fetch, error) {
+// fetch starts fetching a blob whole for a reader, or joins the fetch under way.
+func (p *Peers) fetch(ctx context.Context, d digest.Digest, size, from int64) (*transfer.Fetch, error) {
 	blob := transfer.Blob{Digest: d, Size: size}
 	var err error
 	if blob.Root, err = p.root(d); err != nil {
@@ -66,7 +67,11 @@ func (p *Peers) fetch(ctx context.Context, d digest.Digest, size int64, options 
 	if blob.Root == nil && size > transfer.PieceSize {
 		blob.Root = p.askForRoot(ctx, d)
 	}
-	fetch, err := p.engine.Fetch(ctx, blob, options...)
+	way, err := p.engineFor(d, transfer.Pull)
+	if err != nil {
+		return nil, err
+	}
+	fetch, err := p.engine.Fetch(ctx, blob, transfer.Via(way), transfer.ReadFrom(from))
 	if err != nil {
 		return nil, noHolder(err, d)
 	}
@@ -215,7 +220,7 @@ func (p partial) Commit(ctx context.Context) error {
 	return err
 }
 
-// Engine is how blobs move between nodes, as the setting peers.transfer-engine says.
+// Engine is how a blob moves between nodes, as the setting peers.transfer-engine says.
 type Engine string
 
 const (
@@ -224,12 +229,108 @@ const (
 	EngineBitTorrent Engine = "bittorrent"
 )
 
-func parseEngine(text string) (Engine, error) {
-	switch e := Engine(text); e {
-	case EngineAuto, EngineStream, EngineBitTorrent:
-		return e, nil
+// way is the engine in transfer's words. Left to Atoll it is the stream engine, for what
+// transfer/DESIGN.md has measured.
+func (e Engine) way() transfer.Way {
+	if e == EngineBitTorrent {
+		return transfer.ByBitTorrent
 	}
-	return "", fmt.Errorf("one of %s, %s and %s is wanted", EngineAuto, EngineStream, EngineBitTorrent)
+	return transfer.ByStream
+}
+
+// Engines says by which engine blobs move: by that of the first rule that holds, and by
+// EngineAuto when none does.
+type Engines []engineRule
+
+// engineRule holds for what is moved for a class and is in a project's sight.
+type engineRule struct {
+	project string          // "": whatever sees it
+	class   *transfer.Class // nil: whatever it is for
+	engine  Engine
+}
+
+// parseEngines reads "project=NAME: ENGINE | class=NAME: ENGINE | ENGINE".
+func parseEngines(text string) (rules Engines, err error) {
+	items := strings.Split(text, "|")
+	if len(items) > maxEngineRules {
+		return nil, fmt.Errorf("there are more than %d rules", maxEngineRules)
+	}
+	for i, item := range items {
+		var r engineRule
+		what, engine, conditional := strings.Cut(item, ":")
+		switch {
+		case conditional:
+			if err := r.when(what); err != nil {
+				return nil, err
+			}
+		case i < len(items)-1:
+			return nil, fmt.Errorf("%.80q has no condition, so nothing that follows it would ever count; write it last", strings.TrimSpace(item))
+		default:
+			engine = what
+		}
+		switch r.engine = Engine(strings.TrimSpace(engine)); r.engine {
+		case EngineAuto, EngineStream, EngineBitTorrent:
+		default:
+			return nil, fmt.Errorf("%.80q is no engine; one of %s, %s and %s is wanted", r.engine, EngineAuto, EngineStream, EngineBitTorrent)
+		}
+		rules = append(rules, r)
+	}
+	return rules, nil
+}
+
+// maxEngineRules bounds what is looked through for each fetch.
+const maxEngineRules = 64
+
+// when reads the conditions of a rule, one of each kind at most.
+func (r *engineRule) when(text string) error {
+	for condition := range strings.SplitSeq(text, ",") {
+		key, value, _ := strings.Cut(condition, "=")
+		key, value = strings.TrimSpace(key), strings.TrimSpace(value)
+		switch {
+		case key == "project" && value != "" && r.project == "":
+			r.project = value
+		case key == "class" && r.class == nil:
+			for c := range transfer.Class(transfer.Classes) {
+				if c.String() == value {
+					r.class = &c
+				}
+			}
+			if r.class == nil {
+				return fmt.Errorf("%.80q is no class; pull, replication, repair and prefetch are", value)
+			}
+		default:
+			return fmt.Errorf("%.80q is no condition; write project=NAME or class=NAME, or one of each with a comma", strings.TrimSpace(condition))
+		}
+	}
+	return nil
+}
+
+// engineFor is how a blob is to move to whoever fetches it for a class.
+func (p *Peers) engineFor(d digest.Digest, class transfer.Class) (transfer.Way, error) {
+	if p.Policy.Engines == nil {
+		return EngineAuto.way(), nil
+	}
+	var places []blobs.Place
+	looked := false
+	for _, r := range p.Policy.Engines() {
+		if r.class != nil && *r.class != class {
+			continue
+		}
+		if r.project != "" && !looked {
+			looked = true
+			err := p.DB.View(func(v *table.View) (err error) {
+				places, err = p.Records.Places(v, d, placesAsked)
+				return err
+			})
+			if err != nil {
+				return "", err
+			}
+		}
+		if r.project == "" || slices.ContainsFunc(places, func(at blobs.Place) bool { return at.Project == r.project }) {
+			return r.engine.way(), nil
+		}
+	}
+	return EngineAuto.way(), nil
 }
 
 // makeEngines makes the mover of blobs and its carriers. Every node serves whichever
@@ -293,12 +394,8 @@ func (p *Peers) dialBlobs(ctx context.Context, addr string, service byte) (net.C
 	return conn, err
 }
 
-// carrier chooses how a blob moves: what the fetch asks for, else what the site's
-// setting says.
+// carrier is what moves a blob in the way that its fetch asks for; nil: the mover itself.
 func (p *Peers) carrier(_ transfer.Blob, way transfer.Way) transfer.Carrier {
-	if way == transfer.ByDefault && p.Policy.Engine != nil && p.Policy.Engine() == EngineBitTorrent {
-		way = transfer.ByBitTorrent
-	}
 	if way == transfer.ByBitTorrent {
 		return p.swarm
 	}

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/peernet"
 )
@@ -38,68 +41,108 @@ func pulled(t *testing.T, n *node, d digest.Digest, want []byte) {
 	}
 }
 
-// The setting decides how a blob is fetched; a node serves both ways whatever its own
-// says, and a fetch may say otherwise.
+// ways counts what came, by engine.
+type ways struct {
+	mu    sync.Mutex
+	bytes map[transfer.Way]int
+}
+
+func (w *ways) Sent(transfer.Flow, int) {}
+
+func (w *ways) Received(f transfer.Flow, n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.bytes[f.Way] += n
+}
+
+// The setting decides how blobs move, by what they are moved for and the projects that
+// they are in; a node serves both ways whatever its own says, and a prefetch may say
+// otherwise.
 func TestTheSettingChoosesTheEngine(t *testing.T) {
 	s := newSite(t, 2)
-	var engine atomic.Value
-	engine.Store(EngineStream)
+	came := &ways{bytes: map[transfer.Way]int{}}
+	var settings [2]atomic.Pointer[Engines]
 	from, to := s.nodes[0], s.nodes[1]
-	to.Policy.Engine = func() Engine { return engine.Load().(Engine) }
-	s.run()
-	torrents := func() int {
-		n, _ := from.swarm.Torrents()
-		return n
+	to.Meter = came
+	if err := to.makeEngines(); err != nil {
+		t.Fatal(err)
 	}
+	for i, n := range s.nodes {
+		n.Policy.Engines = func() Engines { return *settings[i].Load() }
+	}
+	set := func(texts ...string) {
+		t.Helper()
+		for i := range settings {
+			e, err := parseEngines(texts[min(i, len(texts)-1)])
+			if err != nil {
+				t.Fatal(err)
+			}
+			settings[i].Store(&e)
+		}
+	}
+	set("stream")
+	s.carry() // repair would fetch the same
 	var count int
-	pull := func(options ...transfer.Option) {
+	// move has the node fetch a blob that is in a project, or in none for "".
+	move := func(what, project string, by transfer.Way, fetch func(d digest.Digest, content []byte) error) {
+		t.Helper()
 		count++
 		content := bytes.Repeat([]byte{byte(count)}, 3*transfer.PieceSize+count)
 		d := s.put(content, from)
-		s.commitRoot(t, from, d)
-		if len(options) == 0 {
-			pulled(t, to, d, content)
-			return
+		if project != "" {
+			s.update(func(tx *table.Tx) error { return s.records.Link(tx, project, "app", d) })
 		}
-		root, err := to.root(d)
-		if err != nil {
-			t.Fatal(err)
+		if err := fetch(d, content); err != nil {
+			t.Fatalf("%s: %v", what, err)
 		}
-		f, err := to.engine.Fetch(t.Context(), transfer.Blob{Digest: d, Size: int64(len(content)), Root: root}, options...)
-		if err == nil {
-			err = f.Wait(t.Context())
+		came.mu.Lock()
+		defer came.mu.Unlock()
+		if got := came.bytes[by]; got != len(content) || len(came.bytes) != 1 {
+			t.Errorf("%s: %v bytes came, and not %d by %s", what, came.bytes, len(content), by)
 		}
-		if err != nil {
-			t.Fatal(err)
+		clear(came.bytes)
+	}
+	pull := func(d digest.Digest, content []byte) error {
+		pulled(t, to, d, content)
+		return nil
+	}
+	push := func(d digest.Digest, _ []byte) error {
+		n, err := from.Ensure(t.Context(), []digest.Digest{d})
+		if err == nil && n != 2 {
+			err = fmt.Errorf("%d copies", n)
+		}
+		return err
+	}
+	repair := func(d digest.Digest, content []byte) error {
+		return to.obtain(t.Context(), heldBlob{Digest: d, Size: int64(len(content))}, transfer.Repair)
+	}
+	prefetch := func(way transfer.Way) func(digest.Digest, []byte) error {
+		return func(d digest.Digest, content []byte) error {
+			return to.Prefetch(t.Context(), d, int64(len(content)), way)
 		}
 	}
-	pull()
-	if torrents() != 0 {
-		t.Error("there is a torrent, and the setting says stream")
-	}
-	pull(transfer.Via(transfer.ByBitTorrent))
-	if torrents() != 1 {
-		t.Error("the fetch that asked for BitTorrent went another way")
-	}
-	engine.Store(EngineBitTorrent)
-	pull()
-	if torrents() != 2 {
-		t.Error("there is no torrent, and the setting says bittorrent")
-	}
-	pull(transfer.Via(transfer.ByStream))
-	if torrents() != 2 {
-		t.Error("the fetch that asked for stream went another way")
-	}
-	engine.Store(EngineStream)
-	content := bytes.Repeat([]byte("before"), transfer.PieceSize)
-	d := s.put(content, from)
-	s.commitRoot(t, from, d)
-	if err := to.Prefetch(t.Context(), d, int64(len(content)), transfer.ByBitTorrent); err != nil {
-		t.Fatal(err)
-	}
-	if torrents() != 3 {
-		t.Error("the prefetch that asked for BitTorrent went another way")
-	}
+
+	move("pull", "", transfer.ByStream, pull)
+	move("push", "", transfer.ByStream, push)
+	move("prefetch that names BitTorrent", "", transfer.ByBitTorrent, prefetch(transfer.ByBitTorrent))
+
+	set("bittorrent")
+	move("pull", "", transfer.ByBitTorrent, pull)
+	move("push", "", transfer.ByBitTorrent, push)
+	move("repair", "", transfer.ByBitTorrent, repair)
+	move("prefetch", "", transfer.ByBitTorrent, prefetch(transfer.ByDefault))
+	move("prefetch that names stream", "", transfer.ByStream, prefetch(transfer.ByStream))
+
+	set("bittorrent", "stream") // who asks for a copy knows the projects for certain
+	move("push", "", transfer.ByBitTorrent, push)
+
+	set("project=models,class=repair: stream | project=models: bittorrent | class=prefetch: bittorrent | auto")
+	move("pull of another project", "apps", transfer.ByStream, pull)
+	move("pull of the project", "models", transfer.ByBitTorrent, pull)
+	move("push to the project", "models", transfer.ByBitTorrent, push)
+	move("repair of the project", "models", transfer.ByStream, repair)
+	move("prefetch of another project", "apps", transfer.ByBitTorrent, prefetch(transfer.ByDefault))
+	move("repair of another project", "apps", transfer.ByStream, repair)
 }
 
 // one lets a single piece pass.
@@ -139,7 +182,7 @@ func TestOpenAtFetchesThatFirst(t *testing.T) {
 func TestBitTorrentFallsBack(t *testing.T) {
 	s := newSite(t, 2)
 	from, to := s.nodes[0], s.nodes[1]
-	to.Policy.Engine = func() Engine { return EngineBitTorrent }
+	to.Policy.Engines = func() Engines { return Engines{{engine: EngineBitTorrent}} }
 	from.lacksSwarm = true
 	s.run()
 	content := bytes.Repeat([]byte("tide "), transfer.PieceSize)
@@ -204,10 +247,27 @@ func TestParseTransport(t *testing.T) {
 	}
 }
 
-func TestParseEngine(t *testing.T) {
-	for text, ok := range map[string]bool{"auto": true, "stream": true, "bittorrent": true, "": false, "Stream": false, "ftp": false} {
-		if e, err := parseEngine(text); (err == nil) != ok || ok && string(e) != text {
-			t.Errorf("%q is %q, %v", text, e, err)
+func TestParseEngines(t *testing.T) {
+	pull, repair := transfer.Pull, transfer.Repair
+	for text, want := range map[string]Engines{
+		"auto":                          {{engine: EngineAuto}},
+		"stream":                        {{engine: EngineStream}},
+		" bittorrent ":                  {{engine: EngineBitTorrent}},
+		"project = models : bittorrent": {{project: "models", engine: EngineBitTorrent}},
+		"class=repair,project=a: bittorrent|class=pull:stream": {{"a", &repair, EngineBitTorrent}, {"", &pull, EngineStream}},
+		"project=a: auto | bittorrent":                         {{project: "a", engine: EngineAuto}, {engine: EngineBitTorrent}},
+	} {
+		if got, err := parseEngines(text); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%q is %v, %v", text, got, err)
+		}
+	}
+	for _, text := range []string{
+		"", "Stream", "ftp", "stream | bittorrent", "stream |", "project=: stream", "project: stream", ": stream", "project=a: ", "project=a:b: stream",
+		"class=push: stream", "class=: stream", "class=pull,class=pull: stream", "project=a,project=b: stream", "size=1: stream",
+		strings.Repeat("project=a: stream | ", maxEngineRules) + "stream",
+	} {
+		if got, err := parseEngines(text); err == nil {
+			t.Errorf("%q is taken as %v", text, got)
 		}
 	}
 }

@@ -2,7 +2,6 @@ package peers
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -10,7 +9,6 @@ import (
 	"net/http/httptest"
 	"reflect"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -161,9 +159,9 @@ func TestPeerMessages(t *testing.T) {
 			status int
 		}{
 			{"/peer/v1/held", heldRequest{}, nil, 204},
-			{"/peer/v1/held", heldRequest{[]heldBlob{{held, 2 * transfer.PieceSize}}}, nil, 204},
-			{"/peer/v1/held", heldRequest{[]heldBlob{{"sha256:short", 1}}}, nil, 400},
-			{"/peer/v1/held", heldRequest{[]heldBlob{{held, -1}}}, nil, 400},
+			{"/peer/v1/held", heldRequest{[]heldBlob{{Digest: held, Size: 2 * transfer.PieceSize}}}, nil, 204},
+			{"/peer/v1/held", heldRequest{[]heldBlob{{Digest: "sha256:short", Size: 1}}}, nil, 400},
+			{"/peer/v1/held", heldRequest{[]heldBlob{{Digest: held, Size: -1}}}, nil, 400},
 			{"/peer/v1/held", "{", nil, 400},
 			{"/peer/v1/held", `{"blobs":[]} and more`, nil, 400},
 			{"/peer/v1/held", strings.Repeat(" ", maxPeerMessage+1), nil, 400},
@@ -221,23 +219,14 @@ func TestAskForRoot(t *testing.T) {
 func TestACopyAsksForARoot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t, 2)
-		ctx, cancel := context.WithCancel(t.Context())
-		var wg sync.WaitGroup
-		defer wg.Wait()
-		defer cancel()
-		for _, n := range s.nodes { // without their repairs, which name roots, too
-			wg.Go(func() { _ = n.runEngines(ctx) })
-			wg.Go(func() { _ = n.tables.run(ctx) })
-			wg.Go(func() { _ = n.engine.Serve(ctx, n.Network.Listen(peernet.ServiceBlob)) })
-			wg.Go(func() { _ = n.serveHTTP(ctx, peernet.ServiceAPI, n.apiServer()) })
-		}
+		s.carry() // repairs name roots, too
 		for _, c := range []struct {
 			class transfer.Class
 			roots bool
 		}{{transfer.Replication, false}, {transfer.Repair, true}, {transfer.Prefetch, true}} {
 			b := bytesOf(c.class.String(), 5*transfer.PieceSize)
 			d := s.put(b, s.nodes[1])
-			if err := s.nodes[0].obtain(ctx, heldBlob{d, int64(len(b))}, c.class); err != nil {
+			if err := s.nodes[0].obtain(t.Context(), heldBlob{Digest: d, Size: int64(len(b))}, c.class); err != nil {
 				t.Fatal(err)
 			}
 			if root, err := s.nodes[0].root(d); err != nil || (root != nil) != c.roots {

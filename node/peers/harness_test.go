@@ -111,6 +111,22 @@ func (s *site) run(nodes ...*node) {
 	}
 }
 
+// carry has all nodes move and serve blobs until the test's end, without their repairs.
+func (s *site) carry() {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(s.t.Context()))
+	var wg sync.WaitGroup
+	for _, n := range s.nodes {
+		wg.Go(func() { _ = n.runEngines(ctx) })
+		wg.Go(func() { _ = n.tables.run(ctx) })
+		wg.Go(func() { _ = n.engine.Serve(ctx, n.Network.Listen(peernet.ServiceBlob)) })
+		wg.Go(func() { _ = n.serveHTTP(ctx, peernet.ServiceAPI, n.apiServer()) })
+	}
+	s.t.Cleanup(func() {
+		cancel()
+		wg.Wait()
+	})
+}
+
 func (n *node) stop() {
 	if n.cancel == nil {
 		return

@@ -218,8 +218,8 @@ type Policy struct {
 	Release func() time.Duration
 	// Projects says what projects want instead; nil: nothing.
 	Projects Projects
-	// Engine is how blobs move between nodes; nil: as EngineAuto.
-	Engine func() Engine
+	// Engines is how blobs move between nodes; nil: as EngineAuto.
+	Engines func() Engines
 	// Transport is what connections for blobs take; nil: as peernet.Auto.
 	Transport func() peernet.Transport
 }
@@ -247,15 +247,15 @@ func DefineSettings(s *settings.Settings) Policy {
 		Name: "peers.release-minutes", Default: "60", Kind: settings.Count(0, 365*24*60),
 		Summary: "minutes after which a node lets go of a blob that other nodes are to keep, once all of those hold it; 0: it keeps it",
 	})
-	engine := settings.Define(s, settings.Spec[Engine]{
-		Name: "peers.transfer-engine", Default: string(EngineAuto), Kind: settings.Kind[Engine]{Parse: parseEngine},
-		Summary: "how blobs move between nodes: stream, bittorrent, or auto, which leaves the choice to Atoll",
+	engines := settings.Define(s, settings.Spec[Engines]{
+		Name: "peers.transfer-engine", Default: string(EngineAuto), Kind: settings.Kind[Engines]{Parse: parseEngines},
+		Summary: "how blobs move between nodes: stream, bittorrent, or auto, which leaves the choice to Atoll; for some of them otherwise: project=NAME: ENGINE | class=NAME: ENGINE | ENGINE, where the first that holds counts, classes are pull, replication, repair and prefetch, and a comma joins two conditions",
 	})
 	transport := settings.Define(s, settings.Spec[peernet.Transport]{
 		Name: "peers.transport", Default: string(peernet.Auto), Kind: settings.Kind[peernet.Transport]{Parse: parseTransport},
 		Summary: "what new connections for blobs between nodes take: tcp, quic (UDP, the same port number), or auto, whichever gets through; a node that was started with --peer-transport keeps to that, and the cluster's own talk is always auto otherwise",
 	})
-	return Policy{Durability: durability.Value, Replicas: replicas.Value, Engine: engine.Value, Transport: transport.Value, Release: func() time.Duration { return time.Duration(release.Value()) * time.Minute }}
+	return Policy{Durability: durability.Value, Replicas: replicas.Value, Engines: engines.Value, Transport: transport.Value, Release: func() time.Duration { return time.Duration(release.Value()) * time.Minute }}
 }
 
 // placesAsked bounds the places of a blob that are looked at for the replicas that

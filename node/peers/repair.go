@@ -384,7 +384,7 @@ func (p *Peers) mend(ctx context.Context, l layout, rows []row, r *result) error
 func (p *Peers) mendHere(ctx context.Context, l layout, s *standing) error {
 	standsIn := s.leads && s.holders < l.floor && slices.Contains(l.homes, l.self)
 	if !s.here && (s.absent(l) || standsIn) {
-		if err := p.obtain(ctx, heldBlob{s.digest, s.Size}, transfer.Repair); err != nil {
+		if err := p.obtain(ctx, heldBlob{Digest: s.digest, Size: s.Size}, transfer.Repair); err != nil {
 			return err
 		}
 		s.here = true
@@ -413,7 +413,7 @@ func (p *Peers) mendElsewhere(ctx context.Context, found []*standing) {
 			continue // they would find nobody
 		}
 		for _, id := range s.missing {
-			batches[id] = append(batches[id], &copyPlan{blob: heldBlob{s.digest, s.Size}})
+			batches[id] = append(batches[id], &copyPlan{blob: heldBlob{Digest: s.digest, Size: s.Size}})
 		}
 	}
 	if len(batches) == 0 {

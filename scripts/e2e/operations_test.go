@@ -255,6 +255,8 @@ func TestOperations(t *testing.T) {
 	for _, name := range []string{"traffic.links", "traffic.budgets", "traffic.memory"} {
 		m.must(one.Atoll(ctx, "settings", "reset", name))
 	}
+	m.run(ctx, "Choose what moves blobs", m.on(one), m.typed(one))
+	m.must(one.Atoll(ctx, "settings", "reset", "peers.transfer-engine"))
 	m.run(ctx, "Bring images to nodes before the morning", m.typed(one, "NODE", "three"), m.on(one))
 
 	m.run(ctx, "Something is slow, or nodes do not reach each other", m.on(one))

@@ -21,14 +21,14 @@ func (s *site) torrents(ctx context.Context, i int) (n int) {
 	return 0
 }
 
-// A site that is told to moves its blobs by BitTorrent: push to one node, pull from
+// A site that is told to moves the blobs of a project by BitTorrent: push to one node, pull from
 // another, and the holder that is killed midway is missed by nobody, for there is a
 // second one.
 func TestSiteByBitTorrent(t *testing.T) {
 	t.Parallel()
 	ctx := deadline(t, 5*time.Minute)
 	s := newSite(ctx, t, newLab(t), plan{name: "bt", net: 97, nodes: 3})
-	s.atoll(ctx, s.nodes[0], "settings", "set", "peers.transfer-engine", "bittorrent")
+	s.atoll(ctx, s.nodes[0], "settings", "set", "peers.transfer-engine", "project=library: bittorrent | stream")
 	s.atoll(ctx, s.nodes[0], "settings", "set", "peers.replicas", "2")
 	img := image(ctx, t, 24<<20)
 	s.pushAll(ctx, s.nodes[0], img, "library/app", "v1")
