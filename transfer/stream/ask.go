@@ -93,7 +93,7 @@ func (h *hunt) askOne(ctx context.Context, p transfer.Peer, w words) bool {
 	}
 	h.asking[p] = true
 	h.wg.Go(func() {
-		l, st, err := h.e.open(ctx, p, h.hello(), w.append)
+		l, st, err := h.e.open(ctx, p, h.hello(p), w.append)
 		if err == nil && !st.serves() {
 			h.e.release(p, l, h.blob.Size)
 			l, err = nil, st.failure()

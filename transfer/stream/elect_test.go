@@ -134,7 +134,7 @@ func TestASilentElectedNodeIsReplaced(t *testing.T) {
 		}
 		took := time.Since(lost)
 		t.Logf("the next piece came after %v", took)
-		if took > 1400*time.Millisecond {
+		if took > 950*time.Millisecond {
 			t.Errorf("the next piece came %v after the elected node had lost its network", took)
 		}
 	})

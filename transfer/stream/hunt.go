@@ -23,11 +23,12 @@ const (
 	urgentWindow = 2
 	// lookAgain is how often the planner is asked whether time alone changes anything.
 	lookAgain = 100 * time.Millisecond
-	// signOfLife is how often holders say that they are there.
-	signOfLife = 250 * time.Millisecond
+	// signOfLife is how often holders say that they are there; those beyond a slow link say it
+	// seldom, for nobody is elected among them.
+	signOfLife, farSign = 150 * time.Millisecond, 500 * time.Millisecond
 	// silence after which a node of this site does not count where one is elected. The next one
-	// is to have the next piece within two seconds, of which this is the most.
-	silence = 4 * signOfLife
+	// is to have the next piece within two seconds, half of which that piece takes.
+	silence = 5 * signOfLife
 	// byeTimeout bounds how long holders may take to end their sessions.
 	byeTimeout = 2 * time.Second
 )
@@ -132,10 +133,14 @@ func (h *hunt) isFinished() bool {
 	}
 }
 
-func (h *hunt) hello() hello {
+func (h *hunt) hello(to transfer.Peer) hello {
+	patience := signOfLife
+	if h.e.distance(to) == Farthest {
+		patience = farSign
+	}
 	return hello{
 		digest: h.blob.Digest, size: h.blob.Size, class: h.fl.urgency(),
-		patience: min(signOfLife, h.e.cfg.StallTimeout/4),
+		patience: min(patience, h.e.cfg.StallTimeout/4),
 	}
 }
 

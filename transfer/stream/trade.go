@@ -33,7 +33,7 @@ func (h *hunt) deal(ctx context.Context, hd *holder, l *link, st state) {
 			if !h.failed(ctx, hd, err) {
 				return
 			}
-			l, st, err = h.e.open(ctx, hd.peer, h.hello(), nil)
+			l, st, err = h.e.open(ctx, hd.peer, h.hello(hd.peer), nil)
 			if err == nil && !st.serves() {
 				l.close()
 				err = st.failure()

@@ -37,7 +37,7 @@ func (h *hunt) widen(ctx context.Context, main *holder) {
 
 // dealBeside trades over one more connection until that ends.
 func (h *hunt) dealBeside(ctx context.Context, hd *holder) {
-	l, st, err := h.e.open(ctx, hd.peer, h.hello(), nil)
+	l, st, err := h.e.open(ctx, hd.peer, h.hello(hd.peer), nil)
 	if err == nil && st.held != heldComplete {
 		h.e.release(hd.peer, l, h.blob.Size)
 		err = errBusy
