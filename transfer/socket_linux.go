@@ -5,15 +5,11 @@ import (
 	"syscall"
 )
 
-// unsentMost is how much the kernel takes from this node before it is on the wire.
-const (
-	unsentMost      = 128 << 10
-	tcpNotSentLowat = 25 // TCP_NOTSENT_LOWAT; package syscall does not name it
-)
+const tcpNotSentLowat = 25 // TCP_NOTSENT_LOWAT; package syscall does not name it
 
-// KeepShort bounds what waits in the kernel, so that a piece is in service while it is
-// on the wire, and what is urgent does not stand behind megabytes.
-func KeepShort(c net.Conn) {
+// KeepShort bounds how much waits in the kernel before it is on the wire, in bytes, so that a
+// piece is in service while it is on the wire, and what is urgent does not stand behind megabytes.
+func KeepShort(c net.Conn, unsent int) {
 	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
 		c = t.NetConn()
 	}
@@ -27,6 +23,6 @@ func KeepShort(c net.Conn) {
 	}
 	// Where the kernel does not know it, queues are longer, that is all.
 	_ = raw.Control(func(fd uintptr) {
-		_ = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpNotSentLowat, unsentMost)
+		_ = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpNotSentLowat, unsent)
 	})
 }

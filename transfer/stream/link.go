@@ -47,6 +47,7 @@ type link struct {
 	mu   sync.Mutex
 	out  []byte // to be written
 	wake chan struct{}
+	fast bool // what it carries, as the last piece that was written says; the writer's
 	shut sync.Once
 	done chan struct{} // closed by close
 	// over is there once the next session waits for the end of this one, which closes it; guarded
@@ -59,7 +60,7 @@ func newLink(conn net.Conn) *link {
 	if p, ok := conn.(interface{ PeerID() string }); ok {
 		l.peer = p.PeerID()
 	}
-	transfer.KeepShort(conn)
+	transfer.KeepShort(conn, transfer.UnsentSlow)
 	return l
 }
 
@@ -111,6 +112,23 @@ func (l *link) write(b []byte) error {
 		b = b[n:]
 	}
 	return nil
+}
+
+// fastPiece is how long a piece takes at most to be written where the wire is fast.
+const fastPiece = 100 * time.Millisecond
+
+// paced notes how long bytes took to be written.
+func (l *link) paced(bytes int64, took time.Duration) {
+	fast := took < fastPiece
+	if fast == l.fast || bytes < transfer.PieceSize {
+		return
+	}
+	l.fast = fast
+	unsent := transfer.UnsentSlow
+	if fast {
+		unsent = transfer.Unsent
+	}
+	transfer.KeepShort(l.conn, unsent)
 }
 
 // header reads the next frame's head within the timeout; 0: none. The length is within

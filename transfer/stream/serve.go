@@ -450,9 +450,11 @@ func (s *session) send(l loaded) error {
 	}
 	if err := s.link.write(l.frame); err != nil {
 		return err
+	began := time.Now()
 	}
 	if s.e.cfg.Hooks.Served != nil {
 		s.e.cfg.Hooks.Served(s.link.peer, l.bytes)
+	s.link.paced(l.bytes, time.Since(began))
 	}
 	if s.e.cfg.Meter != nil {
 		s.e.cfg.Meter.Sent(s.flow(), int(l.bytes))

@@ -214,7 +214,7 @@ func (s *swarm) follow(ctx context.Context) {
 // attach puts a connection to use, on which BitTorrent begins now. The tap is done when
 // the connection is.
 func (s *swarm) attach(t *tap) {
-	transfer.KeepShort(t.Conn)
+	transfer.KeepShort(t.Conn, transfer.Unsent)
 	s.mu.Lock()
 	s.taps[t] = struct{}{}
 	s.mu.Unlock()
