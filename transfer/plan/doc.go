@@ -13,6 +13,8 @@
 //     (Any), and it sends the one that it has sent least, to the asker that has passed
 //     on what it got before. So each piece leaves the source about once, and goes to
 //     those who have uplink to spare.
+//   - What one of those has just got it is left to pass on, for a while, though a reader
+//     waits at another: that one asks whoever comes to have it.
 //   - Everybody else is asked for given pieces, those first that the fewest have,
 //     with random ties, few at a time: a choice made late is a better one.
 //   - A holder sends first what it has sent least, and has few pieces in service at
@@ -22,7 +24,7 @@
 //   - A piece is asked of a second holder only when the first makes no progress, or
 //     is far slower than the second while nothing else is left to ask for.
 //   - What a reader waits for goes before the rest, at the fastest holder; while a
-//     reader waits for its first piece nothing else is asked for.
+//     reader waits for its first piece nothing else is asked for, unless holders choose.
 //   - One node of a site, elected, asks holders beyond a slow link, as long as others
 //     of the site that it can trade with want the blob too.
 //

@@ -65,7 +65,7 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 	if a, ok := w.nextUrgent(now, h); ok {
 		return a, true
 	}
-	if w.rush >= 0 {
+	if w.rush >= 0 && w.choice == 0 { // who chooses knows whether somebody else brings it sooner
 		return Ask{}, false
 	}
 	if h.choosing {
@@ -141,7 +141,7 @@ func (w *Want) nextUrgent(now time.Duration, h *Holder) (a Ask, ok bool) {
 			}
 			r.urgent = true
 			return Ask{Piece: i, Urgent: true, Again: true}, true
-		case r.of[1] == nil && w.late(now, h, r):
+		case r.of[1] == nil && (w.late(now, h, r) || r.of[0].choosing && !r.coming && !h.choosing && !h.far):
 			r.of[1], r.since, r.urgent = h, now, true
 			h.took(now, i)
 			return Ask{Piece: i, Urgent: true}, true
@@ -230,7 +230,7 @@ func (w *Want) slowest(now time.Duration, h *Holder) int {
 			continue
 		}
 		age := now - max(r.since, o.moved)
-		due := age >= w.rules.Steal
+		due := age >= w.rules.Steal || w.choice > 0 && !r.coming && age >= w.rules.Steal/4
 		if !due && h.pace > 0 && o.pace > 0 && !h.far {
 			// Its turn comes after those asked before it.
 			ahead := time.Duration(slices.Index(o.asked, i) + 1)

@@ -426,13 +426,13 @@ func TestSlots(t *testing.T) {
 			n++
 		}
 	}
-	if n, again := serve(0); n != 2 || again != 50*time.Millisecond {
+	if n, again := serve(0); n != 2 || again != 3*unknown {
 		t.Errorf("%d in service, again after %s", n, again)
 	}
-	if n, _ := serve(50 * time.Millisecond); n != 2 {
+	if n, _ := serve(3 * unknown); n != 2 {
 		t.Errorf("%d more when those make no progress", n)
 	}
-	if n, _ := serve(time.Second); n != 1 {
+	if n, _ := serve(6 * unknown); n != 1 {
 		t.Errorf("%d more, five are the limit", n)
 	}
 	for _, a := range askers {

@@ -20,6 +20,14 @@ type Slots struct {
 // inOrder is among how many pieces that come next for readers a holder chooses.
 const inOrder = 2
 
+// How long others get to pass a piece on before it goes out once more: as long as so many
+// pieces are in service, within these bounds.
+const (
+	passOn     = 4
+	passOnSoon = 50 * time.Millisecond
+	passOnLate = 2 * time.Second
+)
+
 // Queue is everything that others ask of this node. Not safe for concurrent use.
 type Queue struct {
 	slots  Slots
@@ -29,7 +37,8 @@ type Queue struct {
 	floor  float64                   // what the class served last had
 	peers  map[string]*peer
 	turns  []*Turn
-	usual  time.Duration // that a piece is in service
+	gap    time.Duration // from the end of a piece to that of the next; 0: not known yet
+	last   time.Duration // when one last ended, or service began
 	clock  int
 }
 
@@ -49,6 +58,7 @@ type Offer struct {
 	sent   []uint16 // times each piece went out; nil while there is one asker
 	first  []*Asker // who got a piece first, until somebody else has it
 	reader int      // a piece that a reader has waited for; -1: nobody reads
+	lately []Turn   // what others may be about to pass on, the last at the end
 }
 
 // Asker is one node that wants one blob.
@@ -67,8 +77,12 @@ type Asker struct {
 	burden  int // pieces that only it got and has not passed on
 	clock   int // when it had its last turn
 	serving bool
+	apart   bool
 	idle    bool          // there is nothing to choose for it now
+	rests   time.Duration // others may pass on until then what there is to choose
 	until   time.Duration // the limiter said no until then
+	next    int           // of the queue, what goes out next; -1: what is chosen
+	hot     bool          // a reader waits for that
 }
 
 // Turn is a piece in service.
@@ -141,6 +155,12 @@ func (o *Offer) Join(name string, class transfer.Class) *Asker {
 	o.askers = append(o.askers, a)
 	if len(o.askers) == 2 && o.sent == nil {
 		o.sent, o.first = make([]uint16, o.pieces), make([]*Asker, o.pieces)
+		alone := o.askers[0] // until now; what it has it can pass on
+		each(o.all, 0, func(k int) byte { return alone.skip[k] }, func(i int) bool {
+			o.sent[i], o.first[i] = 1, alone
+			alone.burden++
+			return true
+		})
 	}
 	return a
 }
@@ -170,6 +190,7 @@ func (q *Queue) Leave(a *Asker) {
 			o.first[i], o.sent[i] = nil, 0
 		}
 	}
+	o.lately = slices.DeleteFunc(o.lately, func(t Turn) bool { return t.Asker == a })
 	if a.peer.askers--; a.peer.askers == 0 {
 		delete(q.peers, a.name)
 	}
@@ -178,6 +199,9 @@ func (q *Queue) Leave(a *Asker) {
 	}
 	q.turns = slices.DeleteFunc(q.turns, func(t *Turn) bool { return t.Asker == a })
 }
+
+// Apart says that the asker is far from the others, and gets nothing from them.
+func (a *Asker) Apart() { a.apart = true }
 
 // Class changes what the asker wants the blob for.
 func (a *Asker) Class(c transfer.Class) { a.class = min(c, transfer.Prefetch) }
@@ -230,7 +254,7 @@ func (a *Asker) Cancel(piece int) {
 func (a *Asker) Hear(n Note) {
 	if n.Kind == Need {
 		a.skip[n.Piece/8] &^= 0x80 >> (n.Piece % 8)
-		a.idle = false
+		a.idle, a.rests = false, 0
 		return
 	}
 	a.skip.Add(n.Piece)
@@ -254,9 +278,9 @@ func (q *Queue) Next(now time.Duration, allow func(a *Asker, piece int) (wait ti
 		if a == nil || busy >= q.slots.Pieces && !q.beside(a, q.turns) {
 			return nil, again
 		}
-		piece := a.piece()
+		piece, wait := a.piece(now)
 		if piece < 0 {
-			a.idle = true // until it needs something again
+			a.idle, a.rests = wait == 0, now+wait // until it needs something again, or nobody has passed it on
 			continue
 		}
 		if allow != nil {
@@ -278,7 +302,7 @@ func sooner(a, b time.Duration) time.Duration {
 
 // busy counts the pieces that use the uplink, and says when it may be one less.
 func (q *Queue) busy(now time.Duration) (n int, again time.Duration) {
-	patience := max(3*q.usual, 50*time.Millisecond)
+	patience := 3 * q.usual()
 	for i, t := range q.turns {
 		if q.beside(t.Asker, q.turns[:i]) {
 			continue
@@ -305,11 +329,15 @@ func (q *Queue) choose(now time.Duration) (best *Asker, again time.Duration) {
 	for _, o := range q.offers {
 		var first *Asker
 		for _, a := range o.askers {
-			if a.serving || len(a.queue) == 0 && (a.credit == 0 || a.idle) {
+			if a.serving {
 				continue
 			}
 			if a.until > now {
 				again = sooner(again, a.until-now)
+				continue
+			}
+			if ok, wait := a.ready(now); !ok {
+				again = sooner(again, wait)
 				continue
 			}
 			if first == nil || o.before(a, first) {
@@ -329,8 +357,8 @@ func (q *Queue) before(a, b *Asker) bool {
 		x, y := q.due(a.class), q.due(b.class)
 		return x < y || x == y && a.class < b.class
 	}
-	if (a.urgent > 0) != (b.urgent > 0) {
-		return a.urgent > 0
+	if a.hot != b.hot {
+		return a.hot
 	}
 	return a.peer.served < b.peer.served
 }
@@ -344,8 +372,8 @@ func (o *Offer) before(a, b *Asker) bool {
 	if a.class != b.class {
 		return o.queue.before(a, b)
 	}
-	if (a.urgent > 0) != (b.urgent > 0) {
-		return a.urgent > 0
+	if a.hot != b.hot {
+		return a.hot
 	}
 	if x, y := a.fresh(), b.fresh(); x != y {
 		return x < y
@@ -372,40 +400,79 @@ func (a *Asker) links() (n int) {
 	return n
 }
 
-// fresh is how often the least sent piece that it asks for has gone out.
+// fresh is how often what goes out next to it has gone out; of what is chosen, 0.
 func (a *Asker) fresh() uint16 {
-	if len(a.queue) == 0 || a.offer.sent == nil {
+	if a.next < 0 || a.offer.sent == nil {
 		return 0
 	}
-	least := a.offer.sent[a.queue[0]]
-	for _, i := range a.queue[1:] {
-		least = min(least, a.offer.sent[i])
-	}
-	return least
+	return a.offer.sent[a.queue[a.next]]
 }
 
-// piece takes the one to send it; -1: none.
-func (a *Asker) piece() int {
+// ready finds what goes out next to an asker: what a reader there waits for, else what it
+// asked for, of that what went out least, else what is chosen for it. When there is nothing
+// for now, wait says how long others get to pass on what there is; 0: there is nothing.
+func (a *Asker) ready(now time.Duration) (ok bool, wait time.Duration) {
 	o := a.offer
-	if len(a.queue) == 0 {
-		return o.least(a)
+	for k, i := range a.queue[:a.urgent] {
+		left := o.passing(now, a, i)
+		if left == 0 {
+			a.next, a.hot = k, true
+			return true, 0
+		}
+		wait = sooner(wait, left)
 	}
-	k := 0
-	if a.urgent == 0 && o.sent != nil {
-		for j, i := range a.queue {
-			if o.sent[i] < o.sent[a.queue[k]] {
-				k = j
-			}
+	a.next, a.hot = -1, false
+	for k := a.urgent; k < len(a.queue); k++ {
+		if a.next < 0 || o.sent != nil && o.sent[a.queue[k]] < o.sent[a.queue[a.next]] {
+			a.next = k
 		}
 	}
-	return a.queue[k]
+	if a.next >= 0 {
+		return true, 0
+	}
+	if a.credit == 0 || a.idle {
+		return false, wait
+	}
+	if a.rests > now {
+		return false, sooner(wait, a.rests-now)
+	}
+	return true, 0
+}
+
+// passing says for how long to leave it to others to pass a piece on to an asker. Those that
+// begin together, and clients that read at many nodes at once, want the same pieces at the same
+// time: each would have from here what one of them has just got and has said to nobody yet.
+func (o *Offer) passing(now time.Duration, a *Asker, piece int) (left time.Duration) {
+	if o.have != nil || o.pieces == 1 || a.apart {
+		return 0
+	}
+	for _, t := range o.lately {
+		if t.Piece == piece && t.Asker != a && !t.Asker.apart {
+			left = max(left, t.since+o.queue.grace()-now)
+		}
+	}
+	return left
+}
+
+// grace is how long others get to pass a piece on.
+func (q *Queue) grace() time.Duration {
+	return min(max(passOn*q.usual(), passOnSoon), passOnLate)
+}
+
+// piece takes the one to send it; -1: none. wait is as in ready.
+func (a *Asker) piece(now time.Duration) (piece int, wait time.Duration) {
+	if a.next >= 0 {
+		return a.queue[a.next], 0
+	}
+	return a.offer.least(now, a)
 }
 
 // least is the piece to choose for an asker: the one that went out least; -1: none. Where
 // there are readers it is one of the next after them, for they all get on by what comes
-// in order; not the very next, which another holder would choose too.
-func (o *Offer) least(a *Asker) int {
-	best, seen, fresh, ahead := -1, 0, 0, 0
+// in order; not the very next, which another holder would choose too. wait is as in ready.
+func (o *Offer) least(now time.Duration, a *Asker) (best int, wait time.Duration) {
+	seen, fresh, ahead := 0, 0, 0
+	best = -1
 	wanted := func(k int) byte {
 		if o.have == nil {
 			return ^a.skip[k]
@@ -421,26 +488,31 @@ func (o *Offer) least(a *Asker) int {
 			best = i
 			return false
 		}
+		seen++
+		if o.sent[i] > 0 {
+			if left := o.passing(now, a, i); left > 0 {
+				wait = sooner(wait, left)
+				return seen < sample
+			}
+		}
 		if best < 0 || o.sent[i] < o.sent[best] || o.sent[i] == 0 {
 			best = i
 		}
 		if o.sent[i] == 0 {
 			fresh++
 		}
-		seen++
 		return seen < sample && fresh <= ahead
 	})
-	return best
+	return best, wait
 }
 
 // serve puts a piece into service.
 func (q *Queue) serve(now time.Duration, a *Asker, piece int) *Turn {
 	o := a.offer
-	if len(a.queue) > 0 {
-		a.Cancel(piece)
-	} else {
+	if a.next < 0 {
 		a.credit--
 	}
+	a.Cancel(piece)
 	a.skip.Add(piece)
 	if o.sent != nil {
 		if o.sent[piece] == 0 {
@@ -455,7 +527,15 @@ func (q *Queue) serve(now time.Duration, a *Asker, piece int) *Turn {
 	q.floor = q.due(a.class)
 	q.served[a.class] = q.floor + 1/float64(a.class.Weight())
 	t := &Turn{Asker: a, Piece: piece, since: now}
+	if len(q.turns) == 0 {
+		q.last = now
+	}
 	q.turns = append(q.turns, t)
+	past := 0
+	for past < len(o.lately) && now-o.lately[past].since >= q.grace() {
+		past++
+	}
+	o.lately = append(o.lately[past:], *t)
 	return t
 }
 
@@ -477,10 +557,32 @@ func (q *Queue) Done(now time.Duration, t *Turn) {
 		return
 	}
 	q.turns = slices.Delete(q.turns, k, k+1)
-	took := now - t.since
-	if q.usual == 0 {
-		q.usual = took
+	gap := now - q.last
+	q.last = now
+	switch {
+	case t.Piece == t.Asker.offer.pieces-1: // it may be short, and says nothing
+	case q.gap == 0:
+		q.gap = min(gap, mostGap)
+	default:
+		q.gap += (min(gap, max(2*q.gap, mostGap)) - q.gap) / 8
 	}
-	// One that waits for a slow receiver does not make slowness usual.
-	q.usual += (min(took, 2*q.usual) - q.usual) / 8
+}
+
+const (
+	// mostGap bounds what one piece says, for it may have waited for a dead receiver alone.
+	mostGap = time.Second
+	// unknown is how long a piece is taken to be in service before the first has gone out.
+	unknown = 200 * time.Millisecond
+	// shortest is how long one is taken to be in service at least.
+	shortest = 16 * time.Millisecond
+)
+
+// usual is how long a piece is in service while as many are as may be. It follows from how fast
+// they end, not from how long each takes: that says more of its receiver, and of how many others
+// are in service.
+func (q *Queue) usual() time.Duration {
+	if q.gap == 0 {
+		return unknown
+	}
+	return max(time.Duration(q.slots.Pieces)*q.gap, shortest)
 }

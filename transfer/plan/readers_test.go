@@ -13,7 +13,7 @@ func TestReadersOfASwarmSpareTheSource(t *testing.T) {
 	w := NewWant(64, Rules{}, seeded())
 	source, mate := w.Join(nil, false), w.Join(transfer.PiecesBitmap(64), false)
 	w.Cursors([]int{0, 1})
-	if asks := all(w, 0, source); len(asks) != 1 || asks[0] != (Ask{Piece: 0, Urgent: true}) {
+	if asks := all(w, 0, source); len(asks) != 1+maxCredit || asks[0] != (Ask{Piece: 0, Urgent: true}) || asks[1].Piece != Any || asks[2].Piece != Any {
 		t.Fatalf("at first %v is asked of the source", asks)
 	}
 	w.Arrived(0, source, 0)

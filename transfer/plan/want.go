@@ -68,6 +68,7 @@ type Want struct {
 	asks    map[int]*request
 	holders []*Holder
 	notes   []Note
+	back    []Cancel
 	partial int // holders that are still fetching
 	choice  int // holders that choose
 	near    int // near holders that have everything
@@ -212,17 +213,36 @@ func (w *Want) unspread(h *Holder) {
 // they would send what is near already.
 func (w *Want) rank() {
 	w.choice, w.near = 0, 0
+	var chosen []*Holder // from now on
 	for _, h := range w.holders {
 		if h.complete && !h.far {
 			w.near++
 		}
 		if h.complete && !h.far && w.partial > 0 && !w.rules.Specific {
+			if !h.choosing {
+				chosen = append(chosen, h)
+			}
 			h.choosing = true
 		}
 		if h.choosing {
 			w.choice++
 		}
 	}
+	for _, h := range chosen {
+		for _, i := range slices.Clone(h.asked) {
+			if r := w.asks[i]; r != nil && !r.coming && !r.urgent {
+				w.Refused(h, i)
+				w.back = append(w.back, Cancel{h, i})
+			}
+		}
+	}
+}
+
+// Back takes what was asked of holders that have come to choose since: they would send it beside
+// what they choose. Tell them.
+func (w *Want) Back() (cancel []Cancel) {
+	cancel, w.back = w.back, nil
+	return cancel
 }
 
 // Elect says whether this node is the one of its site that asks far holders. What
@@ -312,9 +332,12 @@ func (w *Want) Begun(now time.Duration, h *Holder, piece int) (cancel []Cancel, 
 	h.moved = now
 	if slices.Contains(h.asked, piece) {
 		if r := w.asks[piece]; r != nil {
+			if !r.coming {
+				cancel = r.spare(h, piece)
+			}
 			r.coming = true
 		}
-		return nil, true
+		return cancel, true
 	}
 	if h.credit == 0 {
 		return nil, false
@@ -438,6 +461,17 @@ func (r *request) takeBack(h *Holder, piece int) (cancel []Cancel) {
 		if o != nil && o != h {
 			o.drop(piece)
 			cancel = append(cancel, Cancel{o, piece})
+		}
+	}
+	return cancel
+}
+
+// spare takes the piece back from one who chooses, and was asked before h came to have it.
+func (r *request) spare(h *Holder, piece int) (cancel []Cancel) {
+	for _, o := range r.of {
+		if o != nil && o != h {
+			cancel = r.takeBack(h, piece)
+			r.of = [2]*Holder{h, nil}
 		}
 	}
 	return cancel

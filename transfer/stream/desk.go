@@ -87,6 +87,9 @@ func (d *desk) join(s *session, have func() transfer.Bitmap) bool {
 	s.offer = o
 	s.asker = o.Join(s.link.peer, s.class)
 	s.asker.Owner = s
+	if s.far {
+		s.asker.Apart()
+	}
 	s.link.send(func(to []byte) []byte {
 		if have == nil {
 			return state{heldComplete, uint64(s.blob.Size)}.append(to)

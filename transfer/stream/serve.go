@@ -38,6 +38,7 @@ type session struct {
 	link   *link
 	blob   transfer.Blob // without a root
 	flight *flight       // nil unless it was arriving when the session began
+	far    bool          // the wanter is beyond a slow link
 
 	thin    bool // the wanter has heard that the path is; the writer's
 	beat    time.Duration
@@ -121,6 +122,7 @@ func (e *Engine) session(ctx context.Context, l *link, h hello) error {
 	s := &session{
 		e: e, link: l, class: h.class,
 		blob: transfer.Blob{Digest: h.digest, Size: h.size},
+		far:  e.distance(transfer.Peer{ID: l.peer}) == Farthest,
 		beat: min(max(h.patience, 20*time.Millisecond), 10*time.Second),
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -448,13 +450,13 @@ func (s *session) send(l loaded) error {
 		s.e.log.Error("blob cannot be read for a peer", "blob", s.blob.Digest, "piece", l.turn.Piece, "peer", s.link.peer, "err", l.err)
 		return s.link.write(appendPieces(nil, kindRefuse, l.turn.Piece))
 	}
+	began := time.Now()
 	if err := s.link.write(l.frame); err != nil {
 		return err
-	began := time.Now()
 	}
+	s.link.paced(l.bytes, time.Since(began))
 	if s.e.cfg.Hooks.Served != nil {
 		s.e.cfg.Hooks.Served(s.link.peer, l.bytes)
-	s.link.paced(l.bytes, time.Since(began))
 	}
 	if s.e.cfg.Meter != nil {
 		s.e.cfg.Meter.Sent(s.flow(), int(l.bytes))

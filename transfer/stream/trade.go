@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"time"
@@ -390,8 +391,11 @@ func (h *hunt) pump() {
 		return
 	}
 	now := time.Now()
+	h.cancel(h.want.Back())
 	h.askTable()
-	for _, hd := range h.dealing {
+	// Of those that have what a reader waits for the first one is asked: not always the same.
+	first := rand.IntN(max(1, len(h.dealing)))
+	for _, hd := range slices.Concat(h.dealing[first:], h.dealing[:first]) {
 		if hd.link == nil || hd.planned == nil || !h.ready && !hd.tabled || now.Before(hd.rests) {
 			continue
 		}

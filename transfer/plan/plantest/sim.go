@@ -308,7 +308,11 @@ func (s *sim) connect(a, b *simNode) {
 	a.holders[b.id] = h
 	k := b.offer.Join(strconv.Itoa(a.id), transfer.Pull)
 	k.Owner = a.id
+	if a.Site != b.Site {
+		k.Apart()
+	}
 	b.askers[a.id] = k
+	s.cancel(a, a.want.Back())
 	s.elect(a)
 }
 
@@ -374,8 +378,8 @@ func (s *sim) gone(n *simNode) {
 
 // pump lets a node ask all whom it may ask something.
 func (s *sim) pump(n *simNode) {
-	for _, p := range n.peers {
-		s.pumpOne(n, p)
+	for k, first := 0, s.rand.IntN(len(n.peers)); k < len(n.peers); k++ {
+		s.pumpOne(n, n.peers[(first+k)%len(n.peers)])
 	}
 	s.notes(n)
 }

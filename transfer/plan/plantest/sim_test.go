@@ -92,6 +92,29 @@ func TestManyReadTheBlobAtOnce(t *testing.T) {
 	}
 }
 
+// Of a small blob the first pieces, for which all readers wait, are most.
+func TestManyReadASmallBlobAtOnce(t *testing.T) {
+	for _, c := range []struct {
+		nodes, pieces int
+		sent          float64
+	}{{7, 4, 1.3}, {7, 8, 1.25}, {7, 16, 1.25}, {12, 16, 1.25}} {
+		for seed := range 5 {
+			f := even(c.nodes, c.pieces, 0)
+			f.Seed = uint64(seed)
+			for i := range f.Nodes {
+				f.Nodes[i].Reads = i > 0
+				f.Nodes[i].Joins = time.Duration(i) * 20 * time.Millisecond
+			}
+			r := Run(f)
+			last := slices.Max(r.Done) - f.bound()
+			t.Logf("%d nodes, %d pieces, seed %d: %.2f s after the bound; the holder sent %.3f F, all sent %.3f N F; a reader waited %.2f s at most", c.nodes, c.pieces, seed, last, r.Holders, r.All, r.Stalled)
+			if !r.Finished || r.Holders > c.sent || r.All > 1.1 || last > 1 {
+				t.Errorf("seed %d: the goals are %.2f and 1.1, within a second of the bound", seed, c.sent)
+			}
+		}
+	}
+}
+
 // The same seed gives the same run, or a failure could not be looked into.
 func TestRunsRepeat(t *testing.T) {
 	f := even(12, 64, 5)
