@@ -68,6 +68,8 @@ type Network interface {
 	// a connection that it keeps here; Parked that this node keeps one there.
 	CalledBack(addr string) bool
 	Parked(addr string) bool
+	// Through is the address of the node through which the one at the address is reached.
+	Through(addr string) string
 }
 
 // Roster knows the nodes of the site.

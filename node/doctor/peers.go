@@ -174,11 +174,14 @@ func (d *Doctor) peer(ctx context.Context, m member.Member) []Finding {
 		by = peernet.QUIC
 	}
 	if there[by] != nil {
-		if !d.Network.CalledBack(m.Addr) {
+		how := "all goes over connections that it opens"
+		if through := d.Network.Through(m.Addr); through != "" {
+			how = "nor can it dial this node; all goes through the node at " + through
+		} else if !d.Network.CalledBack(m.Addr) {
 			return found
 		}
 		by = "" // whatever gets through
-		found[0].State, found[0].Text = Warn, fmt.Sprintf("%s cannot be dialled at %s; all goes over connections that it opens. TCP: %v. UDP: %v", m.Name, m.Addr, there[peernet.TCP], there[peernet.QUIC])
+		found[0].State, found[0].Text = Warn, fmt.Sprintf("%s cannot be dialled at %s; %s. TCP: %v. UDP: %v", m.Name, m.Addr, how, there[peernet.TCP], there[peernet.QUIC])
 	}
 	clock, back, path, err := d.ask(ctx, m.Addr, by)
 	if err != nil {
@@ -187,6 +190,9 @@ func (d *Doctor) peer(ctx context.Context, m member.Member) []Finding {
 	reached := d.ways("reached", m.Name+" reaching this node at "+d.Advertise, back, "open the port for %s on the way to "+d.Advertise+", or set --advertise")
 	if reached.State == Bad && d.Network.Parked(m.Addr) {
 		reached.State, reached.Text = Warn, fmt.Sprintf("%s cannot dial this node at %s, and is served over connections that this node opens. TCP: %v. UDP: %v", m.Name, d.Advertise, back[peernet.TCP], back[peernet.QUIC])
+	}
+	if through := d.Network.Through(m.Addr); reached.State == Bad && through != "" {
+		reached.State, reached.Text = Warn, fmt.Sprintf("%s cannot dial this node at %s; all goes through the node at %s. TCP: %v. UDP: %v", m.Name, d.Advertise, through, back[peernet.TCP], back[peernet.QUIC])
 	}
 	found = append(found, reached)
 	found = append(found, clock)

@@ -3,6 +3,8 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -10,21 +12,22 @@ import (
 	"github.com/atoll-registry/atoll/scripts/lab"
 )
 
-// walled is a site of three whose third node is behind a firewall that lets nothing in.
-// A blob has one copy here, so that whoever serves it is known.
-func walled(ctx context.Context, t *testing.T, name string, net int, blocked string) *site {
+// walled is a site of three of which some are behind firewalls of their own that let
+// nothing in. A blob has one copy here, so that whoever serves it is known.
+func walled(ctx context.Context, t *testing.T, p plan, blocked string, behind ...int) *site {
 	t.Helper()
-	s := newSite(ctx, t, newLab(t), plan{name: name, net: net, nodes: 3, host: func(i int, h *lab.Host) error {
+	p.nodes, p.host = 3, func(i int, h *lab.Host) error {
 		if blocked != "" {
 			if err := h.Block(ctx, blocked, "5001"); err != nil {
 				return err
 			}
 		}
-		if i == 3 {
+		if slices.Contains(behind, i-1) {
 			return h.Wall(ctx)
 		}
 		return nil
-	}})
+	}
+	s := newSite(ctx, t, newLab(t), p)
 	s.allUp(ctx)
 	s.atoll(ctx, s.nodes[0], "settings", "set", "peers.replicas", "1")
 	s.atoll(ctx, s.nodes[0], "settings", "set", "peers.durability", "1")
@@ -58,15 +61,15 @@ func TestNodeThatOnlyDialsOut(t *testing.T) {
 		t.Run("without_"+c.blocked, func(t *testing.T) {
 			t.Parallel()
 			ctx := deadline(t, 5*time.Minute)
-			s := walled(ctx, t, c.name, c.net, c.blocked)
+			s := walled(ctx, t, plan{name: c.name, net: c.net}, c.blocked, 2)
 			for _, engine := range []string{"stream", "bittorrent"} {
 				s.atoll(ctx, s.nodes[0], "settings", "set", "peers.transfer-engine", engine)
 				s.moves(ctx, 2, engine+"-out", 0, 1)
 				s.moves(ctx, 0, engine+"-in", 2)
 			}
 			leader := s.leads(ctx)
-			if leader == 2 {
-				t.Fatal("the walled node leads before anything happened")
+			if leader == 2 || leader == -1 {
+				t.Fatalf("node %d leads before anything happened", leader)
 			}
 			s.nodes[leader].Kill()
 			other := 1 - leader
@@ -88,7 +91,54 @@ func TestNodeThatOnlyDialsOut(t *testing.T) {
 	}
 }
 
-// leads is the index of the node that leads.
+// Two nodes of three that can only dial out reach each other: over UDP both ends open the
+// firewalls by sending at the same time, and without that through the third. What one
+// holds the other serves, and either of them leads the site.
+func TestTwoNodesThatOnlyDialOut(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, blocked string
+		net           int
+	}{
+		{"wd", "", 115},
+		{"we", "udp", 116},
+	} {
+		t.Run("without_"+c.blocked, func(t *testing.T) {
+			t.Parallel()
+			ctx := deadline(t, 4*time.Minute)
+			s := walled(ctx, t, plan{name: c.name, net: c.net}, c.blocked, 1, 2)
+			for _, engine := range []string{"stream", "bittorrent"} {
+				s.atoll(ctx, s.nodes[0], "settings", "set", "peers.transfer-engine", engine)
+				s.moves(ctx, 1, engine+"-across", 2)
+				s.moves(ctx, 2, engine+"-back", 1)
+				s.moves(ctx, 0, engine+"-in", 1, 2)
+			}
+			if n := s.metric(ctx, s.nodes[0], "atoll_peernet_relayed_bytes_total"); c.blocked != "" && n < 4*4<<20 {
+				t.Errorf("the node between passed on %.0f bytes", n)
+			}
+			if said, _ := s.nodes[1].Atoll(ctx, "doctor"); c.blocked != "" && strings.Count(said, "all goes through the node at "+s.nodes[0].PeerAddr()) != 2 {
+				t.Errorf("the doctor says %s", said)
+			}
+			// A leader that nobody can dial reaches all, and all reach it.
+			s.atoll(ctx, s.nodes[0], "cluster", "lead", s.nodes[1].Host.Name)
+			wait, stop := context.WithTimeout(ctx, 30*time.Second)
+			defer stop()
+			s.until(wait, "the walled node to lead", func() bool { return s.leads(ctx) == 1 })
+			for from := range s.nodes {
+				s.moves(ctx, from, fmt.Sprintf("led-from-%d", from), 0, 1, 2)
+			}
+			s.nodes[1].Kill()
+			s.until(ctx, "another to lead", func() bool { return s.leads(ctx) != 1 && s.leads(ctx) != -1 })
+			if err := s.nodes[1].Start(ctx); err != nil {
+				t.Fatal(err)
+			}
+			s.allUp(ctx)
+			s.moves(ctx, 1, "again", 2)
+		})
+	}
+}
+
+// leads is the index of the node that leads; -1 when none does.
 func (s *site) leads(ctx context.Context) int {
 	s.t.Helper()
 	st, err := s.nodes[0].Status(ctx)
@@ -102,8 +152,7 @@ func (s *site) leads(ctx context.Context) int {
 			}
 		}
 	}
-	s.t.Fatalf("nobody leads: %+v", st)
-	return 0
+	return -1
 }
 
 // A firewall that comes while the nodes run, and goes: callbacks come and go with it. The

@@ -69,16 +69,17 @@ type nonce [nonceSize]byte
 
 // callbacks is what a Net knows of connections that are parked, under Net.mu.
 type callbacks struct {
-	parked map[string]*parked       // at this node, by peer
-	news   chan struct{}            // closed when another is parked
-	calls  map[nonce]*answering     // that wait for their connection
-	fellow map[string]string        // members and their addresses
-	blind  map[string]string        // those that could not be dialled, and where that was
-	told   map[string][]Peer        // members that a peer knows, where they are not those known here
-	wakes  map[string]chan struct{} // of those who park, by peer
-	away   map[string]bool          // addresses at which this node has parked
-	few    int                      // see fewNodes
-	served map[io.Closer]string     // connections dialled for a peer's sake: the peer
+	parked  map[string]*parked       // at this node, by peer
+	news    chan struct{}            // closed when another is parked
+	calls   map[nonce]*answering     // that wait for their connection
+	fellow  map[string]string        // members and their addresses
+	blind   map[string]string        // those that could not be dialled, and where that was
+	told    map[string][]Peer        // members that a peer knows, where they are not those known here
+	wakes   map[string]chan struct{} // of those who park, by peer
+	away    map[string]bool          // addresses at which this node has parked
+	few     int                      // see fewNodes
+	served  map[io.Closer]string     // connections dialled for a peer's sake: the peer
+	passing int                      // connections that are passed on
 }
 
 func newCallbacks() callbacks {
@@ -139,14 +140,14 @@ func (n *Net) callable(addr string) (p *parked, blind bool, news <-chan struct{}
 	return p, p != nil && n.back.blind[p.conn.peer] == addr, n.back.news
 }
 
-// eitherWay dials a node, or has it dial when that does not get through. Where
-// dialling is known to fail the call goes first.
+// eitherWay dials a node, or has it dial when that does not get through, or goes
+// through a third. What is known to work goes first.
 func (n *Net) eitherWay(ctx context.Context, k call) (*Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	w := &ways{net: n, call: k, done: make(chan way, 4)}
+	w := &ways{net: n, call: k, done: make(chan way, 5)}
 	defer w.leave(cancel)
 	_, blind, _ := n.callable(k.addr)
-	if !blind || !w.callBack(ctx) {
+	if (!blind || !w.callBack(ctx)) && !w.relay(ctx, true) {
 		w.dial(ctx)
 	}
 	other := time.NewTimer(soon(ctx, head))
@@ -156,6 +157,7 @@ func (n *Net) eitherWay(ctx context.Context, k call) (*Conn, error) {
 		case <-other.C:
 			w.dial(ctx)
 			w.callBack(ctx)
+			w.relay(ctx, false)
 		case <-w.news:
 			w.callBack(ctx)
 		case r := <-w.done:
@@ -164,14 +166,19 @@ func (n *Net) eitherWay(ctx context.Context, k call) (*Conn, error) {
 			case r.err == nil:
 				n.came(k.addr, r)
 				return r.conn, nil
-			case !pathFailed(r.err) && (r.over != nil || !errors.Is(r.err, ErrOtherSite)):
+			case !pathFailed(r.err) && (r.over != nil || r.via != "" || !errors.Is(r.err, ErrOtherSite)):
 				return nil, r.err // the peer's own answer
+			case r.via != "":
+				w.alone = r.err
 			case r.over == nil:
 				w.failed = r.err
 			}
 			w.dial(ctx)
 			w.callBack(ctx)
-			if w.running == 0 {
+			w.relay(ctx, false)
+			if w.running == 0 && w.alone != nil {
+				return nil, fmt.Errorf("%w; %w", w.failed, w.alone)
+			} else if w.running == 0 {
 				return nil, w.failed
 			}
 		}
@@ -185,7 +192,9 @@ type ways struct {
 	done    chan way
 	running int
 	dialled bool
-	failed  error           // of dialling
+	failed  error // of dialling
+	alone   error // of going through a third node
+	relayed bool
 	over    *parked         // that was called over last
 	calls   int             // so far
 	news    <-chan struct{} // something may have been parked since
@@ -193,7 +202,8 @@ type ways struct {
 
 // way is how an attempt ended.
 type way struct {
-	over *parked // nil: dialled
+	over *parked // called over that
+	via  string  // through the node at that address; neither: dialled
 	conn *Conn
 	err  error
 }
@@ -206,7 +216,7 @@ func (w *ways) dial(ctx context.Context) {
 	w.running++
 	go func() {
 		c, err := w.net.direct(ctx, w.call)
-		w.done <- way{nil, c, err}
+		w.done <- way{conn: c, err: err}
 	}()
 }
 
@@ -222,7 +232,7 @@ func (w *ways) callBack(ctx context.Context) bool {
 	w.running++
 	go func() {
 		c, err := w.net.callBack(ctx, p, w.call.service)
-		w.done <- way{p, c, err}
+		w.done <- way{over: p, conn: c, err: err}
 	}()
 	return true
 }
@@ -244,6 +254,9 @@ func (w *ways) leave(cancel context.CancelFunc) {
 func (n *Net) came(addr string, r way) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if r.via != "" {
+		n.passed(addr, r)
+	}
 	if r.over == nil {
 		return // see arrived
 	}
@@ -339,15 +352,15 @@ func (p *parked) say(service byte, key nonce) error {
 	return err
 }
 
-// serveBack takes connections for ServiceBack until the listener is closed.
-func (n *Net) serveBack(ln net.Listener, run runner) {
+// serveBack takes connections until the listener is closed.
+func (n *Net) serveBack(ln net.Listener, take func(context.Context, *Conn), run runner) {
 	for {
 		accepted, err := ln.Accept()
 		if err != nil {
 			return
 		}
 		if c, ok := accepted.(*Conn); ok {
-			run(func(ctx context.Context) { n.takeBack(ctx, c) })
+			run(func(ctx context.Context) { take(ctx, c) })
 		}
 	}
 }

@@ -60,6 +60,8 @@ type route struct {
 	why     string
 	detour  time.Time // QUIC first, until then
 	despair time.Time // QUIC does not help against a refusal, until then
+	through string    // the node's address through which it is reached; "": another way
+	apart   time.Time // nobody passes a connection on, until then
 }
 
 // Route says how an address is reached.
@@ -103,6 +105,7 @@ func (n *Net) arrived(addr string, by Carrier, why string, lost bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	r := n.route(addr)
+	r.through = ""
 	if r.carrier != by || r.why != why {
 		r.carrier, r.since, r.why = by, time.Now(), why
 	}
@@ -119,7 +122,7 @@ func (n *Net) arrived(addr string, by Carrier, why string, lost bool) {
 func (n *Net) dial(ctx context.Context, k call) (*Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
-	if k.kept && k.service != ServiceBack && n.cfg.Peers != nil {
+	if k.kept && k.service != ServiceBack && k.service != ServiceRelay && n.cfg.Peers != nil {
 		return n.eitherWay(ctx, k)
 	}
 	return n.direct(ctx, k)

@@ -144,15 +144,21 @@ func (n *Net) protocols() []string {
 	return []string{ProtoEpoch, ProtoNode}
 }
 
-// overTCP connects, shakes hands, names the service and awaits the status byte.
+// overTCP connects and does the rest over that.
 func (n *Net) overTCP(ctx context.Context, k call) (*Conn, error) {
-	c := &Conn{service: k.service, closed: func() {}}
-	cfg := k.config(c)
 	var d net.Dialer
 	raw, err := d.DialContext(ctx, "tcp", k.addr)
 	if err != nil {
 		return nil, err
 	}
+	return n.upon(ctx, raw, k)
+}
+
+// upon shakes hands, names the service and awaits the status byte. On an error raw is
+// closed.
+func (n *Net) upon(ctx context.Context, raw net.Conn, k call) (*Conn, error) {
+	c := &Conn{service: k.service, closed: func() {}}
+	cfg := k.config(c)
 	secure := tls.Client(raw, cfg)
 	if err := secure.HandshakeContext(ctx); err != nil {
 		raw.Close()
@@ -164,7 +170,7 @@ func (n *Net) overTCP(ctx context.Context, k call) (*Conn, error) {
 		return nil, fmt.Errorf("peer does not speak %s", cfg.NextProtos[0])
 	}
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
-	err = n.greet(c, nil, k.after)
+	err := n.greet(c, nil, k.after)
 	if !stop() { // the timeout or ctx closed the connection under it
 		return nil, ctx.Err()
 	}

@@ -31,13 +31,14 @@ import (
 // Services known by their first byte. Others may be added by whoever listens.
 const (
 	ServiceRaft    byte = 1
-	ServiceControl byte = 2 // cluster control, HTTP/1.1
-	ServiceAPI     byte = 4 // the public API between nodes, HTTP/1.1
-	ServiceGossip  byte = 5 // who is there, packets in frames
-	ServiceDoctor  byte = 8 // nodes help each other to see what is wrong
-	ServiceBlob    byte = 7 // blobs and pieces, in the frames of package stream; 3 was HTTP
-	ServiceSwarm   byte = 6 // blobs by BitTorrent
-	ServiceBack    byte = 9 // calls to nodes that cannot be dialled; see Config.Peers
+	ServiceControl byte = 2  // cluster control, HTTP/1.1
+	ServiceAPI     byte = 4  // the public API between nodes, HTTP/1.1
+	ServiceGossip  byte = 5  // who is there, packets in frames
+	ServiceDoctor  byte = 8  // nodes help each other to see what is wrong
+	ServiceBlob    byte = 7  // blobs and pieces, in the frames of package stream; 3 was HTTP
+	ServiceSwarm   byte = 6  // blobs by BitTorrent
+	ServiceBack    byte = 9  // calls to nodes that cannot be dialled; see Config.Peers
+	ServiceRelay   byte = 10 // from one node that cannot be dialled to another
 )
 
 // ALPN protocol names.
@@ -99,7 +100,8 @@ type Config struct {
 	// Peers are the nodes of the site, this one among them; one that knows none yet gives
 	// where to find some. With it, where one of two nodes cannot be
 	// dialled by the other, it keeps a connection open there while the port is served,
-	// over which Dial calls it. Nil: Dial only dials. Its error changes nothing.
+	// over which Dial calls it; between two that cannot dial each other it passes
+	// connections on. Nil: Dial only dials. Its error changes nothing.
 	Peers func() ([]Peer, error)
 	// Founding opens the port, and DialFounding, to who holds the same token; nil: not.
 	Founding *Founding
@@ -138,6 +140,7 @@ type Net struct {
 	// refused counts connections by reason; said bounds what the log says of them:
 	// a stranger can make as many as it likes.
 	refused *prometheus.CounterVec
+	relayed prometheus.Counter
 	said    rate.Sometimes
 	slow    sync.Once // says that there is no BBR
 
@@ -192,8 +195,11 @@ func New(cfg Config) (*Net, error) {
 	refused := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "atoll_peernet_refused_total", Help: "Connections to the peer port that were refused, by reason.",
 	}, []string{"reason"})
+	relayed := prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "atoll_peernet_relayed_bytes_total", Help: "Bytes that this node has passed on between nodes that cannot dial each other.",
+	})
 	if cfg.Registry != nil {
-		if err := cfg.Registry.Register(refused); err != nil {
+		if err := errors.Join(cfg.Registry.Register(refused), cfg.Registry.Register(relayed)); err != nil {
 			return nil, fmt.Errorf("peernet: %w", err)
 		}
 	}
@@ -201,6 +207,7 @@ func New(cfg Config) (*Net, error) {
 		cfg:       cfg,
 		log:       cfg.Log,
 		refused:   refused,
+		relayed:   relayed,
 		said:      rate.Sometimes{First: 20, Interval: 10 * time.Second},
 		services:  make(map[byte]*listener),
 		conns:     make(map[io.Closer]string),
