@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/joining"
@@ -76,6 +77,8 @@ const (
 	pathHello  = "/v1/founding/hello"
 	pathPledge = "/v1/founding/pledge"
 	pathGrant  = "/v1/founding/grant"
+	// pathPromise brings the pledge of a machine that the founder cannot dial.
+	pathPromise = "/v1/founding/promise"
 )
 
 // Machine is one that holds the token.
@@ -99,6 +102,9 @@ type Proposal struct {
 type hello struct {
 	Machine Machine `json:"machine"`
 	Expect  int     `json:"expect"`
+	// Engaged says that the machine takes part in a founding, or joins a site.
+	Engaged bool     `json:"engaged,omitempty"`
+	Sees    []string `json:"sees"` // as in standing
 }
 
 // standing is the answer to a hello.
@@ -114,6 +120,11 @@ type standing struct {
 	// Pledge is what it has promised; Proposal the id of what it proposes.
 	Pledge   *Proposal `json:"pledge,omitempty"`
 	Proposal string    `json:"proposal,omitempty"`
+	// Offer is what it proposes, if whoever asks is to take part in it.
+	Offer *Proposal `json:"offer,omitempty"`
+	// Sees are the ids of the machines that answer when it dials them; null, of an older
+	// version: it does not say.
+	Sees []string `json:"sees"`
 	// Knows are addresses of machines that it knows.
 	Knows []string `json:"knows,omitempty"`
 }
@@ -121,6 +132,11 @@ type standing struct {
 type pledgeRequest struct {
 	Proposal Proposal `json:"proposal"`
 	Expect   int      `json:"expect"`
+}
+
+type promiseRequest struct {
+	Machine  string `json:"machine"`
+	Proposal string `json:"proposal"`
 }
 
 type grantRequest struct {
@@ -136,8 +152,14 @@ func bounds() joining.Bounds {
 	return joining.Bounds{PerSecond: 200, Burst: 400, AtOnce: 2 * MostExpected}
 }
 
-// talkTime is how long an answer is waited for that needs no site.
-const talkTime = 5 * time.Second
+const (
+	// talkTime is how long an answer is waited for that needs no site.
+	talkTime = 5 * time.Second
+	// heardFor is how long a hello counts: who says it may wait for the answers of others.
+	heardFor = 3 * talkTime
+	// promiseTime is how long a founder waits for machines that it cannot dial to ask.
+	promiseTime = 2*talkTime + 2*time.Second
+)
 
 func (c Config) post(ctx context.Context, addr, path string, ask, answer any) error {
 	if path != pathGrant { // which waits for a leader
@@ -153,6 +175,11 @@ func (c Config) step(name string) error {
 		return nil
 	}
 	return c.Step(name)
+}
+
+// has says whether a machine takes part in the proposal.
+func (p Proposal) has(id string) bool {
+	return slices.ContainsFunc(p.Machines, func(m Machine) bool { return m.ID == id })
 }
 
 // check makes sure of a proposal that came from another machine.

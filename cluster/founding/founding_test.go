@@ -426,6 +426,9 @@ func schedule(t *testing.T, rnd *rand.Rand) {
 	defer w.end()
 	n := 3 + rnd.IntN(3)
 	boxes := w.add(n, n/2+1+rnd.IntN(n-n/2), newPairing(t))
+	if walled := rnd.IntN(n + 1); walled < n { // somebody, or nobody
+		w.wall(boxes[walled])
+	}
 	var mu sync.Mutex
 	var dice = rand.New(rand.NewPCG(rnd.Uint64(), 0))
 	w.faults(func(*box, string) error {

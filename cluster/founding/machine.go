@@ -66,11 +66,23 @@ type machine struct {
 	proposal *Proposal // alive; nil when this machine proposes nothing
 	site     string    // once it has founded or joined
 	addrs    map[string]bool
+	sees     []string         // as in standing
+	heard    map[string]heard // who has said hello, by id
+	awaited  map[string]chan struct{}
 	end      context.CancelCauseFunc
 
 	said  string // what was logged last, and when
 	since time.Time
 	odd   map[string]string // what was logged of addresses
+
+	view          string // who founds it from among whom; see stands
+	stood, viewed time.Time
+}
+
+// heard is a hello that came in.
+type heard struct {
+	hello
+	at time.Time
 }
 
 // remindEvery is how often a machine that waits says so again.
@@ -89,9 +101,9 @@ func Run(ctx context.Context, c Config) (who member.Identity, founded bool, err 
 	}
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
-	m := &machine{Config: c, id: p.Machine, promise: p, addrs: make(map[string]bool), end: end, odd: make(map[string]string)}
+	m := &machine{Config: c, id: p.Machine, promise: p, addrs: make(map[string]bool), sees: []string{}, heard: make(map[string]heard), end: end, odd: make(map[string]string)}
 	m.learn(c.Addrs...)
-	server := joining.Server(bounds(), map[string]joining.Handler{pathHello: m.hear, pathPledge: m.pledge}, quiet(c.Log), nil)
+	server := joining.Server(bounds(), map[string]joining.Handler{pathHello: m.hear, pathPledge: m.pledge, pathPromise: m.promised}, quiet(c.Log), nil)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(c.Network.ListenFounding()) }()
 	defer func() {
@@ -171,9 +183,15 @@ func (m *machine) hear(_ context.Context, body []byte) (any, error) {
 	m.learn(h.Machine.Addr)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	s := standing{Machine: m.self(), Expect: m.Expect, Site: m.site, Origin: m.promise.Origin, Joins: m.promise.Site, Pledge: m.promise.Pledge, Knows: slices.Sorted(maps.Keys(m.addrs))}
+	if _, known := m.heard[h.Machine.ID]; h.Machine.ID != m.id && (known || len(m.heard) < 4*MostExpected) {
+		m.heard[h.Machine.ID] = heard{h, time.Now()}
+	}
+	s := standing{Machine: m.self(), Expect: m.Expect, Site: m.site, Origin: m.promise.Origin, Joins: m.promise.Site, Pledge: m.promise.Pledge, Sees: m.sees, Knows: slices.Sorted(maps.Keys(m.addrs))}
 	if m.proposal != nil {
 		s.Proposal = m.proposal.ID
+		if m.proposal.has(h.Machine.ID) {
+			s.Offer = m.proposal
+		}
 	}
 	if m.site == "" {
 		s.Origin = "" // of a founding that may not have come about
@@ -187,28 +205,59 @@ func (m *machine) pledge(_ context.Context, body []byte) (any, error) {
 	if err := joining.Decode(body, &ask); err != nil {
 		return nil, err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if ask.Expect != m.Expect {
 		return nil, joining.Refuse(codeExpect, "this machine expects %d machines and that one %d: start all with one --bootstrap-expect", m.Expect, ask.Expect)
 	}
-	if err := ask.Proposal.check(m.id, m.Expect); err != nil {
-		return nil, joining.Refuse(joining.CodeMalformed, "%v", err)
+	return struct{}{}, m.pledgeTo(ask.Proposal)
+}
+
+func (m *machine) pledgeTo(proposal Proposal) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := proposal.check(m.id, m.Expect); err != nil {
+		return joining.Refuse(joining.CodeMalformed, "%v", err)
 	}
 	switch mine := m.promise.Pledge; {
 	case m.site != "" || m.promise.Site != "":
-		return nil, joining.Refuse(joining.CodeLater, "this machine joins a site that is there already")
+		return joining.Refuse(joining.CodeLater, "this machine joins a site that is there already")
 	case m.proposal != nil:
-		return nil, joining.Refuse(joining.CodeLater, "this machine proposes to found the site itself")
-	case mine != nil && mine.ID == ask.Proposal.ID:
-		return struct{}{}, nil
+		return joining.Refuse(joining.CodeLater, "this machine proposes to found the site itself")
+	case mine != nil && mine.ID == proposal.ID:
+		return nil
 	case mine != nil:
-		return nil, joining.Refuse(joining.CodeLater, "this machine has promised to found the site with %s", mine.Founder)
+		return joining.Refuse(joining.CodeLater, "this machine has promised to found the site with %s", mine.Founder)
 	}
-	if err := m.save("pledged", func(p *promise) { p.Pledge = &ask.Proposal }); err != nil {
+	return m.save("pledged", func(p *promise) { p.Pledge = &proposal })
+}
+
+// promised hears that a machine which this one cannot dial has pledged.
+func (m *machine) promised(_ context.Context, body []byte) (any, error) {
+	var ask promiseRequest
+	if err := joining.Decode(body, &ask); err != nil {
 		return nil, err
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.proposal == nil || m.proposal.ID != ask.Proposal {
+		return nil, joining.Refuse(joining.CodeLater, "this machine does not propose that")
+	}
+	if came := m.awaited[ask.Machine]; came != nil {
+		close(came)
+		delete(m.awaited, ask.Machine)
+	}
 	return struct{}{}, nil
+}
+
+// bring tells a founder that cannot dial this machine of its pledge. One that did not
+// get through is told again in the next round.
+func (m *machine) bring(ctx context.Context, founder standing) {
+	if slices.Contains(founder.Sees, m.id) {
+		return // it asks by itself
+	}
+	var none struct{}
+	if err := m.post(ctx, founder.Machine.Addr, pathPromise, promiseRequest{Machine: m.id, Proposal: founder.Offer.ID}, &none); err != nil {
+		m.Log.Debug("the founder was not told of this machine's promise", "founder", founder.Machine.Name, "error", err)
+	}
 }
 
 // codeExpect refuses a machine that waits for another number of machines.
@@ -255,13 +304,18 @@ func (m *machine) round(ctx context.Context) (id member.Identity, done bool, err
 func (m *machine) ask(ctx context.Context) map[string]standing {
 	m.mu.Lock()
 	addrs, self := slices.Sorted(maps.Keys(m.addrs)), m.self()
+	said := hello{Machine: self, Expect: m.Expect, Sees: m.sees, Engaged: m.promise.Pledge != nil || m.promise.Site != "" || m.proposal != nil}
+	walled := map[string]bool{}
+	for _, h := range m.heard {
+		walled[h.Machine.Addr] = time.Since(h.at) < heardFor
+	}
 	m.mu.Unlock()
 	answers := make([]standing, len(addrs))
 	fails := make([]error, len(addrs))
 	var asked sync.WaitGroup
 	for i, addr := range addrs {
 		asked.Go(func() {
-			fails[i] = m.post(ctx, addr, pathHello, hello{Machine: self, Expect: m.Expect}, &answers[i])
+			fails[i] = m.post(ctx, addr, pathHello, said, &answers[i])
 		})
 	}
 	asked.Wait()
@@ -270,7 +324,9 @@ func (m *machine) ask(ctx context.Context) map[string]standing {
 		s := answers[i]
 		switch {
 		case fails[i] != nil:
-			if ctx.Err() == nil {
+			if ctx.Err() == nil && walled[addr] {
+				m.strange(addr, "this address cannot be dialled from here: its machine takes part by what it dials", fails[i])
+			} else if ctx.Err() == nil {
 				m.strange(addr, "this address does not answer with the token, and is left out", fails[i])
 			}
 			continue
@@ -286,6 +342,11 @@ func (m *machine) ask(ctx context.Context) map[string]standing {
 		}
 		seen[s.Machine.ID] = s
 		m.learn(append(s.Knows, s.Machine.Addr)...)
+	}
+	if ctx.Err() == nil {
+		m.mu.Lock()
+		m.sees = slices.AppendSeq([]string{}, maps.Keys(seen))
+		m.mu.Unlock()
 	}
 	return seen
 }
@@ -322,6 +383,9 @@ func (m *machine) honour(ctx context.Context, p *Proposal, seen map[string]stand
 	case !ok:
 		m.waits("the founder does not answer and may have founded the site: start it again; if its disk is lost, clear the others with atoll node wipe", "founder", p.Founder.Name, "address", p.Founder.Addr)
 	case founder.Site == "" && founder.Proposal == p.ID:
+		if founder.Offer != nil {
+			m.bring(ctx, founder)
+		}
 		m.waits("the founder has not the promise of all machines yet", "founder", p.Founder.Name, "address", p.Founder.Addr)
 	default: // it has not founded that site, and never will
 		m.mu.Lock()
@@ -329,88 +393,6 @@ func (m *machine) honour(ctx context.Context, p *Proposal, seen map[string]stand
 		return id, false, m.save("released", func(kept *promise) { kept.Pledge = nil })
 	}
 	return id, false, nil
-}
-
-// gather proposes a site once enough machines are there that have promised nothing
-// to anybody, and this one is the first of them.
-func (m *machine) gather(ctx context.Context, seen map[string]standing) (id member.Identity, done bool, err error) {
-	free := []Machine{m.self()}
-	var names, engaged []string
-	for _, s := range seen {
-		names = append(names, s.Machine.String())
-		if s.Expect != m.Expect {
-			continue
-		}
-		if s.Pledge != nil || s.Proposal != "" || s.Joins != "" {
-			engaged = append(engaged, s.Machine.String())
-			continue
-		}
-		free = append(free, s.Machine)
-	}
-	slices.Sort(names)
-	slices.Sort(engaged)
-	slices.SortFunc(free, func(a, b Machine) int { return strings.Compare(a.ID, b.ID) })
-	switch {
-	case len(free) < m.Expect && len(engaged) > 0:
-		m.waits("machines that are there take part in another founding", "expected", m.Expect, "engaged", engaged)
-		return id, false, nil
-	case len(free) < m.Expect:
-		m.waits("not all machines are there", "expected", m.Expect, "seen_besides_this_one", names)
-		return id, false, nil
-	case free[0].ID != m.id:
-		m.waits("another machine founds it", "founder", free[0].Name, "address", free[0].Addr)
-		return id, false, nil
-	}
-	p := Proposal{ID: table.NewID(), Founder: free[0], Machines: free[:m.Expect]}
-	if err := p.check(m.id, m.Expect); err != nil {
-		m.waits("two machines are called the same: give each its own --name", "machines", free)
-		return id, false, nil
-	}
-	return m.propose(ctx, p)
-}
-
-// propose founds the site if all machines promise to take part in it.
-func (m *machine) propose(ctx context.Context, p Proposal) (id member.Identity, done bool, err error) {
-	m.mu.Lock()
-	if m.promise.Pledge != nil || m.promise.Site != "" {
-		m.mu.Unlock()
-		return id, false, nil
-	}
-	m.proposal = &p
-	m.mu.Unlock()
-	fails := make([]error, len(p.Machines))
-	var asked sync.WaitGroup
-	for i, other := range p.Machines {
-		if other.ID == p.Founder.ID {
-			continue
-		}
-		asked.Go(func() {
-			var none struct{}
-			fails[i] = m.post(ctx, other.Addr, pathPledge, pledgeRequest{Proposal: p, Expect: m.Expect}, &none)
-		})
-	}
-	asked.Wait()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if err := errors.Join(append(fails, ctx.Err())...); err != nil {
-		m.proposal = nil // from here on it is dead, whoever promised what
-		m.waits("a machine has not promised to take part", "error", err)
-		return id, false, nil
-	}
-	if err := m.save("agreed", func(kept *promise) { kept.Origin = p.ID }); err != nil {
-		return id, false, err
-	}
-	// Until this returns the others hear nothing. When it fails the machine ends: the
-	// next start sees whether there is an identity.
-	if id, err = member.Found(m.Dir, m.Name, m.Advertise, m.Keys); err != nil {
-		return id, false, err
-	}
-	if err := m.step("founded"); err != nil {
-		return id, false, err
-	}
-	m.site = id.SiteID
-	m.Log.Info("founded the site; the other machines join it", "site", id.SiteID)
-	return id, true, nil
 }
 
 // enter joins the site that the nodes are of, unless this machine has promised

@@ -25,6 +25,7 @@ type world struct {
 	mu       sync.Mutex
 	boxes    []*box
 	cut      map[[2]string]bool
+	walled   map[[2]string]bool        // as cut, and stays
 	sites    map[string]*pki.Authority // of sites that somebody has joined
 	admitted map[string]string         // node ids by join tokens
 	fault    func(b *box, step string) error
@@ -45,7 +46,7 @@ type box struct {
 }
 
 func newWorld(t *testing.T) *world {
-	return &world{t: t, cut: map[[2]string]bool{}, sites: map[string]*pki.Authority{}, admitted: map[string]string{}}
+	return &world{t: t, cut: map[[2]string]bool{}, walled: map[[2]string]bool{}, sites: map[string]*pki.Authority{}, admitted: map[string]string{}}
 }
 
 func newPairing(t *testing.T) *pki.Pairing {
@@ -239,7 +240,7 @@ var errOtherToken = errors.New("the machine at this address holds another token"
 
 func (b *box) DialFounding(ctx context.Context, to string) (net.Conn, error) {
 	b.w.mu.Lock()
-	lost := b.w.cut[[2]string{b.config.Advertise, to}]
+	lost := b.w.cut[[2]string{b.config.Advertise, to}] || b.w.walled[[2]string{b.config.Advertise, to}]
 	var other *box
 	var theirs *pki.Pairing
 	for _, o := range b.w.boxes {

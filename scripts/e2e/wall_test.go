@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -134,6 +135,71 @@ func TestTwoNodesThatOnlyDialOut(t *testing.T) {
 			}
 			s.allUp(ctx)
 			s.moves(ctx, 1, "again", 2)
+		})
+	}
+}
+
+// Machines that are set up alike found a site though one, or two, of them can only dial out.
+func TestFoundingBehindWalls(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		net    int
+		behind []int
+	}{
+		{"wf", 117, []int{0}},
+		{"wg", 118, []int{0, 2}},
+	} {
+		t.Run(fmt.Sprintf("%d_of_3", len(c.behind)), func(t *testing.T) {
+			t.Parallel()
+			ctx := deadline(t, 3*time.Minute)
+			l, dir := newLab(t), t.TempDir()
+			s := &site{t: t}
+			var addrs []string
+			for i := range 3 {
+				host, err := l.Host(ctx, fmt.Sprintf("%s%d", c.name, i+1), c.name, fmt.Sprintf("10.%d.0.%d/24", c.net, i+1))
+				if err == nil {
+					err = host.Block(ctx, "udp", "5001")
+				}
+				if err == nil && slices.Contains(c.behind, i) {
+					err = host.Wall(ctx)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				node := lab.NewNode(host, built.atoll, filepath.Join(dir, host.Name))
+				s.nodes, addrs = append(s.nodes, node), append(addrs, node.PeerAddr())
+			}
+			token := filepath.Join(dir, "token")
+			if _, err := s.nodes[0].Bare(ctx, "token", "create", "--bootstrap", "-o", token); err != nil {
+				t.Fatal(err)
+			}
+			started := make(chan error)
+			begun := time.Now()
+			for _, node := range s.nodes {
+				go func() {
+					started <- node.Start(ctx, "--join", strings.Join(addrs, ","), "--bootstrap-expect", "3", "--token-file", token)
+				}()
+			}
+			for range s.nodes {
+				if err := <-started; err != nil {
+					t.Error(err)
+				}
+			}
+			for _, node := range s.nodes {
+				t.Cleanup(node.Kill)
+			}
+			if t.Failed() {
+				return
+			}
+			t.Logf("the site is there after %v", time.Since(begun).Round(100*time.Millisecond))
+			var err error
+			if s.env, err = lab.Clients(ctx, t.TempDir(), s.nodes...); err != nil {
+				t.Fatal(err)
+			}
+			s.allUp(ctx)
+			s.moves(ctx, 0, "one", 1, 2)
+			s.moves(ctx, 2, "two", 0, 1)
 		})
 	}
 }
