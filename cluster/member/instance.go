@@ -74,10 +74,7 @@ func (n *Node) open() (_ *instance, err error) {
 	if err := atomicfile.Remove(filepath.Join(n.cfg.Dir, joiningFile)); err != nil {
 		return nil, err
 	}
-	logs, err := raftnet.NewLogs(n.cfg.Disk.Logs(store), store)
-	if err != nil {
-		return nil, err
-	}
+	logs := raftnet.NewLogs(n.cfg.Disk.Logs(store), store)
 	in := &instance{
 		self: raft.ServerID(n.Self()), layer: raftnet.NewLayer(n.cfg.Network, ServiceRaft, n.cfg.Advertise),
 		store: store, machine: n.db.Machine(), moved: newSignal(),
