@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math"
 	"os"
 	"sync/atomic"
 	"time"
@@ -18,8 +19,9 @@ import (
 
 // The log's file is one of bbolt with three buckets: "format" holds logFormat
 // under formatKey, "stable" what raft keeps beside the log and, under committedKey,
-// up to which entry the log was known to be committed when it was written last,
-// and "log" each entry under its index (8 bytes, big-endian) as
+// up to which entry the log was known to be committed when it was written last, and,
+// under beginsKey, where the log begins, and "log" each entry under its index (8 bytes,
+// big-endian) as
 //
 //	1        type of the entry
 //	1        1 when its data is compressed, else 0
@@ -31,8 +33,11 @@ const (
 	logFormat = 1
 	// packFrom is from which size on, in bytes, data is compressed.
 	packFrom = 256
-	// cutLog is how much of the log's start goes in one transaction, in bytes.
-	cutLog = 8 << 20
+	// spareLog, and so many times what is written at once, is about how much of the file
+	// is free, in bytes, while there are entries before the log's start; at most three
+	// times that. Each commit writes the list of all free pages, 8 bytes for 4 KiB.
+	spareLog   = 512 << 10
+	spareShare = 16
 	// fillLog packs the pages of the log, which grows at its end only.
 	fillLog = 0.98
 )
@@ -62,6 +67,7 @@ var (
 	logStableBucket = []byte("stable")
 	logBucket       = []byte("log")
 	committedKey    = []byte("committed") // 8 bytes, big-endian
+	beginsKey       = []byte("begins")    // 8 bytes, big-endian
 )
 
 // ErrNotFound is the answer to a key that was never set. Raft knows it by its text.
@@ -77,7 +83,8 @@ type Log struct {
 	pack      *zstd.Encoder
 	unpack    *zstd.Decoder
 	mapped    *mappedPages
-	cut       int           // how much of the log's start goes in one transaction, in bytes
+	begins    atomic.Uint64 // entries below are cut off, and are in the file until their room is needed
+	high      int64         // how long the file was when entries were stored last; of who writes
 	committed atomic.Uint64 // is written with the next entries
 	mark      *os.File      // see Reached; nil when the disk had no room for it
 }
@@ -121,7 +128,13 @@ func newLog(db *bbolt.DB) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages(logLeast), cut: cutLog}, nil
+	l := &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages(logLeast)}
+	begins, err := l.GetUint64(beginsKey)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return nil, err
+	}
+	l.begins.Store(begins)
+	return l, nil
 }
 
 // prepareLog makes the buckets of a new file and checks the format of an old one.
@@ -161,24 +174,43 @@ func (l *Log) Close() error {
 }
 
 // FirstIndex implements raft.LogStore: 0 for an empty log.
-func (l *Log) FirstIndex() (uint64, error) { return l.end((*bbolt.Cursor).First) }
-
-// LastIndex implements raft.LogStore: 0 for an empty log.
-func (l *Log) LastIndex() (uint64, error) { return l.end((*bbolt.Cursor).Last) }
-
-func (l *Log) end(find func(*bbolt.Cursor) ([]byte, []byte)) (index uint64, err error) {
+func (l *Log) FirstIndex() (first uint64, err error) {
 	err = l.db.View(func(tx *bbolt.Tx) error {
-		if k, _ := find(tx.Bucket(logBucket).Cursor()); k != nil {
-			index = fromBE64(k)
-		}
+		first = l.first(tx)
 		return nil
 	})
-	return index, err
+	return first, err
+}
+
+func (l *Log) first(tx *bbolt.Tx) uint64 {
+	k, _ := tx.Bucket(logBucket).Cursor().Seek(be64(l.begins.Load()))
+	return indexOf(k)
+}
+
+// LastIndex implements raft.LogStore: 0 for an empty log.
+func (l *Log) LastIndex() (last uint64, err error) {
+	err = l.db.View(func(tx *bbolt.Tx) error {
+		k, _ := tx.Bucket(logBucket).Cursor().Last()
+		last = indexOf(k)
+		return nil
+	})
+	return last, err
+}
+
+// indexOf is 0 for no key.
+func indexOf(key []byte) uint64 {
+	if key == nil {
+		return 0
+	}
+	return fromBE64(key)
 }
 
 // GetLog implements raft.LogStore: raft.ErrLogNotFound for an entry that is not
 // there.
 func (l *Log) GetLog(index uint64, out *raft.Log) error {
+	if index < l.begins.Load() {
+		return raft.ErrLogNotFound
+	}
 	return l.db.View(func(tx *bbolt.Tx) error {
 		defer l.mapped.touch(tx, 1)
 		stored := tx.Bucket(logBucket).Get(be64(index))
@@ -199,12 +231,19 @@ func (l *Log) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{e
 // StoreLogs implements raft.LogStore. The entries stay the caller's, unchanged.
 func (l *Log) StoreLogs(logs []*raft.Log) error {
 	committed := l.committed.Load()
-	stored := make([][]byte, len(logs))
+	stored, size := make([][]byte, len(logs)), 0
 	for i, entry := range logs {
+		if begins := l.begins.Load(); entry.Index < begins {
+			return fmt.Errorf("entry %d lies before the log, which begins with %d", entry.Index, begins)
+		}
 		stored[i] = l.encode(entry)
+		size += len(stored[i])
 	}
 	return l.db.Update(func(tx *bbolt.Tx) error {
 		defer l.mapped.touch(tx, len(logs))
+		if err := l.reclaim(tx, size); err != nil {
+			return err
+		}
 		b := tx.Bucket(logBucket)
 		b.FillPercent = fillLog
 		for i, entry := range logs {
@@ -285,39 +324,67 @@ func (l *Log) marked() (uint64, error) {
 	return entry.Index, err
 }
 
-// DeleteRange implements raft.LogStore: first and last included. The start of a
-// log that goes on, cut behind a snapshot and maybe hundreds of megabytes, goes in
-// several transactions: entries are stored between them, and a commit reads no
-// more pages than one of them lets go. A crash meanwhile leaves a log that begins
-// somewhat earlier. All else goes in one: entries in conflict with a leader's are at
-// the end, and a crash that left some of them would leave a hole before those.
-func (l *Log) DeleteRange(first, last uint64) error {
-	for {
-		start, more := false, false
-		err := l.db.Update(func(tx *bbolt.Tx) error {
-			c := tx.Bucket(logBucket).Cursor()
-			if k, _ := c.First(); k != nil && first <= fromBE64(k) {
-				k, _ = c.Last()
-				start = last < fromBE64(k)
-			}
-			size := 0
-			for k, v := c.Seek(be64(first)); k != nil && fromBE64(k) <= last; k, v = c.Seek(be64(first)) {
-				if start && size >= l.cut {
-					more = true
-					return nil
-				}
-				first, size = fromBE64(k)+1, size+len(k)+len(v)
-				if err := c.Delete(); err != nil {
-					return err
-				}
-				l.mapped.touch(tx, 1)
-			}
-			return nil
-		})
-		if err != nil || !more {
+// reclaim takes entries before the log's start out of the file when there is not much
+// room in it beside what is to be written, or when the file has grown all the same:
+// what is free in small pieces is no room for what is large.
+func (l *Log) reclaim(tx *bbolt.Tx, size int) error {
+	begins, want := l.begins.Load(), spareLog+spareShare*size
+	grown := tx.Size() > l.high
+	l.high = tx.Size()
+	if begins > 0 && (grown || l.db.Stats().FreeAlloc < want) {
+		return l.drop(tx, 0, begins-1, want)
+	}
+	return nil
+}
+
+// drop takes entries first..last out of the file, but about so many bytes at most.
+func (l *Log) drop(tx *bbolt.Tx, first, last uint64, most int) error {
+	c := tx.Bucket(logBucket).Cursor()
+	for k, v := c.Seek(be64(first)); k != nil && fromBE64(k) <= last && most > 0; k, v = c.Seek(be64(first)) {
+		most -= len(k) + len(v)
+		if err := c.Delete(); err != nil {
 			return err
 		}
+		l.mapped.touch(tx, 1)
 	}
+	return nil
+}
+
+// DeleteRange implements raft.LogStore: first and last included. The start of a log
+// that goes on, cut behind a snapshot and maybe hundreds of megabytes, stays in the file
+// until its room is needed: with all of it free the list of free pages, which each
+// commit writes, would be longer than all else that a commit writes. A version that does
+// not know of that finds a log that begins earlier. All else goes at once, in one
+// transaction: entries in conflict with a leader's are at the end, and a crash that left
+// some of them would leave a hole before those.
+func (l *Log) DeleteRange(first, last uint64) error {
+	begins := l.begins.Load()
+	if last < begins {
+		return nil
+	}
+	err := l.db.Update(func(tx *bbolt.Tx) error {
+		stable, from := tx.Bucket(logStableBucket), l.first(tx)
+		end, _ := tx.Bucket(logBucket).Cursor().Last()
+		switch {
+		case first > from:
+		case last < indexOf(end):
+			begins = last + 1
+			if err := l.drop(tx, 0, last, spareLog); err != nil {
+				return err
+			}
+			return stable.Put(beginsKey, be64(begins))
+		default: // nothing is left for the start to lie before
+			first, begins = 0, 0
+			if err := stable.Delete(beginsKey); err != nil {
+				return err
+			}
+		}
+		return l.drop(tx, first, last, math.MaxInt)
+	})
+	if err == nil {
+		l.begins.Store(begins)
+	}
+	return err
 }
 
 func (l *Log) encode(entry *raft.Log) []byte {

@@ -83,66 +83,123 @@ func TestLogKeepsEntries(t *testing.T) {
 	}
 }
 
-// What is compressed with a dictionary is read with the same one: it is frozen.
-// TestLogIsCutInSteps: a long start goes in several transactions, the end, and all
-// there is, in one.
-func TestLogIsCutInSteps(t *testing.T) {
-	const entries, size = 64, 1000
+// Wherever the log is cut, once or twice, what is left is the same after a restart,
+// and goes on.
+func TestLogIsCut(t *testing.T) {
+	const entries = 64
+	type span struct{ first, last uint64 }
 	for name, cut := range map[string]struct {
-		first, last, left uint64
-		transactions      int
+		cuts []span
+		left span
 	}{
-		"start":  {1, 40, entries - 40, 4},
-		"middle": {2, 40, entries - 39, 1},
-		"end":    {20, entries, 19, 1},
-		"all":    {1, entries, 0, 1},
+		"start":                 {[]span{{1, 40}}, span{41, entries}},
+		"start twice":           {[]span{{1, 40}, {1, 50}}, span{51, entries}},
+		"start, and less":       {[]span{{1, 40}, {1, 30}}, span{41, entries}},
+		"before the start":      {[]span{{1, 40}, {20, 40}}, span{41, entries}},
+		"all but the last":      {[]span{{1, entries - 1}}, span{entries, entries}},
+		"end":                   {[]span{{20, entries}}, span{1, 19}},
+		"start, then end":       {[]span{{1, 10}, {20, entries}}, span{11, 19}},
+		"all":                   {[]span{{1, entries}}, span{}},
+		"start, then all":       {[]span{{1, 40}, {41, entries}}, span{}},
+		"start, then all of it": {[]span{{1, 40}, {1, entries + 9}}, span{}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := openTestLog(t, filepath.Join(t.TempDir(), "log.db"))
-			l.cut = 10 * size
-			var logs []*raft.Log
-			for i := range entries {
-				logs = append(logs, &raft.Log{Index: uint64(i + 1), Term: 1, Type: raft.LogConfiguration, Data: make([]byte, size)})
-			}
-			if err := l.StoreLogs(logs); err != nil {
+			path := filepath.Join(t.TempDir(), "log.db")
+			l := openTestLog(t, path)
+			if err := l.StoreLogs(plainLogs(1, entries, 1000)); err != nil {
 				t.Fatal(err)
 			}
-			before := txid(t, l)
-			if err := l.DeleteRange(cut.first, cut.last); err != nil {
-				t.Fatal(err)
-			}
-			if got := txid(t, l) - before; got != cut.transactions {
-				t.Errorf("%d transactions, want %d", got, cut.transactions)
-			}
-			left := uint64(0)
-			for i := uint64(1); i <= entries; i++ {
-				var entry raft.Log
-				switch err := l.GetLog(i, &entry); {
-				case err == nil && (i < cut.first || i > cut.last):
-					left++
-				case !errors.Is(err, raft.ErrLogNotFound):
-					t.Errorf("entry %d: %v", i, err)
+			for _, c := range cut.cuts {
+				if err := l.DeleteRange(c.first, c.last); err != nil {
+					t.Fatal(err)
 				}
 			}
-			if left != cut.left {
-				t.Errorf("%d entries are left, want %d", left, cut.left)
+			holds := func(want span) {
+				t.Helper()
+				first, err1 := l.FirstIndex()
+				last, err2 := l.LastIndex()
+				if (span{first, last}) != want || err1 != nil || err2 != nil {
+					t.Errorf("the log goes from %d (%v) to %d (%v), want %v", first, err1, last, err2, want)
+				}
+				for i := uint64(0); i <= entries+10; i++ {
+					err := l.GetLog(i, &raft.Log{})
+					if in := want.first <= i && i <= want.last && i > 0; in && err != nil || !in && !errors.Is(err, raft.ErrLogNotFound) {
+						t.Errorf("entry %d: %v", i, err)
+					}
+				}
 			}
+			holds(cut.left)
+			if err := l.Close(); err != nil {
+				t.Fatal(err)
+			}
+			l = openTestLog(t, path)
+			holds(cut.left)
+			longer := span{cut.left.first, cut.left.last + 3}
+			if cut.left.last == 0 {
+				longer = span{5, 7} // a log may begin anywhere
+			}
+			if err := l.StoreLogs(plainLogs(longer.last-2, 3, 10)); err != nil {
+				t.Fatal(err)
+			}
+			holds(longer)
 		})
 	}
 }
 
-// txid is the number of the newest transaction of a log's file.
-func txid(t *testing.T, l *Log) (id int) {
-	t.Helper()
-	if err := l.db.View(func(tx *bbolt.Tx) error {
-		id = tx.ID()
-		return nil
-	}); err != nil {
-		t.Fatal(err)
+func plainLogs(first uint64, n, size int) (logs []*raft.Log) {
+	for i := range n {
+		logs = append(logs, &raft.Log{Index: first + uint64(i), Term: 1, Type: raft.LogConfiguration, Data: make([]byte, size)})
 	}
-	return id
+	return logs
 }
 
+// However much of the log's start is cut, no commit writes a long list of free pages, and
+// what was cut makes room for what comes.
+func TestLogStartIsReclaimedAsNeeded(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log.db")
+	l := openTestLog(t, path)
+	l.db.NoSync = true
+	const batch, size = 16, 16 << 10
+	next := uint64(1)
+	store := func(batches int) (longest int) {
+		for range batches {
+			if err := l.StoreLogs(plainLogs(next, batch, size)); err != nil {
+				t.Fatal(err)
+			}
+			next += batch
+			longest = max(longest, l.db.Stats().FreeAlloc)
+		}
+		return longest
+	}
+	store(128)
+	whole := length(t, path)
+	// Three quarters of the file go in each round.
+	for range 6 {
+		if err := l.DeleteRange(1, next-1-32*batch); err != nil {
+			t.Fatal(err)
+		}
+		if free := store(96); free > 3*(spareLog+spareShare*batch*size*5/4) {
+			t.Errorf("%d bytes were free in a file of %d", free, whole)
+		}
+	}
+	if now := length(t, path); now > whole*5/4 {
+		t.Errorf("the file grew from %d to %d bytes with a log that did not", whole, now)
+	}
+	if err := l.StoreLog(plainLogs(3, 1, 1)[0]); err == nil {
+		t.Error("an entry before the log's start was taken")
+	}
+}
+
+func length(t *testing.T, path string) int64 {
+	t.Helper()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size()
+}
+
+// What is compressed with a dictionary is read with the same one: it is frozen.
 func TestLogDictionaryStays(t *testing.T) {
 	const frozen = "3c2e84ecd3c134e963e88b74b098d1e8f7d696c844ff8870b964bacb42ff76f4"
 	if sum := fmt.Sprintf("%x", sha256.Sum256([]byte(logDictionary))); sum != frozen {
@@ -240,13 +297,6 @@ func TestLogIsPacked(t *testing.T) {
 			}
 		}
 	}
-	length := func() int64 {
-		info, err := os.Stat(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return info.Size()
-	}
 	store(1)
 	if err := l.db.View(func(tx *bbolt.Tx) error {
 		stats := tx.Bucket(logBucket).Stats()
@@ -257,14 +307,14 @@ func TestLogIsPacked(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	before := length()
+	before := length(t, path)
 	for round := 1; round < 4; round++ {
 		if err := l.DeleteRange(1, uint64(round*batches*batch)); err != nil {
 			t.Fatal(err)
 		}
 		store(1 + round*batches*batch)
 	}
-	if after := length(); after > before*3/2 {
+	if after := length(t, path); after > before*3/2 {
 		t.Errorf("the file grew from %d to %d bytes with a log that did not", before, after)
 	}
 }
