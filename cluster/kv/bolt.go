@@ -152,11 +152,16 @@ func (e *bolt) Update(fn func(Writer) error) error {
 }
 
 func (e *bolt) update(db *bbolt.DB, growths *growths, fn func(Writer) error) error {
-	return db.Update(func(tx *bbolt.Tx) error {
+	watched := func() {}
+	err := db.Update(func(tx *bbolt.Tx) error {
 		t := e.newTx(tx)
 		t.growths = growths
-		return fn(t)
+		err := fn(t)
+		watched = e.mapped.watch(db, tx.Size())
+		return err
 	})
+	watched()
+	return err
 }
 
 // Sync has nothing to do: every commit is synced.
@@ -262,6 +267,7 @@ func (e *bolt) Close() error {
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
 	least   int64 // bytes of this file that may be mapped however large the rest is
+	large   int64 // of a file of so many bytes and more it is a quarter of that, and its commits are watched
 	touched atomic.Int64
 	looking sync.Mutex
 	mapped  int64 // at most so much is, as far as it is known
@@ -282,10 +288,16 @@ const (
 	// touchStep is how many keys are read or written from one look to the next: as
 	// much as 2 MiB may come on top.
 	touchStep = 32
+	// largeFile is so large that what is mapped of it is hardly what is read next.
+	largeFile = 256 << 20
+	// watchPause is as long as a commit takes for some hundred pages, and watchKeys is
+	// how many.
+	watchPause = time.Millisecond
+	watchKeys  = 256
 )
 
 func newMappedPages(least int64) *mappedPages {
-	return &mappedPages{most: residentMost, least: least, memory: openMemoryFile()}
+	return &mappedPages{most: residentMost, least: least, large: largeFile, memory: openMemoryFile()}
 }
 
 // touch is told of keys that were read or written, each some pages.
@@ -298,14 +310,17 @@ func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
 // look takes pages from the process when it has too many in memory. tx keeps the
 // mapping where it is.
 func (m *mappedPages) look(tx *bbolt.Tx, now int64) {
-	if !m.looking.TryLock() {
-		return
-	}
+	// Nobody goes on while another one looks: that one may wait for a processor, on a
+	// busy machine for as long as it takes to map gigabytes.
+	m.looking.Lock()
 	defer m.looking.Unlock()
-	size := tx.Size()
+	size, least := tx.Size(), m.least
+	if size >= m.large {
+		least /= 4
+	}
 	m.mapped = min(m.mapped+max(0, now-m.looked)*touchPages, size)
 	m.looked = now
-	if m.mapped <= m.least {
+	if m.mapped <= least {
 		return
 	}
 	resident, _, ok := m.memory.read()
@@ -320,6 +335,39 @@ func (m *mappedPages) look(tx *bbolt.Tx, now int64) {
 	unmapPages(tx.DB().Info().Data+uintptr(m.hand), min(quarter, size-m.hand))
 	m.hand += quarter
 	m.mapped -= m.mapped / 4
+}
+
+// watch looks while bbolt commits, until it is ended: a commit reads each page anew that
+// it replaces, thousands of them where the state is large, and calls nobody meanwhile.
+func (m *mappedPages) watch(db *bbolt.DB, size int64) (end func()) {
+	if size < m.large {
+		return func() {}
+	}
+	ending, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(watchPause)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ending:
+				return
+			case <-tick.C:
+			}
+			tx, err := db.Begin(false)
+			if err != nil {
+				return // it is closed
+			}
+			for range 4 { // quarters
+				m.look(tx, m.touched.Add(watchKeys/4))
+			}
+			_ = tx.Rollback() // fails only when it has ended
+		}
+	}()
+	return func() {
+		close(ending)
+		<-ended
+	}
 }
 
 func (m *mappedPages) close() { m.memory.close() }

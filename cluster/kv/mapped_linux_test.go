@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"testing"
+	"time"
 )
 
 // However much of a file is read, not much of it stays mapped, and what is read is
@@ -102,6 +103,71 @@ func TestMappedPagesStayBounded(t *testing.T) {
 	if all := scattered(2 << 20); all < 15<<20 {
 		t.Errorf("pages were taken from a small process: %d bytes are mapped", all)
 	}
+}
+
+// A commit reads each page that it replaces. Not much of them stays mapped while it
+// does, however many they are.
+func TestMappedPagesStayBoundedInACommit(t *testing.T) {
+	e, err := OpenBolt(filepath.Join(t.TempDir(), "state.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	const count = 40_000
+	value := bytes.Repeat([]byte("v"), 1000)
+	key := func(i int) []byte { return fmt.Appendf(nil, "key %06d", i) }
+	set := func(from, step int) {
+		t.Helper()
+		if err := e.Update(func(w Writer) error {
+			for i := from; i < count; i += step {
+				if err := w.Set(rows, key(i), value); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(0, 1)
+	m := e.(*bolt).mapped
+	m.most = 0 // whatever is beyond least is too much
+	// peak writes a row of every third page or so.
+	peak := func(large int64) (highest int64) {
+		before := unmapAll(t, e.(*bolt))
+		m.large, m.least = large, 8<<20
+		end, ended := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(ended)
+			tick := time.NewTicker(100 * time.Microsecond)
+			defer tick.Stop()
+			for {
+				select {
+				case <-end:
+					return
+				case <-tick.C:
+					_, now, _ := m.memory.read()
+					highest = max(highest, now-before)
+				}
+			}
+		}()
+		set(1, 10)
+		close(end)
+		<-ended
+		return highest
+	}
+	alone := peak(1 << 40)
+	if alone < 25<<20 {
+		t.Skipf("this kernel counts %d bytes as mapped when all is written", alone)
+	}
+	// On a busy machine who looks may come late.
+	watched := int64(0)
+	for range 10 {
+		if watched = peak(0); watched < alone/2 {
+			return
+		}
+	}
+	t.Errorf("a commit had %d bytes mapped at once, and %d when nobody looked", watched, alone)
 }
 
 // unmapAll takes all pages of the engine's file from the process and gives what is
