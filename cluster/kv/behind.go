@@ -20,8 +20,8 @@ const (
 	flushPauseMost = time.Second
 	// layerBytes and layerUpdates are when a layer is full. Two of them are the
 	// most that there is.
-	layerBytes   = 2 << 20
-	layerUpdates = 4096
+	layerBytes   = 4 << 20
+	layerUpdates = 8192
 	// layerPair is about what a pair takes in a layer beside its key and value.
 	layerPair = 96
 )

@@ -258,20 +258,17 @@ func (e *bolt) Close() error {
 // the process's memory: for who looks at it, for limits that look at the
 // working set, and for the kernel when it chooses what to kill.
 //
-// When the process has grown to residentMost, and so many keys were read or written
-// that more than least may be mapped of this file, a quarter of the file is taken from
-// the process, and the next one at the next look if that was not enough. What was in
-// use is mapped again then, which is little beside what scattered reads of a large file
-// map anew in any case; but of a small one, which is mapped whole soon, it would be most
-// of what a busy node does. So a file that is not larger than least stays mapped.
+// When the process has grown to residentMost a quarter of the file is taken from it, and
+// the next one at the next look if that was not enough. What was in use is mapped again
+// then, which is little beside what scattered reads of a large file map anew in any case;
+// but of a small one, which is mapped whole soon, it would be most of what a busy node
+// does. So some may stay whatever else there is.
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
-	least   int64 // bytes of this file that may be mapped however large the rest is
-	large   int64 // of a file of so many bytes and more it is a quarter of that, and its commits are watched
+	least   int64 // bytes of files that may be mapped however large the rest is; the program is one of them
+	large   int64 // with a file of so many bytes and more it is half of that, and its commits are watched
 	touched atomic.Int64
 	looking sync.Mutex
-	mapped  int64 // at most so much is, as far as it is known
-	looked  int64 // touched at the last look
 	hand    int64 // where the next quarter begins
 	memory  *memoryFile
 }
@@ -280,20 +277,15 @@ const (
 	residentMost = 132 << 20
 	// What a push needs of the state lies all over it. The log is written at its end and
 	// hardly read.
-	stateLeast = 32 << 20
-	logLeast   = 4 << 20
-	// touchPages is what a key maps: so much when it is a page that was not mapped, and
-	// the pages on the way to it are most often there.
-	touchPages = 64 << 10
-	// touchStep is how many keys are read or written from one look to the next: as
-	// much as 2 MiB may come on top.
+	stateLeast = 60 << 20
+	logLeast   = 32 << 20
+	// touchStep is how many keys are read or written from one look to the next. Each
+	// maps 64 KiB or two, so that as much as 4 MiB may come on top.
 	touchStep = 32
 	// largeFile is so large that what is mapped of it is hardly what is read next.
 	largeFile = 256 << 20
-	// watchPause is as long as a commit takes for some hundred pages, and watchKeys is
-	// how many.
+	// watchPause is as long as a commit takes for some hundred pages.
 	watchPause = time.Millisecond
-	watchKeys  = 256
 )
 
 func newMappedPages(least int64) *mappedPages {
@@ -303,38 +295,30 @@ func newMappedPages(least int64) *mappedPages {
 // touch is told of keys that were read or written, each some pages.
 func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
 	if now := m.touched.Add(int64(keys)); now/touchStep != (now-int64(keys))/touchStep {
-		m.look(tx, now)
+		m.look(tx)
 	}
 }
 
 // look takes pages from the process when it has too many in memory. tx keeps the
 // mapping where it is.
-func (m *mappedPages) look(tx *bbolt.Tx, now int64) {
+func (m *mappedPages) look(tx *bbolt.Tx) {
 	// Nobody goes on while another one looks: that one may wait for a processor, on a
 	// busy machine for as long as it takes to map gigabytes.
 	m.looking.Lock()
 	defer m.looking.Unlock()
-	size, least := tx.Size(), m.least
+	size, page, least := tx.Size(), int64(os.Getpagesize()), m.least
 	if size >= m.large {
-		least /= 4
+		least /= 2
 	}
-	m.mapped = min(m.mapped+max(0, now-m.looked)*touchPages, size)
-	m.looked = now
-	if m.mapped <= least {
+	if resident, files, ok := m.memory.read(); !ok || resident <= m.most || files <= least {
 		return
 	}
-	resident, _, ok := m.memory.read()
-	if !ok || resident <= m.most {
-		return
-	}
-	page := int64(os.Getpagesize())
-	quarter := (size/4 + page) / page * page
 	if m.hand >= size {
 		m.hand = 0
 	}
-	unmapPages(tx.DB().Info().Data+uintptr(m.hand), min(quarter, size-m.hand))
+	quarter := min((size/4+page)/page*page, size-m.hand)
+	unmapPages(tx.DB().Info().Data+uintptr(m.hand), quarter)
 	m.hand += quarter
-	m.mapped -= m.mapped / 4
 }
 
 // watch looks while bbolt commits, until it is ended: a commit reads each page anew that
@@ -359,7 +343,7 @@ func (m *mappedPages) watch(db *bbolt.DB, size int64) (end func()) {
 				return // it is closed
 			}
 			for range 4 { // quarters
-				m.look(tx, m.touched.Add(watchKeys/4))
+				m.look(tx)
 			}
 			_ = tx.Rollback() // fails only when it has ended
 		}

@@ -85,7 +85,7 @@ func WriteSnapshot(w io.Writer, c Content) error {
 	if _, err := w.Write(append([]byte(snapshotMagic), snapshotVersion)); err != nil {
 		return err
 	}
-	z, err := zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(snapshotWindow))
+	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(snapshotWindow))
 	if err != nil {
 		return err
 	}
