@@ -301,7 +301,8 @@ func (h *hunt) hello(ctx context.Context, p transfer.Peer) (conn net.Conn, all b
 	if id := peerOf(conn); id != p.ID {
 		return conn, false, &failure{transfer.Broken, fmt.Errorf("%w: asked for %s, found %s", errOtherPeer, p.ID, id)}
 	}
-	stop := context.AfterFunc(ask, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	dialled := conn // conn is nil after an error, while this may still run
+	stop := context.AfterFunc(ask, func() { _ = dialled.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	if _, err := conn.Write(marshalHello(h.blob, h.a.Fetch().Class())); err != nil {
 		return conn, false, because(ask, err)
