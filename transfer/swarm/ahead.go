@@ -1,6 +1,7 @@
 package swarm
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -9,6 +10,10 @@ import (
 
 // readsPerTap is how many chunks are read at once for one peer, or wait to be sent.
 const readsPerTap = 4
+
+// showsPerTap is how many of those the library knows of: it sends them in any order, and
+// a peer waits for whole pieces.
+const showsPerTap = 2
 
 // slowRead is how long a chunk may take to be read before its peer is told not to wait.
 const slowRead = time.Second
@@ -57,6 +62,14 @@ func (a *ahead) readAt(b []byte, piece int, off int64) bool {
 	return r != nil && copy(b, r.data) == len(b)
 }
 
+// enqueue has a chunk read in its turn, unless it is being read, for an ask that was taken
+// back, or stands there still. t.mu is held.
+func (t *tap) enqueue(c chunk) {
+	if _, reading := t.inRead[c]; !reading && !slices.Contains(t.queue, c) {
+		t.queue = append(t.queue, c)
+	}
+}
+
 // serve takes up the reading of what the peer has asked for, as much as may be at once.
 // t.mu is held.
 func (t *tap) serve() {
@@ -68,12 +81,32 @@ func (t *tap) serve() {
 		}
 		t.reading++
 		t.inRead[c] = time.AfterFunc(slowRead, func() { t.refuse(c) })
-		t.s.e.wg.Go(func() { t.read(c) })
+		t.reads++
+		number := t.reads
+		t.s.e.wg.Go(func() { t.read(c, number) })
+	}
+}
+
+// line is a chunk that was read and that the library does not know of yet.
+type line struct {
+	chunk
+	number int // of the read
+}
+
+// show puts before the library what was read, in the order in which it was asked for.
+// t.mu is held.
+func (t *tap) show() {
+	for len(t.lined) > 0 && len(t.showing) < showsPerTap {
+		c := t.lined[0].chunk
+		t.lined = t.lined[1:]
+		t.showing[c] = struct{}{}
+		t.shown = appendChunk(t.shown, msgRequest, c)
+		t.wakeUp()
 	}
 }
 
 // read reads a chunk and puts the peer's request before the library.
-func (t *tap) read(c chunk) {
+func (t *tap) read(c chunk, number int) {
 	select {
 	case t.s.e.reads <- struct{}{}:
 	case <-t.done:
@@ -97,8 +130,9 @@ func (t *tap) read(c chunk) {
 	}
 	t.s.ahead.put(c, data)
 	t.ready[c] = struct{}{}
-	t.shown = appendChunk(t.shown, msgRequest, c)
-	t.wakeUp()
+	k, _ := slices.BinarySearchFunc(t.lined, number, func(l line, n int) int { return l.number - n })
+	t.lined = slices.Insert(t.lined, k, line{c, number})
+	t.show()
 }
 
 // refuse tells the peer that a chunk does not come for now, because the disk is slow to
@@ -114,6 +148,7 @@ func (t *tap) refuse(c chunk) {
 	slow.Reset(slowRead) // the peer may ask again meanwhile
 	if t.asked[c] {
 		delete(t.asked, c)
+		t.unpush(c)
 		t.tell(appendReject(nil, c))
 	}
 }
@@ -122,11 +157,14 @@ func (t *tap) refuse(c chunk) {
 // held.
 func (t *tap) served(c chunk) {
 	delete(t.asked, c)
+	delete(t.showing, c)
+	t.lined = slices.DeleteFunc(t.lined, func(l line) bool { return l.chunk == c })
 	if _, ok := t.ready[c]; ok {
 		delete(t.ready, c)
 		t.s.ahead.drop(c)
 		t.reading--
 	}
+	t.show()
 	t.serve()
 }
 
@@ -140,5 +178,5 @@ func (t *tap) letGo() {
 		t.s.ahead.drop(c)
 	}
 	clear(t.ready)
-	t.queue = nil
+	t.queue, t.lined = nil, nil
 }

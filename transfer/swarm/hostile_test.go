@@ -87,7 +87,7 @@ func (w *wire) engine(t testing.TB, id string, store *transfertest.Store, peers 
 			defer r.mu.Unlock()
 			r.drops[peer] = why
 		}},
-		Patience: transfer.Patience{StallTimeout: cmp.Or(w.stall, 300*time.Millisecond), AskTimeout: 5 * time.Second, Backoff: time.Millisecond, IdleTimeout: cmp.Or(w.stall, time.Second)},
+		Patience: transfer.Patience{StallTimeout: cmp.Or(w.stall, 600*time.Millisecond), AskTimeout: 5 * time.Second, Backoff: time.Millisecond, IdleTimeout: cmp.Or(w.stall, time.Second)},
 		Linger:   w.linger,
 	}
 	if w.config != nil {
@@ -220,6 +220,9 @@ func evils(node string, b transfer.Blob) map[string]evil {
 		"have 2^32-1":           after(node, repeat(1, msgHave, 0xff, 0xff, 0xff, 0xff)),
 		"allowed fast beyond":   after(node, repeat(1, msgAllowedFast, 0xff, 0xff, 0xff, 0xff)),
 		"suggest beyond":        after(node, repeat(1, msgSuggest, 0x7f, 0xff, 0xff, 0xff)),
+		"push beyond the end":   after(node, repeat(1, msgPush, 0, 0, 0, 99)),
+		"push again and again":  after(node, repeat(3, msgPush, 0, 0, 0, 0)),
+		"choose at length":      after(node, repeat(1, msgChoose, 1, 1)),
 		"unasked piece":         after(node, repeat(1, msgPiece, big[1:]...)),
 		"piece beyond the end":  after(node, repeat(1, msgPiece, append([]byte{0, 0, 0, 9, 0, 0, 0, 0}, big[9:]...)...)),
 		"unasked reject":        after(node, repeat(1, msgReject, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0)),

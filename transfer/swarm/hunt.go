@@ -17,7 +17,7 @@ const (
 	// maxStrikes failures in a row that are nobody's lie before a holder is dropped; a
 	// stall counts as two.
 	maxStrikes = 4
-	tickEvery  = nudge
+	tickEvery  = 250 * time.Millisecond
 )
 
 var (
@@ -195,7 +195,7 @@ func (h *hunt) end() {
 	if !h.ready() {
 		return
 	}
-	h.w.end()
+	h.w.end() // nothing is stored any more
 	h.s.want.CompareAndSwap(h.w, nil)
 	for _, t := range h.s.all() {
 		if t.outgoing {
@@ -487,11 +487,10 @@ func (h *hunt) learn(t transfer.PieceTable) {
 		h.s, h.w = s, newWant(s, h.a, h.tell)
 		h.w.check(marked)
 		s.want.Store(h.w)
-		s.need(0) // with nothing to want the library would not connect to anybody
 		h.marked <- marked
 		close(h.known)
 		for _, tap := range s.all() { // others were quicker
-			h.w.join(tap, false)
+			h.w.join(tap, false, minWindow)
 		}
 	})
 }

@@ -27,8 +27,10 @@ const (
 
 // Messages that BitTorrent does not have. The library does not see them.
 const (
-	msgHeld  = 160 // a limit holds back what was asked for
-	msgClass = 161 // what the blob is wanted for
+	msgHeld   = 160 // a limit holds back what was asked for
+	msgClass  = 161 // what the blob is wanted for
+	msgChoose = 162 // 1: this end chooses what it sends from now on, 0: it does so no more
+	msgPush   = 163 // a piece comes that was not asked for
 )
 
 const (
@@ -42,6 +44,15 @@ const (
 
 // chunk is a part of a piece, as a request names it.
 type chunk struct{ piece, begin, length uint32 }
+
+// chunksOf lists the chunks of a piece.
+func (s shape) chunksOf(piece int) (all []chunk) {
+	_, n := transfer.PieceRange(s.size, piece)
+	for at := int64(0); at < n; at += chunkSize {
+		all = append(all, chunk{uint32(piece), uint32(at), uint32(min(chunkSize, n-at))})
+	}
+	return all
+}
 
 // shape of a blob bounds what a message may say about it.
 type shape struct {
@@ -71,10 +82,11 @@ func (s shape) check(c chunk) error {
 // message is what came from a peer but for the bytes of a piece.
 type message struct {
 	kind     byte
-	piece    int             // of have, suggest and allowed fast
+	piece    int             // of have, push, suggest and allowed fast
 	chunk    chunk           // of request, piece, cancel and reject
 	have     transfer.Bitmap // of bitfield; aliases the input
 	class    transfer.Class
+	on       bool // of choose
 	useless  bool // to be ignored
 	trailing int  // bytes of the piece that follow
 }
@@ -86,9 +98,9 @@ func (s shape) header(kind byte, n uint32) (int, error) {
 	want, exact := 1, true
 	switch kind {
 	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHaveAll, msgHaveNone, msgHeld:
-	case msgClass:
+	case msgClass, msgChoose:
 		want = 2
-	case msgHave, msgSuggest, msgAllowedFast:
+	case msgHave, msgPush, msgSuggest, msgAllowedFast:
 		want = 5
 	case msgRequest, msgCancel, msgReject:
 		want = 13
@@ -119,7 +131,9 @@ func (s shape) parse(head []byte, n uint32) (m message, err error) {
 	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHaveAll, msgHaveNone, msgHeld:
 	case msgClass:
 		m.class = min(transfer.Class(body[0]), transfer.Prefetch)
-	case msgHave, msgSuggest, msgAllowedFast:
+	case msgChoose:
+		m.on = body[0] != 0
+	case msgHave, msgPush, msgSuggest, msgAllowedFast:
 		i := binary.BigEndian.Uint32(body)
 		if int64(i) >= int64(s.pieces) {
 			return m, fmt.Errorf("message %d names piece %d of %d", m.kind, i, s.pieces)
@@ -146,16 +160,17 @@ func (s shape) parse(head []byte, n uint32) (m message, err error) {
 	return m, nil
 }
 
-// appendHave appends the message that a piece is held; appendSuggest one that it is
-// better asked for now than others.
-func appendHave(b []byte, piece int) []byte { return appendPiece(b, msgHave, piece) }
+// appendPush appends the message that a piece comes.
+func appendPush(b []byte, piece int) []byte {
+	return binary.BigEndian.AppendUint32(append(b, 0, 0, 0, 5, msgPush), uint32(piece))
+}
 
-func appendSuggest(b []byte, piece int) []byte { return appendPiece(b, msgSuggest, piece) }
-
-// appendBitfield appends the message which pieces are held.
-func appendBitfield(b []byte, have transfer.Bitmap) []byte {
-	b = binary.BigEndian.AppendUint32(b, uint32(1+len(have)))
-	return append(append(b, msgBitfield), have...)
+// appendChoose appends the message that the sender chooses from now on, or no more.
+func appendChoose(b []byte, on bool) []byte {
+	if on {
+		return append(b, 0, 0, 0, 2, msgChoose, 1)
+	}
+	return append(b, 0, 0, 0, 2, msgChoose, 0)
 }
 
 // appendReject appends the message that a chunk will not be sent.
@@ -173,7 +188,5 @@ func appendClass(b []byte, c transfer.Class) []byte { return append(b, 0, 0, 0, 
 
 func appendHeld(b []byte) []byte { return append(b, 0, 0, 0, 1, msgHeld) }
 
-func appendPiece(b []byte, kind byte, piece int) []byte {
-	b = append(b, 0, 0, 0, 5, kind)
-	return binary.BigEndian.AppendUint32(b, uint32(piece))
-}
+// appendInterested appends the message without which nothing may be asked for.
+func appendInterested(b []byte) []byte { return append(b, 0, 0, 0, 1, msgInterested) }

@@ -39,6 +39,7 @@ func FuzzHolder(f *testing.F) {
 	f.Add(messages([]byte{msgHaveAll}, []byte{msgUnchoke}, append([]byte{msgPiece, 0, 0, 0, 1, 0, 0, 0, 0}, content[transfer.PieceSize:]...)))
 	f.Add(messages([]byte{msgBitfield, 0xc0}, []byte{msgSuggest, 0, 0, 0, 1}, []byte{msgHeld}, []byte{msgReject, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0}))
 	f.Add(messages([]byte{msgHaveNone}, []byte{msgHave, 0, 0, 0, 0}, []byte{msgClass, 9}, []byte{77, 1, 2}, nil, []byte{msgChoke}))
+	f.Add(messages([]byte{msgChoose, 1}, []byte{msgUnchoke}, []byte{msgPush, 0, 0, 0, 1}, append([]byte{msgPiece, 0, 0, 0, 1, 0, 0, 0, 0}, content[transfer.PieceSize:]...), []byte{msgPush, 0, 0, 0, 1}, []byte{msgChoose, 0}))
 	f.Fuzz(func(t *testing.T, said []byte) {
 		w := &wire{at: make(map[string]func(string, net.Conn)), stall: 100 * time.Millisecond}
 		store := transfertest.NewStore()

@@ -2,7 +2,7 @@ package swarm
 
 import (
 	"errors"
-	"math/rand/v2"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -22,12 +22,16 @@ const (
 	maxWindow   = 32
 	// sample bounds how many missing pieces are looked at for one choice.
 	sample = 2048
-	// choosing is for how long after an offer the holder is left to choose.
-	choosing = time.Second
+	// stealAfter is how long a piece may be without progress before an idle holder is
+	// asked for it too, and how long a reader waits before a holder that chooses is asked.
+	stealAfter = time.Second
+	// starvedAfter is how long a fetch takes what comes, when holders choose, before it asks
+	// them all the same.
+	starvedAfter = 3 * time.Second
 	// refusalFor is for how long a peer is not asked again for what it has refused.
 	refusalFor = 2 * time.Second
-	// nudge is when the library is told again of a piece that it does not ask for.
-	nudge = 250 * time.Millisecond
+	// keepAlive is how often a peer hears something, or it would hang up.
+	keepAlive = time.Minute
 )
 
 // state of a piece in a plan.
@@ -37,12 +41,12 @@ const (
 	missing  state = iota
 	checking       // marked by an earlier attempt, to be verified again
 	asked
+	storing // whole, and on its way to the disk
 	held
 )
 
-// want is a fetch at work: which piece to take from which peer. What is decided is
-// shown to the library by the tap of that peer, and the library asks for it. Its lock
-// is a leaf but for those of taps.
+// want is a fetch at work: which piece to take from which peer. Its lock is a leaf but for
+// those of taps and the store.
 type want struct {
 	e     *Engine
 	s     *swarm
@@ -59,7 +63,10 @@ type want struct {
 	links   map[*tap]*link
 	class   transfer.Class // as the peers know it
 	over    bool
-	done    chan struct{} // closed with the last piece
+	done    chan struct{}     // closed with the last piece
+	moved   time.Time         // when a piece last came
+	waits   map[int]time.Time // since when readers wait for a piece
+	stores  sync.WaitGroup
 }
 
 // ask is a piece that was asked for: of whom, the second when the first is slow, and
@@ -76,9 +83,12 @@ type link struct {
 	all     bool
 	asked   map[int]time.Time // since when
 	refused map[int]time.Time // not to be asked again at once
-	offers  []int
-	offered time.Time // the last one
 	window  int
+	open    bool      // it may be asked
+	since   time.Time // when it was opened or closed
+	spoken  time.Time // when it last heard something for certain
+	chooses bool      // it chooses what it sends
+	spared  bool      // it has chosen: others have what it gave, and are asked first
 }
 
 // verdict is what became known of a peer.
@@ -94,6 +104,7 @@ func newWant(s *swarm, a *transfer.Arrival, shout func(verdict)) *want {
 		e: s.e, s: s, a: a, shout: shout,
 		states: make([]state, n), slotted: make([]bool, n), alone: make([]bool, n), spread: make([]uint16, n),
 		asks: make(map[int]*ask), links: make(map[*tap]*link), class: a.Fetch().Class(), done: make(chan struct{}),
+		moved: time.Now(), waits: make(map[int]time.Time),
 	}
 	for i := range w.states {
 		if a.Holds(i) {
@@ -109,21 +120,63 @@ func newWant(s *swarm, a *transfer.Arrival, shout func(verdict)) *want {
 }
 
 // join takes a connection into the plan; all says that its peer has said hello as one
-// that has everything.
-func (w *want) join(t *tap, all bool) {
+// that has everything, window how much it is asked for at first.
+func (w *want) join(t *tap, all bool, window int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.over || w.links[t] != nil {
 		return
 	}
-	l := &link{t: t, all: all, have: transfer.PiecesBitmap(len(w.states)), asked: make(map[int]time.Time), refused: make(map[int]time.Time), window: minWindow}
-	if all {
-		l.window = firstWindow
-	}
+	now := time.Now()
+	l := &link{t: t, all: all, have: transfer.PiecesBitmap(len(w.states)), asked: make(map[int]time.Time), refused: make(map[int]time.Time), window: window, since: now, spoken: now}
 	w.links[t] = l
-	t.speak(appendClass(nil, w.class))
+	t.speak(appendInterested(appendClass(nil, w.class)))
 	w.learn(l)
-	w.assign()
+	l.hear()
+	w.assignTo(l)
+}
+
+// told notes whether a peer may be asked, and whether it chooses what it sends.
+func (w *want) told(t *tap) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if l := w.links[t]; l != nil {
+		l.hear()
+		w.assignTo(l)
+	}
+}
+
+// hear takes over what the tap knows of its peer's mind.
+func (l *link) hear() {
+	l.t.mu.Lock()
+	defer l.t.mu.Unlock()
+	if l.open != l.t.opened {
+		l.open, l.since = l.t.opened, time.Now()
+	}
+	l.chooses = l.t.chooses
+	l.spared = l.spared || l.chooses
+}
+
+// pushed takes a piece that a holder sends without having been asked, or says that it is
+// not wanted. What another was asked for and has not begun to bring is taken from it.
+func (w *want) pushed(t *tap, i int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	l, r := w.links[t], w.asks[i]
+	switch {
+	case l == nil || r == nil:
+	case r.of[0] == l || r.of[1] == l:
+		return
+	case r.of[1] == nil && !w.s.store.begun(i):
+		other := r.of[0]
+		other.t.cancel(i)
+		w.release(other, i)
+	}
+	if l == nil || w.over || w.states[i] != missing || !w.slot(i) {
+		t.cancel(i)
+		return
+	}
+	w.take(l, i)
 }
 
 // learn takes over what the tap knows of its peer's pieces. mu is held.
@@ -162,18 +215,6 @@ func (w *want) hasSome(t *tap) {
 		w.learn(l)
 		w.assignTo(l)
 	}
-}
-
-func (w *want) offered(t *tap, piece int) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	l := w.links[t]
-	if l == nil || len(l.offers) > maxWindow {
-		return
-	}
-	l.offered = time.Now()
-	l.offers = append(l.offers, piece)
-	w.assignTo(l)
 }
 
 // left takes a connection out; what was asked of it is missing again.
@@ -215,7 +256,7 @@ func (w *want) release(l *link, i int) {
 			w.states[i] = missing
 			w.missing++
 			// Half of it may be here: whoever brings it next brings all of it.
-			w.s.store.forget(i)
+			w.s.store.drop(i)
 			w.free(i)
 		}
 	}
@@ -226,26 +267,41 @@ func (w *want) refusedBy(t *tap, i int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if l := w.links[t]; l != nil {
+		t.cancel(i) // the other half
 		w.release(l, i)
 		l.refused[i] = time.Now()
-		// To the library the peer has what it is asked for and nothing else; else it
-		// would ask for the same again, before all others.
-		has := transfer.PiecesBitmap(len(w.states))
-		for j := range l.asked {
-			has.Add(j)
-		}
-		t.put(appendBitfield(nil, has))
-		w.fill(l, w.a.Urgent(urgentWindow))
+		w.assignTo(l)
 	}
 }
 
-// narrow asks a peer for as little at once as may be, from now on: a limit here holds
-// back what it sends, and what was asked for comes as fast as the wire lets it.
+// narrow asks a peer for as little at once as may be, from now on, and takes back what it
+// has not begun to send: a limit here holds back what it sends, and what was asked for
+// comes as fast as the wire lets it.
 func (w *want) narrow(t *tap) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	l := w.links[t]
+	if l == nil || l.window <= minWindow {
+		return
+	}
+	l.window = minWindow
+	newest := slices.SortedFunc(maps.Keys(l.asked), func(a, b int) int { return l.asked[b].Compare(l.asked[a]) })
+	for _, i := range newest[:max(0, len(newest)-minWindow)] {
+		if !t.begun(i) {
+			t.cancel(i)
+		}
+	}
+}
+
+// takenBack notes that a peer will not send what it was asked not to send any more.
+func (w *want) takenBack(t *tap, i int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if l := w.links[t]; l != nil {
-		l.window = minWindow
+		if _, waits := l.asked[i]; waits {
+			w.release(l, i)
+			w.assign()
+		}
 	}
 }
 
@@ -305,6 +361,60 @@ func (w *want) checked(i int, right bool) {
 	w.arrived(i)
 }
 
+// came takes a part of a piece that was asked for.
+func (w *want) came(t *tap, c chunk, data []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	i := int(c.piece)
+	if w.over || w.states[i] != asked {
+		return
+	}
+	whole := w.s.store.add(t.peer, c, data)
+	if whole == nil {
+		return
+	}
+	t.brought.Store(true)
+	w.states[i], w.moved = storing, time.Now()
+	of := w.asks[i].of
+	delete(w.asks, i)
+	for _, l := range of {
+		if l == nil {
+			continue
+		}
+		took := time.Since(l.asked[i])
+		delete(l.asked, i)
+		l.t.cancel(i) // what another has not sent of it
+		switch {
+		case l.window < minWindow || took < aim/2 && l.window < maxWindow:
+			l.window++
+		case took > 2*aim && l.window > minWindow:
+			l.window--
+		}
+	}
+	w.stores.Go(func() { w.keep(i, whole) })
+	for _, l := range of {
+		if l != nil {
+			w.assignTo(l)
+		}
+	}
+}
+
+// keep verifies and stores a piece that has come.
+func (w *want) keep(i int, whole *arriving) {
+	err := w.a.Store(i, whole.data)
+	if err != nil {
+		w.refused(i, whole, err)
+		w.s.store.drop(i)
+		w.again(i)
+		return
+	}
+	for peer, n := range whole.from {
+		w.s.e.received(w.s.inFlow(peer), int(n))
+	}
+	w.s.store.drop(i)
+	w.arrived(i)
+}
+
 // arrived notes that a piece is held.
 func (w *want) arrived(i int) {
 	w.mu.Lock()
@@ -312,22 +422,7 @@ func (w *want) arrived(i int) {
 	if w.states[i] == held {
 		return
 	}
-	if r := w.asks[i]; r != nil {
-		for _, l := range r.of {
-			if l == nil {
-				continue
-			}
-			took := time.Since(l.asked[i])
-			delete(l.asked, i)
-			switch {
-			case took < aim/2 && l.window < maxWindow:
-				l.window++
-			case took > 2*aim && l.window > minWindow:
-				l.window--
-			}
-		}
-		delete(w.asks, i)
-	} else if w.states[i] == missing {
+	if w.states[i] == missing {
 		w.missing--
 	}
 	w.states[i] = held
@@ -346,30 +441,24 @@ func (w *want) arrived(i int) {
 func (w *want) again(i int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.states[i] != asked {
+	if w.states[i] != storing {
 		return
 	}
-	for l := range w.of(i) {
-		w.release(l, i)
-	}
+	w.states[i] = missing
+	w.missing++
 	w.free(i)
 	w.assign()
 }
 
-func (w *want) of(i int) map[*link]struct{} {
-	out := make(map[*link]struct{}, 2)
-	if r := w.asks[i]; r != nil {
-		for _, l := range r.of {
-			if l != nil {
-				out[l] = struct{}{}
-			}
-		}
-	}
-	return out
-}
-
 // refused hears that a piece could not be stored: a lie, or this node's own trouble.
 func (w *want) refused(i int, a *arriving, err error) {
+	w.mu.Lock()
+	over := w.over
+	w.alone[i] = true // if several had a part in it, nobody can say who lied
+	w.mu.Unlock()
+	if over {
+		return
+	}
 	peers := make([]string, 0, len(a.from))
 	for p := range a.from {
 		peers = append(peers, p)
@@ -378,9 +467,6 @@ func (w *want) refused(i int, a *arriving, err error) {
 		w.shout(verdict{err: err})
 		return
 	}
-	w.mu.Lock()
-	w.alone[i] = true // if several had a part in it, nobody can say who lied
-	w.mu.Unlock()
 	w.shout(verdict{peers: peers, why: transfer.BadPiece, err: err})
 }
 
@@ -401,48 +487,42 @@ func (w *want) slot(i int) bool {
 	return w.slotted[i]
 }
 
-// end stops the plan.
+// end stops the plan, and returns when nothing is stored any more.
 func (w *want) end() {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.over = true
 	clear(w.links)
+	w.mu.Unlock()
+	w.stores.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	for i := range w.slotted {
 		w.free(i)
 	}
 }
 
-// tick looks after what time alone changes: pieces that are slow to come, pieces that
-// the library has not asked for, slots that other fetches have freed. It gives the
-// connections that have stalled: none while this node's own disk takes a piece, for
-// nothing more is read then.
+// tick looks after what time alone changes: pieces that are slow to come, and slots that
+// other fetches have freed. It gives the connections that have stalled.
 func (w *want) tick(stall time.Duration) (stalled []*tap) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	disk := w.s.storing.Load() > 0
+	now := time.Now()
 	for t, l := range w.links {
-		if len(l.asked) == 0 {
-			continue
-		}
-		if disk {
-			t.touch()
-		}
-		var oldest time.Time
-		var again []byte
-		for i, since := range l.asked {
-			if oldest.IsZero() || since.Before(oldest) {
+		oldest := now
+		for _, since := range l.asked {
+			if since.Before(oldest) {
 				oldest = since
 			}
-			if time.Since(since) > nudge && !t.asksFor(i) {
-				again = appendSuggest(again, i)
-			}
 		}
-		if time.Since(oldest) > stall && t.quiet() > stall {
+		if !l.open {
+			oldest = l.since
+		}
+		if now.Sub(oldest) > stall && t.quiet() > stall {
 			stalled = append(stalled, t)
-			continue
 		}
-		if len(again) > 0 {
-			t.put(again)
+		if now.Sub(l.spoken) > keepAlive {
+			l.spoken = now
+			t.speak(make([]byte, lengthSize))
 		}
 	}
 	if class := w.a.Fetch().Class(); class != w.class {
@@ -453,143 +533,4 @@ func (w *want) tick(stall time.Duration) (stalled []*tap) {
 	}
 	w.assign()
 	return stalled
-}
-
-// assign gives every peer something to bring. mu is held.
-func (w *want) assign() {
-	if w.over || w.missing == 0 && len(w.asks) == 0 {
-		return
-	}
-	urgent := w.a.Urgent(urgentWindow)
-	for _, l := range w.links {
-		w.fill(l, urgent)
-	}
-}
-
-func (w *want) assignTo(l *link) {
-	if !w.over {
-		w.fill(l, w.a.Urgent(urgentWindow))
-	}
-}
-
-// fill asks a peer for as much as fits its window.
-func (w *want) fill(l *link, urgent []int) {
-	var show []byte
-	var pieces []int
-	for len(l.asked) < l.window {
-		i := w.pick(l, urgent)
-		if i < 0 || !w.slot(i) {
-			break
-		}
-		now := time.Now()
-		if r := w.asks[i]; r != nil {
-			r.of[1] = l
-		} else {
-			w.asks[i] = &ask{of: [2]*link{l, nil}, since: now}
-			w.states[i] = asked
-			w.missing--
-		}
-		if len(l.asked) == 0 {
-			l.t.touch() // it has had nothing to send until now
-		}
-		l.asked[i] = now
-		show, pieces = appendSuggest(appendHave(show, i), i), append(pieces, i)
-	}
-	if len(show) > 0 {
-		l.t.put(show, pieces...)
-	}
-}
-
-// has says whether the peer can be asked for a piece.
-func (l *link) has(i int) bool {
-	if since, ok := l.refused[i]; ok {
-		if time.Since(since) < refusalFor {
-			return false
-		}
-		delete(l.refused, i)
-	}
-	return l.all || l.have.Has(i)
-}
-
-// pick chooses a piece to ask of a peer: what readers wait for, what the peer offers,
-// what the fewest others have, what another is slow to bring; -1: none.
-func (w *want) pick(l *link, urgent []int) int {
-	for _, i := range urgent {
-		if w.states[i] == missing && l.has(i) {
-			return i
-		}
-	}
-	for len(l.offers) > 0 {
-		i := l.offers[0]
-		l.offers = l.offers[1:]
-		if w.states[i] == missing && l.has(i) {
-			return i
-		}
-	}
-	if w.missing > 0 && time.Since(l.offered) > choosing {
-		if i := w.rarest(l); i >= 0 {
-			return i
-		}
-	}
-	if w.missing == 0 || slices.ContainsFunc(urgent, func(i int) bool { return w.states[i] == asked }) {
-		return w.slow(l, urgent)
-	}
-	return -1
-}
-
-// rarest is the missing piece that the fewest have, at random among equals.
-func (w *want) rarest(l *link) int {
-	best, ties, seen := -1, 0, 0
-	n := len(w.states)
-	start := rand.IntN(n)
-	for k := range n {
-		i := start + k
-		if i >= n {
-			i -= n
-		}
-		if w.states[i] != missing || !l.has(i) {
-			continue
-		}
-		switch {
-		case best < 0 || w.spread[i] < w.spread[best]:
-			best, ties = i, 1
-		case w.spread[i] == w.spread[best]:
-			if ties++; rand.IntN(ties) == 0 {
-				best = i
-			}
-		}
-		if seen++; seen >= sample {
-			break
-		}
-	}
-	return best
-}
-
-// slow is the piece that another has been asked for longest and is slow to bring; only
-// one that a reader waits for unless nothing else is missing.
-func (w *want) slow(l *link, urgent []int) int {
-	best := -1
-	for i, r := range w.asks {
-		if r.of[0] == l || r.of[1] != nil || w.alone[i] || !l.has(i) || time.Since(r.since) < stealAfter ||
-			w.missing > 0 && !slices.Contains(urgent, i) {
-			continue
-		}
-		if best < 0 || r.since.Before(w.asks[best].since) {
-			best = i
-		}
-	}
-	return best
-}
-
-// asksFor says whether the library has asked the peer for a part of the piece and not
-// got it yet.
-func (t *tap) asksFor(i int) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for c := range t.asks {
-		if int(c.piece) == i {
-			return true
-		}
-	}
-	return false
 }

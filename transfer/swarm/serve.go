@@ -195,7 +195,7 @@ func (e *Engine) serveSwarm(ctx context.Context, c net.Conn, from wanter, b tran
 	t.class.Store(uint32(from.class))
 	s.attach(t)
 	if w := s.want.Load(); w != nil {
-		w.join(t, false) // two that fetch the same blob need one connection only
+		w.join(t, false, minWindow) // two that fetch the same blob need one connection only
 	}
 	<-t.done
 	return t.err

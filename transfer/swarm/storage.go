@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"slices"
 	"sync"
 
 	g "github.com/anacrolix/generics"
@@ -14,9 +15,9 @@ import (
 	"github.com/atoll-registry/atoll/transfer"
 )
 
-// store is the library's storage of one torrent. It has no bytes of its own but the
-// pieces on their way: those that are complete are read from the arrival or the source,
-// and a piece that is put together goes through Arrival.Store, and nowhere else.
+// store is the library's storage of one torrent, and the pieces on their way. The library
+// only reads: what is complete comes from the arrival or the source, and a piece that is
+// put together goes through Arrival.Store, and nowhere else.
 type store struct {
 	s *swarm
 
@@ -29,8 +30,8 @@ type store struct {
 // arriving is a piece on its way.
 type arriving struct {
 	data  []byte
-	from  map[string]int64   // bytes by peer
-	parts map[int64]struct{} // chunks that are here, by their offset
+	from  map[string]int64    // bytes by peer
+	parts map[uint32]struct{} // chunks that are here, by their offset
 }
 
 var _ storage.ClientImpl = (*store)(nil)
@@ -57,43 +58,58 @@ func (st *store) close() {
 	}
 }
 
-// came notes who sends a part of a piece, before the library writes it.
-func (st *store) came(peer string, c chunk) {
-	if st.s.holds(int(c.piece)) {
-		return
-	}
+// add takes a part of a piece, and gives the piece when it is whole with it. Nobody
+// writes to it then.
+func (st *store) add(peer string, c chunk, data []byte) *arriving {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	if st.closed {
+		return nil
+	}
 	a := st.pieces[int(c.piece)]
 	if a == nil {
-		a = &arriving{from: make(map[string]int64), parts: make(map[int64]struct{})}
+		_, n := transfer.PieceRange(st.s.shape.size, int(c.piece))
+		a = &arriving{data: st.s.e.buffer()[:n], from: make(map[string]int64), parts: make(map[uint32]struct{})}
 		st.pieces[int(c.piece)] = a
 	}
-	a.from[peer] += int64(c.length)
+	if _, twice := a.parts[c.begin]; twice {
+		return nil
+	}
+	copy(a.data[c.begin:], data)
+	a.parts[c.begin] = struct{}{}
+	a.from[peer] += int64(len(data))
+	if len(a.parts) < st.s.shape.chunks(int(c.piece)) {
+		return nil
+	}
+	return a
 }
 
-// has says whether the piece is on its way by this torrent.
-func (st *store) has(i int) bool {
+// lacks lists the chunks of a piece that are not here.
+func (st *store) lacks(i int) []chunk {
+	all := st.s.shape.chunksOf(i)
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	a := st.pieces[i]
+	if a == nil {
+		return all
+	}
+	return slices.DeleteFunc(all, func(c chunk) bool { _, here := a.parts[c.begin]; return here })
+}
+
+// begun says whether a part of the piece is here.
+func (st *store) begun(i int) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return st.pieces[i] != nil
 }
 
-// drop removes a piece from those on their way.
+// drop removes a piece from those on their way: it is here, or nobody brings the rest.
 func (st *store) drop(i int) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if a := st.pieces[i]; a != nil && a.data != nil {
+	if a := st.pieces[i]; a != nil {
 		st.s.e.reuse(a.data)
 	}
-	delete(st.pieces, i)
-}
-
-// forget removes a piece of which nobody brings the rest. Its buffer is not used again,
-// for the library may be about to hash it.
-func (st *store) forget(i int) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
 	delete(st.pieces, i)
 }
 
@@ -157,69 +173,11 @@ func (p piece) ReadAt(b []byte, off int64) (int, error) {
 	return 0, fs.ErrClosed
 }
 
-// WriteAt takes a chunk of a piece on its way.
-func (p piece) WriteAt(b []byte, off int64) (int, error) {
-	_, n := transfer.PieceRange(p.st.s.shape.size, p.i)
-	p.st.mu.Lock()
-	defer p.st.mu.Unlock()
-	a := p.st.pieces[p.i]
-	if a == nil || p.st.closed {
-		return 0, fs.ErrClosed // the fetch has ended
-	}
-	if a.data == nil {
-		a.data = p.st.s.e.buffer()[:n]
-	}
-	a.parts[off] = struct{}{}
-	return copy(a.data[off:], b), nil
-}
+// The library asks for nothing, and so has nothing to write.
 
-// WriteTo gives the library the bytes of a piece to hash, all of whose chunks are here.
-// This is where they are verified: what the trusted root does not vouch for is not
-// given on, and an error keeps the library from judging whose fault that is.
-func (p piece) WriteTo(w io.Writer) (int64, error) {
-	st, s := p.st, p.st.s
-	st.mu.Lock()
-	a := st.pieces[p.i]
-	whole := a != nil && len(a.parts) == s.shape.chunks(p.i)
-	st.mu.Unlock()
-	if !whole || s.arrival == nil {
-		return 0, fs.ErrClosed // a part was forgotten: it begins anew
-	}
-	want := s.want.Load()
-	if want == nil {
-		return 0, fs.ErrClosed
-	}
-	s.storing.Add(1)
-	err := s.arrival.Store(p.i, a.data)
-	s.storing.Add(-1)
-	if err != nil {
-		want.refused(p.i, a, err)
-		return 0, err
-	}
-	for peer, n := range a.from {
-		s.e.received(s.inFlow(peer), int(n))
-	}
-	n, err := w.Write(a.data)
-	return int64(n), err
-}
-
-// MarkComplete is called after WriteTo.
-func (p piece) MarkComplete() error {
-	p.st.drop(p.i)
-	if w := p.st.s.want.Load(); w != nil {
-		w.arrived(p.i)
-	}
-	return nil
-}
-
-// MarkNotComplete is called after WriteTo has failed: the piece begins anew.
-func (p piece) MarkNotComplete() error {
-	p.st.drop(p.i)
-	if w := p.st.s.want.Load(); w != nil {
-		w.again(p.i)
-	}
-	return nil
-}
+func (p piece) WriteAt([]byte, int64) (int, error) { return 0, fs.ErrClosed }
+func (p piece) MarkComplete() error                { return nil }
+func (p piece) MarkNotComplete() error             { return nil }
 
 // Completion says whether the piece is here, verified.
 func (p piece) Completion() storage.Completion {

@@ -18,8 +18,10 @@ import (
 const (
 	protocol      = "\x13BitTorrent protocol"
 	handshakeSize = len(protocol) + 8 + 2*shortSize
-	// fastBit is the one extension that is spoken: BEP 6.
+	// fastBit, in the last of the reserved bytes, is the one extension that is spoken:
+	// BEP 6. pushBit, in the first, says that this end takes what it has not asked for.
 	fastBit = 0x04
+	pushBit = 0x01
 
 	handshakeTimeout = 10 * time.Second
 	// idleTimeout without any message; keep-alives come every minute.
@@ -52,9 +54,8 @@ func (a peerAddr) String() string { return string(a) }
 // tap is a connection between this node's BitTorrent and a peer's, over a connection
 // of the peer port. The library reads from it and writes to it; the tap looks at every
 // message on its way. Nothing reaches the library but well-formed messages that fit
-// the blob and what was asked for. What the peer has is told to this engine, which
-// shows the library only the pieces that it has decided to take from this peer: so the
-// decision is the engine's, and the library asks, receives and sends.
+// the blob. What the peer has, offers and sends is this engine's, which asks for pieces
+// and puts them together; the library shows what is here, and sends what is asked for.
 type tap struct {
 	net.Conn
 	s        *swarm
@@ -73,25 +74,36 @@ type tap struct {
 	ending sync.Once
 	err    error // why it ended; set before done is closed
 
-	shaken   atomic.Bool    // the library has read the peer's handshake
-	parts    map[uint32]int // chunks that came of pieces that have not come whole; pump's own
-	brought  atomic.Bool    // all of a piece
-	progress atomic.Int64   // when bytes of a piece last came, or a limit held them back; Unix nanoseconds
-	bytes    atomic.Int64   // when they came
-	class    atomic.Uint32  // what the peer wants the blob for
+	shaken   atomic.Bool   // the library has read the peer's handshake
+	brought  atomic.Bool   // a piece that was wanted, or the rest of one
+	progress atomic.Int64  // when bytes of a piece last came, or a limit held them back; Unix nanoseconds
+	bytes    atomic.Int64  // when they came
+	class    atomic.Uint32 // what the peer wants the blob for
+	takes    atomic.Bool   // the peer takes what it has not asked for
+
+	// Of a holder that chooses; swarm.mu guards them.
+	choosing bool // the peer knows that it does
+	burden   int  // pieces that only this peer got and has not passed on
+	turn     int  // when it had its last one
 
 	mu      sync.Mutex
 	shown   []byte                // messages that the engine puts before the library
-	wanted  []int                 // pieces that the library is to want before it reads them
-	asks    map[chunk]bool        // what the library has asked for; true: and cancelled
-	asked   map[chunk]bool        // what the peer has asked for and not got
+	asks    map[chunk]bool        // what was asked for here and has not come; true: and is not wanted any more
+	crossed map[chunk]bool        // of those, what the peer sends unasked, and may send once more
+	asked   map[chunk]bool        // what the peer has asked for, or is pushed, and has not got
 	have    transfer.Bitmap       // what the peer has
-	sent    map[int]struct{}      // pieces that went to the peer, whole or in part, or were offered
-	offered map[int]time.Time     // pieces offered and not asked for
+	sent    map[int]struct{}      // pieces that went to the peer, whole or in part
+	pushes  map[int]*push         // pieces on their way to it that this node has chosen
+	open    bool                  // the peer may ask
+	opened  bool                  // the peer may be asked
+	chooses bool                  // the peer chooses what it sends
 	queue   []chunk               // asked for and not being read yet
 	reading int                   // chunks being read, or read and not sent
 	inRead  map[chunk]*time.Timer // being read; refuses it when that takes long
-	ready   map[chunk]struct{}    // read, and the library knows of them
+	ready   map[chunk]struct{}    // read
+	reads   int                   // numbers them
+	lined   []line                // of those, what the library does not know of, in order
+	showing map[chunk]struct{}    // and what it knows of
 	ended   bool
 	words   []byte // messages of the engine's own to be sent
 	telling bool   // somebody sends them
@@ -108,8 +120,8 @@ func newTap(s *swarm, c net.Conn, peer string, outgoing bool) *tap {
 		Conn: c, s: s, peer: peer, outgoing: outgoing,
 		addr: peerAddr(fmt.Sprintf("%s#%d", peer, s.e.serial.Add(1))),
 		feed: make(chan []byte), ack: make(chan struct{}), wake: make(chan struct{}, 1), done: make(chan struct{}),
-		asks: make(map[chunk]bool), asked: make(map[chunk]bool), inRead: make(map[chunk]*time.Timer), ready: make(map[chunk]struct{}),
-		have: transfer.PiecesBitmap(s.shape.pieces), parts: make(map[uint32]int), sent: make(map[int]struct{}), offered: make(map[int]time.Time),
+		asks: make(map[chunk]bool), crossed: make(map[chunk]bool), asked: make(map[chunk]bool), inRead: make(map[chunk]*time.Timer), ready: make(map[chunk]struct{}), showing: make(map[chunk]struct{}),
+		have: transfer.PiecesBitmap(s.shape.pieces), sent: make(map[int]struct{}), pushes: make(map[int]*push),
 	}
 	t.touch()
 	return t
@@ -158,14 +170,89 @@ func (t *tap) SetDeadline(time.Time) error      { return nil }
 func (t *tap) SetReadDeadline(time.Time) error  { return nil }
 func (t *tap) SetWriteDeadline(time.Time) error { return nil }
 
-// put puts messages before the library, between two of the peer's. It wants the pieces
-// by the time that it reads them.
-func (t *tap) put(messages []byte, pieces ...int) {
+// ask asks the peer for chunks.
+func (t *tap) ask(chunks []chunk) {
 	t.mu.Lock()
-	t.shown = append(t.shown, messages...)
-	t.wanted = append(t.wanted, pieces...)
-	t.mu.Unlock()
-	t.wakeUp()
+	defer t.mu.Unlock()
+	var words []byte
+	for _, c := range chunks {
+		t.asks[c] = false
+		words = appendChunk(words, msgRequest, c)
+	}
+	t.tell(words)
+}
+
+// owes says whether the peer has not answered yet that a part of the piece is not wanted
+// any more: it may not be asked for again before.
+func (t *tap) owes(piece int) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, c := range t.s.shape.chunksOf(piece) {
+		if _, out := t.asks[c]; out {
+			return true
+		}
+	}
+	return false
+}
+
+// begun says whether a part of a piece that was asked for has come.
+func (t *tap) begun(piece int) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, c := range t.s.shape.chunksOf(piece) {
+		if _, out := t.asks[c]; !out {
+			return true
+		}
+	}
+	return false
+}
+
+// cancel tells the peer not to send what it has not sent yet of a piece.
+func (t *tap) cancel(piece int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var words []byte
+	for _, c := range t.s.shape.chunksOf(piece) {
+		if cancelled, out := t.asks[c]; out && !cancelled {
+			t.asks[c] = true
+			words = appendChunk(words, msgCancel, c)
+		}
+	}
+	t.tell(words)
+}
+
+// expect notes that a piece comes that was not asked for, or was just now, and then some of
+// it may come twice. false: that cannot be.
+func (t *tap) expect(piece int) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.asks) > maxAsked {
+		return false
+	}
+	for _, c := range t.s.shape.chunksOf(piece) {
+		if _, out := t.asks[c]; !out {
+			t.asks[c] = false
+			continue
+		}
+		if t.crossed[c] {
+			return false
+		}
+		t.crossed[c] = true
+	}
+	return true
+}
+
+// answered takes a chunk off those that have not come; ours says that it may come.
+func (t *tap) answered(c chunk) (cancelled, ours bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	cancelled, ours = t.asks[c]
+	delete(t.asks, c)
+	if !ours && t.crossed[c] {
+		cancelled, ours = true, true
+		delete(t.crossed, c)
+	}
+	return cancelled, ours
 }
 
 func (t *tap) wakeUp() {
@@ -181,12 +268,9 @@ func (t *tap) Read(p []byte) (int, error) {
 		n := 0
 		if t.shaken.Load() {
 			t.mu.Lock()
-			wanted := t.wanted
-			t.wanted = nil
 			n = copy(p, t.shown)
 			t.shown = t.shown[:copy(t.shown, t.shown[n:])]
 			t.mu.Unlock()
-			t.s.need(wanted...) // the library's lock is free: it never waits for a peer with it
 		}
 		if n > 0 {
 			// A message that did not fit goes on with the next Read, before anything else.
@@ -231,7 +315,7 @@ func (t *tap) pump(ctx context.Context) {
 	defer stop()
 	err := t.shake()
 	t.shaken.Store(err == nil)
-	t.put(nil)
+	t.wakeUp()
 	in := bufio.NewReaderSize(t.Conn, 16<<10)
 	buf := make([]byte, lengthSize+pieceHead+chunkSize)
 	for ignored := 0; err == nil; {
@@ -260,8 +344,10 @@ func (t *tap) shake() error {
 	case reserved[7]&fastBit == 0:
 		return errors.New("does not speak the fast extension")
 	}
+	t.takes.Store(reserved[0]&pushBit != 0)
 	clear(reserved)
 	reserved[7] = fastBit
+	t.s.offer() // the peer is to know before it may ask who chooses
 	return t.pass(raw)
 }
 
@@ -315,11 +401,7 @@ func (t *tap) next(in *bufio.Reader, buf *[]byte, ignored *int) error {
 
 // nextPiece reads the bytes of a chunk that was asked for.
 func (t *tap) nextPiece(in *bufio.Reader, b []byte, m message) error {
-	t.mu.Lock()
-	_, ours := t.asks[m.chunk]
-	delete(t.asks, m.chunk)
-	t.mu.Unlock()
-	if !ours {
+	if _, ours := t.answered(m.chunk); !ours {
 		return &failure{transfer.Broken, fmt.Errorf("sends a part of piece %d that was not asked for", m.chunk.piece)}
 	}
 	if err := t.admit(m.trailing); err != nil {
@@ -334,13 +416,9 @@ func (t *tap) nextPiece(in *bufio.Reader, b []byte, m message) error {
 		at = next
 		t.touch()
 	}
-	if t.parts[m.chunk.piece]++; t.parts[m.chunk.piece] >= t.s.shape.chunks(int(m.chunk.piece)) {
-		delete(t.parts, m.chunk.piece)
-		t.brought.Store(true)
-	}
 	t.refusals = 0
-	t.s.came(t, m.chunk)
-	return t.pass(b)
+	t.s.came(t, m.chunk, data)
+	return nil
 }
 
 // admit waits until bytes may come in. The peer is not to blame meanwhile.
@@ -380,9 +458,23 @@ func (t *tap) heard(m message) (passes bool, err error) {
 		}
 		t.mu.Unlock()
 		t.s.hasSome(t)
-	case msgHaveNone, msgAllowedFast:
-	case msgSuggest:
-		t.s.offeredBy(t, m.piece)
+	case msgHaveNone, msgAllowedFast, msgSuggest:
+	case msgChoke, msgUnchoke:
+		t.mu.Lock()
+		t.opened = m.kind == msgUnchoke
+		t.mu.Unlock()
+		t.s.told(t)
+	case msgChoose:
+		t.mu.Lock()
+		t.chooses = m.on
+		t.mu.Unlock()
+		t.s.told(t)
+	case msgPush:
+		if !t.expect(m.piece) {
+			return false, &failure{transfer.Broken, fmt.Errorf("sends piece %d, which is on its way, or too many", m.piece)}
+		}
+		t.touch()
+		t.s.pushedBy(t, m.piece)
 	case msgHeld:
 		t.excuse()
 	case msgClass:
@@ -392,21 +484,19 @@ func (t *tap) heard(m message) (passes bool, err error) {
 	case msgCancel:
 		return t.cancelled(m.chunk), nil
 	case msgReject:
-		t.mu.Lock()
-		cancelled, ours := t.asks[m.chunk]
-		delete(t.asks, m.chunk)
-		t.mu.Unlock()
+		cancelled, ours := t.answered(m.chunk)
 		if !cancelled {
 			t.refusals++
 		}
 		if !ours || t.refusals > maxRefusals {
 			return false, &failure{transfer.Broken, errRejected}
 		}
-		if !cancelled {
+		if cancelled {
+			t.s.takenBackBy(t, int(m.chunk.piece))
+		} else {
 			t.s.refusedBy(t, int(m.chunk.piece))
 		}
-		return true, nil
-	default: // choke, unchoke, interested, not interested
+	default: // interested, not interested
 		return true, nil
 	}
 	return false, nil
@@ -419,20 +509,22 @@ func (t *tap) requested(c chunk) error {
 	}
 	t.s.mu.Lock()
 	t.s.give(t, int(c.piece))
+	if t.choosing {
+		t.s.asked = int(c.piece) // who may not choose asks only for what a reader waits for
+	}
 	t.s.mu.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch {
+	case t.pushes[int(c.piece)] != nil:
+		return nil // the request and the piece have crossed
 	case t.asked[c]:
 		return &failure{transfer.Broken, fmt.Errorf("asks for a part of piece %d twice", c.piece)}
 	case len(t.asked) >= maxAsked:
 		return &failure{transfer.Broken, errFlood}
 	}
 	t.asked[c] = true
-	delete(t.offered, int(c.piece))
-	if _, reading := t.inRead[c]; !reading {
-		t.queue = append(t.queue, c)
-	}
+	t.enqueue(c)
 	t.serve()
 	return nil
 }
@@ -445,10 +537,11 @@ func (t *tap) cancelled(c chunk) (passes bool) {
 	if !t.asked[c] {
 		return false
 	}
-	if _, passes = t.ready[c]; passes {
+	if _, passes = t.showing[c]; passes {
 		return true // the library rejects it, and told hears of that
 	}
-	delete(t.asked, c)
+	t.served(c)
+	t.unpush(c)
 	t.tell(appendReject(nil, c))
 	return false
 }

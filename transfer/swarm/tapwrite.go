@@ -2,6 +2,7 @@ package swarm
 
 import (
 	"encoding/binary"
+	"slices"
 	"time"
 )
 
@@ -33,32 +34,38 @@ func (t *tap) flush(b []byte) (int, error) {
 			return 0, nil
 		}
 		t.shook = true
-		n, err := t.flushMessages(b[handshakeSize:], b[:handshakeSize])
+		hello := slices.Clone(b[:handshakeSize])
+		hello[len(protocol)] |= pushBit
 		t.mu.Lock()
 		t.greeted = true
-		t.tell(nil)
 		t.mu.Unlock()
+		n, err := t.flushMessages(b[handshakeSize:], hello)
 		return handshakeSize + n, err
 	}
 	return t.flushMessages(b, nil)
 }
 
-// flushMessages sends what comes before, and whole messages of b.
+// flushMessages sends what comes before, the engine's own messages that wait, and whole
+// messages of b.
 func (t *tap) flushMessages(b, before []byte) (int, error) {
-	out, from, at := before, 0, 0
-	bytes := 0
+	t.mu.Lock()
+	out := append(before, t.words...)
+	t.words = nil
+	t.mu.Unlock()
+	var w written
+	from, at := 0, 0
 	for len(b)-at >= lengthSize {
 		n := int(binary.BigEndian.Uint32(b[at:]))
 		if len(b)-at < lengthSize+n {
 			break
 		}
-		if n > 0 && !t.told(b[at+lengthSize:at+lengthSize+n], &bytes) {
+		if n > 0 && !t.told(b[at+lengthSize:at+lengthSize+n], &w) {
 			out, from = append(out, b[from:at]...), at+lengthSize+n
 		}
 		at += lengthSize + n
 	}
-	if bytes > 0 {
-		if err := t.limit(bytes); err != nil {
+	if w.bytes > 0 {
+		if err := t.limit(w.bytes); err != nil {
 			return at, err
 		}
 	}
@@ -71,47 +78,42 @@ func (t *tap) flushMessages(b, before []byte) (int, error) {
 			return at, err
 		}
 	}
-	if bytes > 0 {
-		t.s.went(t, bytes)
-	}
+	t.s.went(t, w)
 	return at, nil
 }
 
+// written is what the library sends at once.
+type written struct {
+	bytes  int
+	chunks []chunk
+	opened bool
+}
+
 // told takes note of a message that the library sends and says whether it goes out.
-func (t *tap) told(m []byte, bytes *int) bool {
+func (t *tap) told(m []byte, w *written) bool {
 	chunkOf := func() chunk {
 		return chunk{binary.BigEndian.Uint32(m[1:]), binary.BigEndian.Uint32(m[5:]), binary.BigEndian.Uint32(m[9:])}
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch m[0] {
-	case msgRequest:
-		t.asks[chunkOf()] = false
-	case msgCancel:
-		if _, ok := t.asks[chunkOf()]; ok {
-			t.asks[chunkOf()] = true
-		}
 	case msgPiece:
 		n := len(m) - pieceHead
 		c := chunk{binary.BigEndian.Uint32(m[1:]), binary.BigEndian.Uint32(m[5:]), uint32(n)}
 		t.served(c)
-		*bytes += n
+		w.bytes += n
+		w.chunks = append(w.chunks, c)
 	case msgReject:
 		t.served(chunkOf())
-	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHave, msgBitfield, msgHaveAll, msgHaveNone:
-	default:
+		t.unpush(chunkOf())
+	case msgChoke, msgUnchoke:
+		t.open = m[0] == msgUnchoke
+		w.opened = w.opened || t.open
+	case msgHave, msgBitfield, msgHaveAll, msgHaveNone:
+	default: // what the library would ask for, or say about that
 		return false
 	}
 	return true
-}
-
-// suggest offers pieces to the peer.
-func (t *tap) suggest(pieces []int) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, i := range pieces {
-		t.tell(appendSuggest(nil, i))
-	}
 }
 
 // limit waits until bytes may go out, and tells the peer meanwhile that it is not
@@ -155,15 +157,16 @@ func (t *tap) tell(message []byte) {
 // say sends the engine's own messages until there are no more.
 func (t *tap) say() {
 	for {
+		t.wmu.Lock() // first: what the library writes meanwhile comes after the words
 		t.mu.Lock()
 		words := t.words
 		t.words = nil
 		t.telling = len(words) > 0
 		t.mu.Unlock()
 		if len(words) == 0 {
+			t.wmu.Unlock()
 			return
 		}
-		t.wmu.Lock()
 		_ = t.Conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		_, err := t.Conn.Write(words)
 		t.wmu.Unlock()

@@ -19,10 +19,6 @@ import (
 	"github.com/atoll-registry/atoll/transfer"
 )
 
-// stealAfter is how long a piece may be without progress before an idle holder is
-// asked for it too.
-const stealAfter = time.Second
-
 // swarm is the torrent of one blob and the connections about it. Each has a client of
 // the library for itself, so that blobs do not wait for each other's lock and closing
 // one leaves nothing behind.
@@ -46,13 +42,16 @@ type swarm struct {
 	users int         // guarded by Engine.mu
 	rest  *time.Timer // retires it
 
-	storing atomic.Int32 // pieces that this node's disk takes just now
-
 	want atomic.Pointer[want] // the fetch that moves the blob here by this torrent
 
 	mu    sync.Mutex
 	taps  map[*tap]struct{}
 	given []uint16 // how often each piece was given to somebody who is still there
+	first []*tap   // who got a piece first, until somebody else has it
+	turns int
+	extra int           // pieces that this node has chosen to send a second time
+	asked int           // a piece that was asked for while this node chose, for a reader; -1: none
+	usual time.Duration // that a piece which this node has chosen is in service
 }
 
 // newSwarm makes the torrent of a blob, of its arrival and its table when it is not all
@@ -69,7 +68,7 @@ func newSwarm(ctx context.Context, e *Engine, b transfer.Blob, a *transfer.Arriv
 		taps:    make(map[*tap]struct{}),
 		ahead:   ahead{chunks: make(map[chunk]*readChunk)},
 	}
-	s.given = make([]uint16, s.shape.pieces)
+	s.given, s.first, s.asked = make([]uint16, s.shape.pieces), make([]*tap, s.shape.pieces), -1
 	s.store = &store{s: s, pieces: make(map[int]*arriving)}
 	var err error
 	if s.client, err = torrent.NewClient(s.config()); err != nil {
@@ -100,7 +99,9 @@ func newSwarm(ctx context.Context, e *Engine, b transfer.Blob, a *transfer.Arriv
 		s.close()
 		return nil, errors.New("the library does not take the info dictionary and piece layer")
 	}
-	s.torrent.SetOnWriteChunkError(func(error) {}) // the store has told who must know
+	if a != nil {
+		s.torrent.DownloadPieces(0, 1) // without anything to want, or to give, it would not connect to anybody
+	}
 	s.rest = time.AfterFunc(time.Hour, func() { e.retire(s) })
 	s.rest.Stop()
 	if a != nil {
@@ -125,11 +126,7 @@ func (s *swarm) config() *torrent.ClientConfig {
 	c.EstablishedConnsPerTorrent, c.HalfOpenConnsPerTorrent, c.TotalHalfOpenConns = 2*maxTaps, maxTaps, maxTaps
 	c.DialRateLimiter = rate.NewLimiter(rate.Inf, 1)
 	c.HandshakesTimeout = handshakeTimeout
-	c.StealRequestGrace = stealAfter
 	c.MaxAllocPeerRequestDataPerConn = 2 * chunkSize
-	// The plan bounds what is asked for. The library would count wanted pieces that nobody
-	// has, and has those first: behind 64 MiB of them it would look at no other.
-	c.MaxUnverifiedBytes = 0
 	c.Slogger = slog.New(quiet{s.e.log.Handler()})
 	return c
 }
@@ -164,15 +161,7 @@ func (s *swarm) serves(a *transfer.Arrival) bool {
 // holds says whether a piece is here, verified.
 func (s *swarm) holds(piece int) bool { return s.arrival == nil || s.arrival.Holds(piece) }
 
-// need has the library want pieces. It wants none but those that the plan has asked for:
-// it looks at all of them, piece by piece, whenever it chooses what to ask for.
-func (s *swarm) need(pieces ...int) {
-	for _, i := range pieces {
-		s.torrent.DownloadPieces(i, i+1)
-	}
-}
-
-// follow tells the library of pieces that arrive by other ways than through it, and
+// follow tells the library of pieces as they arrive, which tells others, and
 // closes the torrent when the fetch fails: then its bytes may be gone.
 func (s *swarm) follow(ctx context.Context) {
 	told := s.arrival.Held()
@@ -186,9 +175,7 @@ func (s *swarm) follow(ctx context.Context) {
 		for i := range s.shape.pieces {
 			if held.Has(i) && !told.Has(i) {
 				told.Add(i)
-				if !s.store.has(i) {
-					s.torrent.Piece(i).UpdateCompletion()
-				}
+				s.torrent.Piece(i).UpdateCompletion()
 			}
 		}
 		if s.arrival.Ended() {
@@ -247,8 +234,12 @@ func (s *swarm) detach(t *tap) {
 	t.mu.Lock()
 	for i := range t.sent {
 		s.given[i]--
+		if s.first[i] == t {
+			s.first[i] = nil
+		}
 	}
 	clear(t.sent)
+	clear(t.pushes)
 	t.letGo()
 	t.mu.Unlock()
 	s.mu.Unlock()
@@ -287,6 +278,7 @@ func (s *swarm) has(t *tap, piece int) {
 	if w := s.want.Load(); w != nil {
 		w.has(t, piece)
 	}
+	s.passedOn(t, piece)
 	s.offer()
 }
 
@@ -297,10 +289,19 @@ func (s *swarm) hasSome(t *tap) {
 	s.offer()
 }
 
-func (s *swarm) offeredBy(t *tap, piece int) {
+// told: the peer has said whether it may be asked, or whether it chooses.
+func (s *swarm) told(t *tap) {
 	if w := s.want.Load(); w != nil {
-		w.offered(t, piece)
+		w.told(t)
 	}
+}
+
+func (s *swarm) pushedBy(t *tap, piece int) {
+	if w := s.want.Load(); w != nil {
+		w.pushed(t, piece)
+		return
+	}
+	t.cancel(piece)
 }
 
 // crowded: what a peer sends has to wait here.
@@ -310,17 +311,35 @@ func (s *swarm) crowded(t *tap) {
 	}
 }
 
+func (s *swarm) takenBackBy(t *tap, piece int) {
+	if w := s.want.Load(); w != nil {
+		w.takenBack(t, piece)
+	}
+}
+
 func (s *swarm) refusedBy(t *tap, piece int) {
 	if w := s.want.Load(); w != nil {
 		w.refusedBy(t, piece)
 	}
 }
 
-func (s *swarm) came(t *tap, c chunk) { s.store.came(t.peer, c) }
+func (s *swarm) came(t *tap, c chunk, data []byte) {
+	if w := s.want.Load(); w != nil {
+		w.came(t, c, data)
+	}
+}
 
-func (s *swarm) went(t *tap, bytes int) {
-	s.e.sent(t.flow(), bytes)
-	s.offer()
+// went: the library has sent something.
+func (s *swarm) went(t *tap, w written) {
+	if w.bytes > 0 {
+		s.e.sent(t.flow(), w.bytes)
+	}
+	for _, c := range w.chunks {
+		s.pushDone(t, c)
+	}
+	if w.bytes > 0 || w.opened {
+		s.offer()
+	}
 }
 
 // unread ends a connection whose peer cannot be given what it has asked for: what it

@@ -20,7 +20,7 @@ func (h *hunt) work(ctx context.Context, hd *holder, conn net.Conn) {
 		}
 		delivered := false
 		if err == nil {
-			delivered, err = h.use(ctx, hd, conn)
+			delivered, err = h.use(ctx, hd, conn, firstWindow/(1+strikes))
 		}
 		conn = nil
 		if ctx.Err() != nil {
@@ -48,8 +48,9 @@ func (h *hunt) work(ctx context.Context, hd *holder, conn net.Conn) {
 }
 
 // use takes pieces by a connection until it ends, and says why and whether it has
-// brought any.
-func (h *hunt) use(ctx context.Context, hd *holder, conn net.Conn) (delivered bool, err error) {
+// brought any. At first it asks for so many at once: what was on its way when a connection
+// breaks is lost.
+func (h *hunt) use(ctx context.Context, hd *holder, conn net.Conn, window int) (delivered bool, err error) {
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	if err := h.needTable(ctx, hd, conn); err != nil {
@@ -68,7 +69,10 @@ func (h *hunt) use(ctx context.Context, hd *holder, conn net.Conn) (delivered bo
 	}
 	t := newTap(h.s, conn, hd.peer.ID, true)
 	h.s.attach(t)
-	h.w.join(t, hd.all)
+	if !hd.all {
+		window = minWindow
+	}
+	h.w.join(t, hd.all, max(1, window))
 	select {
 	case <-t.done:
 	case <-ctx.Done():
