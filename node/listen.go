@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -268,11 +269,16 @@ func (s *siteCertificate) keep(ctx context.Context) error {
 	}
 }
 
-// wished waits until a client finds the certificate due; it is false when ctx ends.
+// wished waits until the certificate is due, as a client finds or a look every now and
+// then: when the first client does, nobody may be there any more who could make another.
+// It is false when ctx ends.
 func (s *siteCertificate) wished(ctx context.Context) bool {
+	look := time.NewTicker(certificateMaxPause)
+	defer look.Stop()
 	for {
 		select {
 		case <-s.wish:
+		case <-look.C:
 		case <-ctx.Done():
 			return false
 		}
@@ -323,6 +329,16 @@ func (s *siteCertificate) first(ctx context.Context) error {
 			return fmt.Errorf("certificate of the registry's address: %w", cmp.Or(err, context.Cause(ctx)))
 		}
 	}
+}
+
+// shown is the certificate that clients get now; nil when there is none.
+func (s *siteCertificate) shown() *x509.Certificate {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current == nil {
+		return nil
+	}
+	return s.current.Leaf
 }
 
 func (s *siteCertificate) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {

@@ -338,7 +338,7 @@ func (n *Node) build(ctx context.Context, who member.Identity) (err error) {
 	if n.own != nil {
 		n.own.from = n.member
 	}
-	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.peerPackets != nil, n.reserve, n.files, n.keys})
+	n.rooms, err = newRooms(ctx, ground{n.config, n.url(), n.log, metrics, n.engine, n.db, n.member, n.network, n.peerPackets != nil, n.reserve, n.files, n.own, n.keys})
 	return err
 }
 

@@ -87,6 +87,7 @@ type ground struct {
 	packets bool // the peer port is open over UDP too
 	reserve *reserve.Reserve
 	files   *fileCertificate // nil unless the user has a certificate
+	own     *siteCertificate // nil unless the site makes it
 	keys    *keyring.Ring    // of the files that hold keys
 }
 

@@ -95,10 +95,16 @@ func certificates(g ground) func() []watch.Certificate {
 		if g.files != nil {
 			if pair, err := g.files.get(nil); err == nil {
 				all = append(all, watch.Certificate{
-					Code: "tls-certificate-expiring", Of: "the certificate " + g.files.cert + " that clients see", Leaf: pair.Leaf, Within: ownWarning,
+					Code: "tls-certificate-expiring", Of: "the certificate " + g.files.cert + " that clients see", Leaf: pair.Leaf, Within: ownWarning, Public: true,
 					Renew: "put a new certificate and key in place of the files; they are read again without a restart",
 				})
 			}
+		}
+		if g.own != nil {
+			all = append(all, watch.Certificate{
+				Code: "tls-certificate-expiring", Of: "the certificate of the site's own authority that clients see", Leaf: g.own.shown(), Within: renewLate, Public: true,
+				Renew: "it renews itself through any node that votes: see to it that this node reaches one (atoll cluster status)",
+			})
 		}
 		return all
 	}

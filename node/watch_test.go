@@ -1,7 +1,6 @@
 package node
 
 import (
-	"crypto/x509"
 	"fmt"
 	"io/fs"
 	"net/http"
@@ -15,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/node/blobs"
 	"github.com/atoll-registry/atoll/node/peers"
 )
@@ -100,6 +100,31 @@ func (r *running) awaitCondition(code string, there bool) {
 	await(r.t, fmt.Sprintf("condition %s: %v", code, there), func() string {
 		if got := r.conditions(); slices.Contains(got, code) != there {
 			return fmt.Sprint(got)
+		}
+		return ""
+	})
+}
+
+// shows holds a node to showing a condition: in its status with some words of advice,
+// in its metrics by the severity, and in the health of a part, or of none.
+func (r *running) shows(code, severity, part, advice string) {
+	r.t.Helper()
+	await(r.t, "the node shows "+code+", "+severity, func() string {
+		var s peers.Status
+		r.do("GET", "/api/atoll/v1/cluster", nil).want(http.StatusOK).decode(&s)
+		if all := strings.Join(s.Advice, "\n"); !strings.Contains(all, advice) {
+			return "the advice is " + all
+		}
+		if got := r.conditions(); !slices.Contains(got, code) {
+			return fmt.Sprint(got)
+		}
+		metrics := string(r.do("GET", "/metrics", nil).want(http.StatusOK).Body)
+		if !strings.Contains(metrics, `atoll_watch_condition_bool{code="`+code+`",severity="`+severity+`"`) {
+			return "the metrics do not show it"
+		}
+		status, parts := r.components()
+		if well := part == ""; (status == "healthy") != well || !well && !strings.HasPrefix(parts[part], "unhealthy ") {
+			return fmt.Sprintf("health is %s, %v", status, parts)
 		}
 		return ""
 	})
@@ -264,32 +289,15 @@ func TestWrongClocks(t *testing.T) {
 func TestVotersDown(t *testing.T) {
 	nodes := three(t)
 	one := nodes[0]
-	shows := func(code, severity, part, advice string) {
-		t.Helper()
-		one.awaitCondition(code, true)
-		var s peers.Status
-		one.do("GET", "/api/atoll/v1/cluster", nil).want(http.StatusOK).decode(&s)
-		if all := strings.Join(s.Advice, "\n"); !strings.Contains(all, advice) {
-			t.Errorf("%s: the advice is %s", code, all)
-		}
-		metrics := string(one.do("GET", "/metrics", nil).want(http.StatusOK).Body)
-		if !strings.Contains(metrics, `atoll_watch_condition_bool{code="`+code+`",severity="`+severity+`"`) {
-			t.Errorf("the metrics do not show %s", code)
-		}
-		status, parts := one.components()
-		if well := part == ""; (status == "healthy") != well || !well && !strings.HasPrefix(parts[part], "unhealthy ") {
-			t.Errorf("%s: health is %s, %v", code, status, parts)
-		}
-	}
 	if err := nodes[2].stop(); err != nil {
 		t.Fatal(err)
 	}
-	shows("voter-down", "warning", "", "node three")
+	one.shows("voter-down", "warning", "", "node three")
 	one.push("library/app", "v1", content(91, 1000))
 	if err := nodes[1].stop(); err != nil {
 		t.Fatal(err)
 	}
-	shows("no-quorum", "critical", "redis", "no quorum: pulls go on, pushes are refused")
+	one.shows("no-quorum", "critical", "redis", "no quorum: pulls go on, pushes are refused")
 	nodes[1], nodes[2] = nodes[1].again(), nodes[2].again()
 	one.awaitCondition("no-quorum", false)
 	one.awaitCondition("voter-down", false)
@@ -299,6 +307,45 @@ func TestVotersDown(t *testing.T) {
 		}
 		return ""
 	})
+}
+
+// A voter goes, and the node that is to take its vote has a disk that keeps no key: two
+// vote, of which the network could make two halves that elect nobody. That is shown until
+// the number is odd again, which it is as soon as it can be.
+func TestVotersEven(t *testing.T) {
+	nodes := three(t)
+	one := nodes[0]
+	four := join(t, one, "four")
+	allLive(t, append(nodes, four))
+	key := filepath.Join(four.Data, member.ClusterKeyFile)
+	if err := os.Mkdir(key, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	one.do("DELETE", "/api/atoll/v1/cluster/nodes/three", nil).want(http.StatusOK)
+	if err := <-nodes[2].done; err == nil {
+		t.Error("the removed node ended without a word")
+	}
+	nodes[2].cancel = nil // it has ended
+	for _, n := range []*running{one, nodes[1], four} {
+		n.shows("voters-even", "warning", "", "2 nodes vote: a network that splits them in halves leaves neither able to write")
+	}
+	one.push("library/app", "v1", content(93, 1000))
+	if err := os.Remove(key); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []*running{one, nodes[1], four} {
+		n.awaitCondition("voters-even", false)
+	}
+	voters := 0
+	s, err := four.member.Status(t.Context())
+	for _, m := range s.Members {
+		if m.Voter {
+			voters++
+		}
+	}
+	if err != nil || voters != 3 {
+		t.Errorf("%d nodes vote, %v", voters, err)
+	}
 }
 
 // A clock that jumps is shown, and the node works on.
@@ -317,24 +364,5 @@ func TestClockJumps(t *testing.T) {
 	}
 	if got := string(n.do("GET", "/metrics", nil).want(http.StatusOK).Body); !strings.Contains(got, `atoll_watch_condition_bool{code="clock-jump"`) {
 		t.Error("the metrics do not show it")
-	}
-}
-
-// What is watched for its end are the very certificates that are in use.
-func TestWatchedCertificates(t *testing.T) {
-	n := start(t, config(t))
-	watched := map[string]*x509.Certificate{}
-	for _, c := range certificates(ground{member: n.member})() {
-		if c.Within <= 0 || c.Renew == "" || c.Of == "" {
-			t.Errorf("%+v", c)
-		}
-		watched[c.Code] = c.Leaf
-	}
-	authority := parseFirst(n.member.CA())
-	if got := watched["node-certificate-expiring"]; got == nil || !got.Equal(n.member.Certificate().Leaf) {
-		t.Error("the certificate of the node is not watched")
-	}
-	if got := watched["ca-expiring"]; got == nil || !got.Equal(authority) {
-		t.Error("the authority is not watched")
 	}
 }

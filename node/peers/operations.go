@@ -222,7 +222,7 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 		err = p.addFigures(ctx, &out)
 	}
 	out.Tolerance = tolerance(out)
-	out.Advice = append(advise(out, s, time.Now()), p.further()...)
+	out.Advice = append(advise(out, s, p.Cluster.Now()), p.further()...)
 	for _, n := range out.Nodes {
 		if n.Draining != nil && n.Up {
 			out.Advice = append(out.Advice, drained(n))
@@ -284,7 +284,11 @@ func advise(out Status, s member.Status, now time.Time) []string {
 			advice = append(advice, fmt.Sprintf("node %s is %d revisions behind and catching up; if that grows, its disk or its network is too slow", n.Name, n.Lag))
 		}
 		if n.CertExpires != nil && n.CertExpires.Before(now.Add(expirySoon)) {
-			advice = append(advice, fmt.Sprintf("the certificate of node %s ends on %s and was not renewed: see its log and its clock, or try atoll cluster rotate certificates", n.Name, n.CertExpires.Format(time.DateOnly)))
+			ends := "ends"
+			if !now.Before(*n.CertExpires) {
+				ends = "has ended"
+			}
+			advice = append(advice, fmt.Sprintf("the certificate of node %s %s on %s and was not renewed: see its log and its clock, or try atoll cluster rotate certificates", n.Name, ends, n.CertExpires.Format(time.DateOnly)))
 		}
 	}
 	switch len(out.Nodes) {

@@ -82,6 +82,8 @@ type Cluster interface {
 	RenewAll(ctx context.Context) error
 	// RotateKey begins to change the cluster key.
 	RotateKey(ctx context.Context) error
+	// Now is the time by which certificates are judged.
+	Now() time.Time
 }
 
 // Config of Peers. All fields are needed but Over, Place, Limits, Limiter, Incoming and Meter.

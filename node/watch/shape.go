@@ -90,7 +90,10 @@ func expiring(all []Certificate, now time.Time) []Condition {
 			Text: fmt.Sprintf("%s ends on %s", c.Of, c.Leaf.NotAfter.UTC().Format(time.DateOnly)),
 		}
 		if left <= 0 {
-			o.Severity, o.parts = Critical, []string{partPortal}
+			o.Severity, o.parts = Critical, []string{partSite}
+			if c.Public {
+				o.parts = []string{partPortal}
+			}
 			o.Text = fmt.Sprintf("%s has ended on %s", c.Of, c.Leaf.NotAfter.UTC().Format(time.DateOnly))
 		}
 		out = append(out, o)

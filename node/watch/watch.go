@@ -62,6 +62,8 @@ type Certificate struct {
 	Renew string // what to do when it expires
 	// Within is how long before its end it is spoken of.
 	Within time.Duration
+	// Public: clients see it; else it is between the nodes.
+	Public bool
 }
 
 // Config of a Watch. All fields are needed but Further and Clock.

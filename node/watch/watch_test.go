@@ -132,7 +132,7 @@ func watching(t *testing.T, m *machine) *Watch {
 		Certificates: func() []Certificate {
 			m.mu.Lock()
 			defer m.mu.Unlock()
-			return m.certs
+			return slices.Clone(m.certs)
 		},
 		Backup: func() (last, founded time.Time) {
 			m.mu.Lock()
@@ -425,7 +425,7 @@ func TestExpiringAndShown(t *testing.T) {
 		const day = 24 * time.Hour
 		m := &machine{free: 5 << 30, backup: time.Now().Add(-8 * day), status: three(func(s *member.Status) { s.Members[2].Up = false })}
 		m.certs = []Certificate{
-			{Code: "tls-certificate-expiring", Of: "the certificate x.pem", Renew: "put a new one there", Within: 30 * day, Leaf: &x509.Certificate{NotAfter: time.Now().Add(29 * day)}},
+			{Code: "tls-certificate-expiring", Of: "the certificate x.pem", Renew: "put a new one there", Within: 30 * day, Public: true, Leaf: &x509.Certificate{NotAfter: time.Now().Add(29 * day)}},
 			{Code: "ca-expiring", Of: "the authority's", Renew: "renew it", Within: 365 * day, Leaf: &x509.Certificate{NotAfter: time.Now().Add(400 * day)}},
 			{Code: "not-there", Within: day},
 		}
@@ -453,8 +453,13 @@ func TestExpiringAndShown(t *testing.T) {
 		})
 		pass(5 * time.Second)
 		want(t, w, "tls-certificate-expiring")
-		if !strings.Contains(health(w, "portal"), "has ended on") {
-			t.Errorf("the portal's health is %q", health(w, "portal"))
+		if !strings.Contains(health(w, "portal"), "has ended on") || health(w, "redis") != "" {
+			t.Errorf("health of the portal %q, of what the nodes share %q", health(w, "portal"), health(w, "redis"))
+		}
+		m.set(func() { m.certs[0].Public = false }) // one between the nodes
+		pass(5 * time.Second)
+		if health(w, "portal") != "" || !strings.Contains(health(w, "redis"), "has ended on") {
+			t.Errorf("health of the portal %q, of what the nodes share %q", health(w, "portal"), health(w, "redis"))
 		}
 		if codes := m.report().Codes; len(codes) != 1 {
 			t.Errorf("the others are told %q", codes)
