@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -187,6 +188,75 @@ func TestRenewAll(t *testing.T) {
 			<-time.After(time.Hour)
 			if nodes[0].Certificate().Leaf.SerialNumber.Cmp(serial) != 0 {
 				t.Error("it goes on renewing")
+			}
+		})
+	}
+}
+
+// TestRotationsRepeated: a rotation that is asked for again and again while it is under
+// way, by several nodes at once, is one rotation; asked for when it is over it is another.
+func TestRotationsRepeated(t *testing.T) {
+	certificates, ca := (*member.Node).RenewAll, (*member.Node).RotateAuthority
+	for _, row := range []struct {
+		name          string
+		begins, again func(*member.Node, context.Context) error
+	}{
+		{"certificates", certificates, certificates},
+		{"the CA", ca, ca},
+		{"certificates while the CA is", ca, certificates},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := New(t, Options{Define: withNotes})
+			c.Grow(3)
+			for round := 1; round <= 2; round++ {
+				old := c.nodes[0].CA()
+				leader := c.Leader()
+				others := c.Others(leader)
+				asked, slow := others[0], others[1]
+				// While this follower is up, as the other one says, and does not hear of
+				// it from the leader, the rotation goes on.
+				c.Network.Cut(leader.Addr, slow.Addr)
+				for i := range 20 {
+					rotate := row.again
+					if i == 0 {
+						rotate = row.begins
+					}
+					var all sync.WaitGroup
+					for _, n := range []*Node{leader, asked} {
+						all.Go(func() {
+							if err := rotate(n.Node, t.Context()); err != nil {
+								t.Errorf("%s: %v", row.name, err)
+							}
+						})
+					}
+					all.Wait()
+					<-time.After(300 * time.Millisecond)
+				}
+				if s, err := asked.Status(t.Context()); err != nil || s.Rotation.Phase == "" {
+					t.Fatalf("%s: it was over before the slow node had heard of it: %+v, %v", row.name, s.Rotation, err)
+				}
+				c.Network.Heal(leader.Addr, slow.Addr)
+				c.Await("all nodes to be done", func() bool {
+					for _, n := range c.nodes {
+						s, err := n.Status(t.Context())
+						if err != nil || !s.Quorum || s.Rotation.Phase != "" || n.Identity().Renewal < round {
+							return false
+						}
+					}
+					return true
+				})
+				<-time.After(time.Minute) // nothing more comes of it
+				for _, n := range c.nodes {
+					if got := n.Identity().Renewal; got != round {
+						t.Errorf("%s: %s has renewed %d times, and was told %d times", row.name, n.Name, got, round)
+					}
+					if same := bytes.Equal(n.CA(), old); same != (row.name == "certificates") || !bytes.Equal(n.CA(), leader.CA()) {
+						t.Errorf("%s: the authority of %s is the old one: %v", row.name, n.Name, same)
+					}
+					if err := n.write(t.Context(), "a", n.Name); err != nil {
+						t.Error(err)
+					}
+				}
 			}
 		})
 	}

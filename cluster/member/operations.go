@@ -453,18 +453,29 @@ func shorten(links []byte) ([]byte, error) {
 	return short, nil
 }
 
-// RenewAll tells every node to get itself a new certificate now.
+// RenewAll tells every node to get itself a new certificate now. While they do so
+// already, or the authority is being replaced, which renews them all, it changes
+// nothing: asked for again and again, or by several at once, it comes to an end.
 func (n *Node) RenewAll(ctx context.Context) error {
 	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
-		row, _, ok, err := n.rows.authority.Get(tx, theAuthority)
+		rows, err := n.authorities(tx)
 		if err != nil {
 			return err
 		}
+		signs, ok := rows[theAuthority]
 		if !ok {
 			return errNoAuthority
 		}
-		row.Renewals++
-		return n.rows.authority.Put(tx, row, theAuthority)
+		secret, err := n.secret(tx)
+		if err != nil || secret.Authority || len(rows) > 1 {
+			return err
+		}
+		waiting, err := n.unready(func(_ Member, p ping) bool { return p.Renewal >= signs.Renewals })
+		if err != nil || len(waiting) > 0 {
+			return err
+		}
+		signs.Renewals++
+		return n.rows.authority.Put(tx, signs, theAuthority)
 	})
 	return err
 }
