@@ -70,3 +70,12 @@ func Few(n *Net, nodes int) {
 	defer n.mu.Unlock()
 	n.back.few = nodes
 }
+
+// Mislead has a node believe that it has parked at one which is gone, and that it last went
+// through that to reach an address.
+func Mislead(n *Net, gone, addr string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.back.away[gone] = true
+	n.route(addr).through = gone
+}

@@ -51,8 +51,10 @@ func (w *ways) relay(ctx context.Context, known bool) bool {
 	w.running++
 	go func() {
 		r := way{via: through[0], err: errNotPassed}
-		for _, r.via = range through {
-			if r.conn, r.err = w.net.through(ctx, r.via, id, w.call); !errors.Is(r.err, errNotPassed) {
+		for i := range through {
+			r.via = through[i]
+			r.conn, r.err = w.tryThrough(ctx, r.via, id, i == len(through)-1)
+			if !errors.Is(r.err, errNotPassed) {
 				break
 			}
 		}
@@ -62,6 +64,21 @@ func (w *ways) relay(ctx context.Context, known bool) bool {
 		w.done <- r
 	}()
 	return true
+}
+
+// tryThrough goes through one of several nodes. One that is gone must not take the time
+// that the others need.
+func (w *ways) tryThrough(ctx context.Context, via, id string, last bool) (*Conn, error) {
+	if last {
+		return w.net.through(ctx, via, id, w.call)
+	}
+	try, cancel := context.WithTimeout(ctx, trial)
+	defer cancel()
+	c, err := w.net.through(try, via, id, w.call)
+	if err != nil && try.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w (%s: %v)", errNotPassed, via, err)
+	}
+	return c, err
 }
 
 // between are the node at an address, and nodes that may pass a connection on to it.

@@ -187,6 +187,29 @@ func testNobodyPassesOn(t *testing.T) {
 	<-ids
 }
 
+// The node through which it went is gone, and does not even say so: another is asked in time.
+func TestPassedOnByAnother(t *testing.T) {
+	t.Parallel()
+	overBoth(t, testPassedOnByAnother)
+}
+
+func testPassedOnByAnother(t *testing.T) {
+	t.Parallel()
+	a := newApart(t, nil)
+	ids := echo(t, a.right.Listen(peernet.ServiceBlob))
+	peernet.Mislead(a.left.Net, wall(t), a.rightAddr)
+	c, err := a.left.Dial(t.Context(), a.rightAddr, peernet.ServiceBlob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	says(t, c, "hello")
+	<-ids
+	c.Close()
+	if got := a.left.Through(a.rightAddr); got != a.open.addr {
+		t.Errorf("it went through %q", got)
+	}
+}
+
 // Who asks for nonsense gets a no, and the port lives.
 func TestHostileRelays(t *testing.T) {
 	t.Parallel()
