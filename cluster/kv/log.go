@@ -341,7 +341,8 @@ func (l *Log) reclaim(tx *bbolt.Tx, size int) error {
 func (l *Log) drop(tx *bbolt.Tx, first, last uint64, most int) error {
 	c := tx.Bucket(logBucket).Cursor()
 	for k, v := c.Seek(be64(first)); k != nil && fromBE64(k) <= last && most > 0; k, v = c.Seek(be64(first)) {
-		most -= len(k) + len(v)
+		// To look for the first one again would pass all pages that are empty by now.
+		first, most = fromBE64(k)+1, most-len(k)-len(v)
 		if err := c.Delete(); err != nil {
 			return err
 		}
