@@ -401,7 +401,7 @@ func ended(cause error, dir string) error {
 	if errors.Is(cause, member.ErrCloned) {
 		return fault.Wrap(cause, fault.Conflict, "another machine runs as this very node: this data directory, %s, was copied from it. To make this machine a node of its own: atoll node seal --yes --data %s, then start it with --join and a new token", dir, dir)
 	}
-	return cause
+	return notWhole(cause)
 }
 
 // startFloor runs functions in a context that outlives ctx, and gives the way to

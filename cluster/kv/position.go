@@ -3,6 +3,7 @@ package kv
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 
 	"github.com/hashicorp/raft"
 )
@@ -31,8 +32,9 @@ type Position struct {
 	// From: of the entries behind this one, up to Index, each configuration
 	// was seen.
 	From uint64
-	// Changed is the newest configuration among them, 0 for none, and Members
-	// is its data as raft encoded it.
+	// Changed is the newest configuration among them, or that of the snapshot which
+	// the state came as; 0 when neither is known. Members is its data as raft encoded
+	// it.
 	Changed uint64
 	Members []byte
 }
@@ -42,6 +44,22 @@ func (m *Machine) Position() Position {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.position
+}
+
+// Place says where in raft's log the state is that was just restored: a snapshot does not
+// know. It does nothing when the state ends elsewhere.
+func (m *Machine) Place(p Position) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.err != nil || p.Index != m.position.Index {
+		return m.err
+	}
+	err := m.engine.Update(func(w Writer) error { return p.write(w, m.position, m.logged.Load()) })
+	if err != nil {
+		return fmt.Errorf("keep where the state is in the log: %w", err)
+	}
+	m.position = p
+	return nil
 }
 
 // Logged is how many bytes of log were applied since the last snapshot, across

@@ -244,8 +244,12 @@ func CheckLog(dir string) error {
 			return fmt.Errorf("looking for the log of the node: %w", err)
 		}
 	}
-	return fmt.Errorf("%w: %s has %s and no raft/%s. Put the whole directory back as it was; or clear it with atoll node wipe --data %s and let it join again under its name, with --join, --name and a new token; or, if it was the only node of its site, move meta.db away and make a site of its blobs with atoll rebuild --data %s",
-		ErrLogLost, dir, identityFile, logFile, dir, dir)
+	return fmt.Errorf("%w: %s has %s and no raft/%s. %s", ErrLogLost, dir, identityFile, logFile, wayBack(dir))
+}
+
+// wayBack says what to do with a directory whose log is lost, whole or in part.
+func wayBack(dir string) string {
+	return fmt.Sprintf("Put the whole directory back as it was; or clear it with atoll node wipe --data %s and let it join again under its name, with --join, --name and a new token; or, if it was the only node of its site, move meta.db away and make a site of its blobs with atoll rebuild --data %s", dir, dir)
 }
 
 func pinsOf(bundle []byte) (pins []string, err error) {

@@ -31,6 +31,7 @@ type instance struct {
 	machine   *kv.Machine
 	progress  *raftnet.Progress
 	notices   *raftnet.Notices
+	history   *raftnet.History
 	moved     *signal // fires when a follower has stored more
 
 	// gate keeps proposals out of raft's queue once it is stopping: raft never
@@ -89,23 +90,42 @@ func (n *Node) open() (_ *instance, err error) {
 			in.transport.Close()
 		}
 	}()
-	if err := in.machine.CatchUp(store); err != nil {
+	if err := in.machine.CatchUp(store); errors.Is(err, kv.ErrHalted) {
+		return nil, err
+	} else if err != nil {
+		return nil, n.unreadable(err)
+	}
+	if in.history, err = raftnet.NewHistory(snapshots, logs, in.machine.Position()); errors.Is(err, raftnet.ErrGap) {
+		return nil, fmt.Errorf("%w: %w. %s", ErrLogLost, err, wayBack(n.cfg.Dir))
+	} else if err != nil {
 		return nil, err
 	}
-	history, err := raftnet.NewHistory(snapshots, logs, in.machine.Position())
-	if err != nil {
-		return nil, err
-	}
-	cfg := n.raftConfig(history)
+	cfg := n.raftConfig(in.history)
 	cfg.Logger = log
 	stable := n.cfg.Disk.Stable(store)
 	if err := n.bootstrap(cfg, logs, stable, snapshots, in.transport); err != nil {
 		return nil, err
 	}
-	if in.Raft, err = raft.NewRaft(cfg, raftnet.Machine{Machine: in.machine, Log: store}, logs, stable, history, in.transport); err != nil {
-		return nil, fmt.Errorf("starting the consensus: %w", err)
+	if err := in.begin(cfg, logs, stable); err != nil {
+		return nil, n.unreadable(err)
 	}
 	return in, nil
+}
+
+// unreadable says what to do when the log or the snapshots cannot be read.
+func (n *Node) unreadable(err error) error {
+	return fmt.Errorf("starting the consensus: %w. If that is not a passing error of the disk: %s", err, wayBack(n.cfg.Dir))
+}
+
+// begin starts raft, which panics on entries of the log that it cannot read.
+func (in *instance) begin(cfg *raft.Config, logs raft.LogStore, stable raft.StableStore) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("reading the log: %v", p)
+		}
+	}()
+	in.Raft, err = raft.NewRaft(cfg, raftnet.Machine{Machine: in.machine, Log: in.store}, logs, stable, in.history, in.transport)
+	return err
 }
 
 func (n *Node) raftConfig(h *raftnet.History) *raft.Config {
@@ -311,12 +331,12 @@ const snapshotMost = 256 << 20
 // outweighs its share of the state, or would make a start slow.
 func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
 	for sleep(ctx, n.cfg.Timings.Ping) {
-		logged := in.machine.Logged()
+		logged, wanted := in.machine.Logged(), in.history.Wanted()
 		due := n.cfg.Snapshots.MinBytes
 		if !n.cfg.Snapshots.Eager {
 			due = max(due, min(in.machine.Size()/snapshotShare, snapshotMost))
 		}
-		if logged < due {
+		if logged < due && !wanted {
 			continue
 		}
 		start := time.Now()
@@ -326,6 +346,7 @@ func (n *Node) snapshotWhenDue(ctx context.Context, in *instance) error {
 		case err != nil:
 			n.log.Warn("a snapshot of the state was not taken; the log grows until one is", "error", err)
 		default:
+			in.history.Taken()
 			in.machine.Saved(logged)
 			n.log.Debug("took a snapshot of the state", "log_bytes", logged, "took", time.Since(start))
 		}

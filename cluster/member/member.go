@@ -146,8 +146,9 @@ var (
 	ErrRemoved = joining.ErrRemoved
 	// ErrUnreachable: none of the addresses given for joining answered.
 	ErrUnreachable = errors.New("no node of the site answered")
-	// ErrLogLost: the data directory has an identity and no consensus log.
-	ErrLogLost = errors.New("this node has forgotten how it voted")
+	// ErrLogLost: the data directory has an identity and no consensus log, or one that
+	// does not go on where the state ends.
+	ErrLogLost = errors.New("this node has lost its log of the consensus")
 	// ErrCloned: another process runs as this very node.
 	ErrCloned = errors.New("another machine runs as this very node")
 

@@ -1,6 +1,7 @@
 package raftnet
 
 import (
+	"io"
 	"sync"
 
 	"github.com/hashicorp/raft"
@@ -130,4 +131,20 @@ func (m Machine) Apply(l *raft.Log) any { return m.ApplyBatch([]*raft.Log{l})[0]
 func (m Machine) ApplyBatch(logs []*raft.Log) []any {
 	m.Log.Reached(logs[len(logs)-1])
 	return m.Machine.ApplyBatch(logs)
+}
+
+// Restore implements raft.FSM. The state keeps where in the log it ends and with which
+// configuration, so that the snapshot may be lost afterwards.
+func (m Machine) Restore(source io.ReadCloser) error {
+	if err := m.Machine.Restore(source); err != nil {
+		return err
+	}
+	end := endOf(source)
+	if end == nil {
+		return nil
+	}
+	return m.Place(kv.Position{
+		Index: end.Index, Term: end.Term, From: end.Index,
+		Changed: end.ConfigurationIndex, Members: raft.EncodeConfiguration(end.Configuration),
+	})
 }

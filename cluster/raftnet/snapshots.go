@@ -2,6 +2,7 @@ package raftnet
 
 import (
 	"fmt"
+	"io"
 	"path/filepath"
 
 	"github.com/hashicorp/go-hclog"
@@ -50,4 +51,34 @@ func (s syncedSink) Close() error {
 		return fmt.Errorf("keeping the names of a snapshot: %w", err)
 	}
 	return nil
+}
+
+// Open implements raft.SnapshotStore.
+func (s *Snapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	meta, source, err := s.FileSnapshotStore.Open(id)
+	if err != nil {
+		return nil, nil, err
+	}
+	return meta, openSnapshot{source, meta}, nil
+}
+
+// openSnapshot is a snapshot that is being read, and where in the log it ends.
+type openSnapshot struct {
+	io.ReadCloser
+	meta *raft.SnapshotMeta
+}
+
+// endOf finds where a snapshot ends that raft hands on, wrapped up; nil when that is not
+// known.
+func endOf(source io.ReadCloser) *raft.SnapshotMeta {
+	for {
+		switch s := source.(type) {
+		case openSnapshot:
+			return s.meta
+		case interface{ WrappedReadCloser() io.ReadCloser }:
+			source = s.WrappedReadCloser()
+		default:
+			return nil
+		}
+	}
 }
