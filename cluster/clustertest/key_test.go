@@ -190,8 +190,16 @@ func TestAClaimIsNoProof(t *testing.T) {
 // claims has a node's answers to pings of another say that it holds a key, until the
 // end. All else it answers as before.
 func (n *Node) claims(to *Node, key []byte) (end func()) {
-	t, network := n.cluster.t, n.cluster.Network
 	id := sha256.Sum256(append([]byte("atoll cluster key id\x00"), key...))
+	return n.answers(to, func(said map[string]any) {
+		said["keys"] = []string{hex.EncodeToString(id[:16])}
+		said["seals"] = hex.EncodeToString(id[:16])
+	})
+}
+
+// answers has a node's answers to pings of another altered, until the end.
+func (n *Node) answers(to *Node, alter func(said map[string]any)) (end func()) {
+	t, network := n.cluster.t, n.cluster.Network
 	network.mu.Lock()
 	honest := n.host.services[member.ServiceControl]
 	network.mu.Unlock()
@@ -216,8 +224,7 @@ func (n *Node) claims(to *Node, key []byte) (end func()) {
 			if err := json.NewDecoder(r.Body).Decode(&said); err != nil {
 				return err
 			}
-			said["keys"] = []string{hex.EncodeToString(id[:16])}
-			said["seals"] = hex.EncodeToString(id[:16])
+			alter(said)
 			text, err := json.Marshal(said)
 			r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(text)), int64(len(text))
 			r.Header.Set("Content-Length", strconv.Itoa(len(text)))

@@ -1,6 +1,7 @@
 package clustertest
 
 import (
+	"bytes"
 	"errors"
 	"strings"
 	"testing"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/pki"
 	"github.com/atoll-registry/atoll/cluster/table"
 	"github.com/atoll-registry/atoll/cluster/version"
 )
@@ -150,6 +152,67 @@ func TestProgramThatDoesNotFitStops(t *testing.T) {
 		}
 		away.run(2, "v0.2")
 		away.want("nothing", "")
+	})
+}
+
+// older has a node answer another's pings as a program that knows of no proofs does: it
+// says which keys it holds and shows nothing for it. An upgrade is its next start.
+func (n *Node) older(to *Node) (upgrade func()) {
+	end := n.answers(to, func(said map[string]any) { delete(said, "proofs") })
+	return func() {
+		n.Stop()
+		end()
+		n.Start()
+	}
+}
+
+// Voters of a program that does not prove that it holds the cluster key keep vote and
+// key under a leader that wants proof: a rolling upgrade costs no tolerance. What needs
+// proof waits until they are upgraded: a new vote, a new key, the end of the last holder.
+func TestUpgradeFromNodesThatProveNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		nodes := c.Grow(3)
+		leader := c.Leader()
+		key := leader.ClusterKeys()
+		var upgrades []func()
+		for _, n := range c.Others(leader) {
+			upgrades = append(upgrades, n.older(leader))
+		}
+		if err := leader.RotateKey(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // five could vote
+			upgrades = append(upgrades, c.Join(leader).older(leader))
+		}
+		<-time.After(time.Minute)
+		if votes := c.voting(leader); len(votes) != 3 {
+			t.Errorf("%v vote", votes)
+		}
+		for _, n := range nodes {
+			if err := n.write(t.Context(), "a", n.Name); err != nil {
+				t.Error(err)
+			}
+			if !bytes.HasPrefix(n.ClusterKeys(), key) {
+				t.Errorf("%s has given up the key that seals", n.Name)
+			}
+		}
+		if s, err := leader.Status(t.Context()); err != nil || !s.Rekeying {
+			t.Errorf("the key was changed though two voters do not prove to hold the next: %+v, %v", s, err)
+		}
+		for _, upgrade := range upgrades {
+			upgrade()
+		}
+		c.Await("the key has changed everywhere", func() bool {
+			for _, n := range c.nodes {
+				s, err := n.Status(t.Context())
+				if held := n.ClusterKeys(); err != nil || s.Rekeying || len(held) != pki.ClusterKeySize || bytes.Equal(held, key) {
+					return false
+				}
+			}
+			return true
+		})
+		c.AwaitVoters(5)
 	})
 }
 
