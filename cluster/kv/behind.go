@@ -22,6 +22,9 @@ const (
 	// most that there is.
 	layerBytes   = 4 << 20
 	layerUpdates = 8192
+	// layerBytesLarge is for a state of largeFile and more: a flush maps a page of it, and
+	// those beside it, for almost each row, which hardly any two share.
+	layerBytesLarge = 128 << 10
 	// layerPair is about what a pair takes in a layer beside its key and value.
 	layerPair = 96
 )
@@ -141,7 +144,7 @@ func (e *behind) Update(fn func(Writer) error) error {
 func (e *behind) begin() (*layer, Snapshot, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for e.err == nil && !e.closing && (e.active.bytes >= e.most.bytes || e.active.updates >= e.most.updates) {
+	for e.err == nil && !e.closing && e.full() {
 		e.hasten()
 		e.free.Wait()
 	}
@@ -157,6 +160,14 @@ func (e *behind) begin() (*layer, Snapshot, error) {
 	}
 	e.updating = true
 	return e.active, &layered{below, [2]roots{{}, e.frozen.roots}, e.lacks}, nil
+}
+
+// full reports whether the active layer takes no more. It is for who holds mu.
+func (e *behind) full() bool {
+	if e.active.bytes >= e.most.bytes || e.active.updates >= e.most.updates {
+		return true
+	}
+	return e.active.bytes >= layerBytesLarge && e.below.Size() >= largeFile
 }
 
 // end puts the next layer in place of the active one.

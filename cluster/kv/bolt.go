@@ -266,7 +266,7 @@ func (e *bolt) Close() error {
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
 	least   int64 // bytes of files that may be mapped however large the rest is; the program is one of them
-	large   int64 // with a file of so many bytes and more it is half of that, and its commits are watched
+	large   int64 // with a file of so many bytes and more both are less, and its commits are watched
 	touched atomic.Int64
 	looking sync.Mutex
 	hand    int64 // where the next quarter begins
@@ -306,11 +306,11 @@ func (m *mappedPages) look(tx *bbolt.Tx) {
 	// busy machine for as long as it takes to map gigabytes.
 	m.looking.Lock()
 	defer m.looking.Unlock()
-	size, page, least := tx.Size(), int64(os.Getpagesize()), m.least
+	size, page, most, least := tx.Size(), int64(os.Getpagesize()), m.most, m.least
 	if size >= m.large {
-		least /= 2
+		most, least = most-most/8, least/2
 	}
-	if resident, files, ok := m.memory.read(); !ok || resident <= m.most || files <= least {
+	if resident, files, ok := m.memory.read(); !ok || resident <= most || files <= least {
 		return
 	}
 	if m.hand >= size {
