@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -345,6 +346,29 @@ func TestVotersEven(t *testing.T) {
 	}
 	if err != nil || voters != 3 {
 		t.Errorf("%d nodes vote, %v", voters, err)
+	}
+}
+
+// A node that comes back alone from hours in the dark says how old what it serves may be:
+// since a leader was heard of, and not since it started.
+func TestAgeOfWhatASurvivorServes(t *testing.T) {
+	nodes := three(t)
+	one := nodes[0]
+	p := one.push("library/app", "v1", content(97, 1000))
+	one.pull(p, "v1")
+	for _, n := range nodes {
+		must(t, n.stop())
+	}
+	const dark = 5 * time.Hour
+	one = one.again(func(c *Config) { c.clock = func() time.Time { return time.Now().Add(dark) } })
+	a := one.do("GET", "/v2/library/app/manifests/v1", nil).want(http.StatusOK)
+	if age, err := strconv.Atoi(a.Header.Get("Atoll-Stale")); err != nil || age < int(dark/time.Second) || age > int(dark/time.Second)+600 {
+		t.Errorf("the answer is stale by %q seconds", a.Header.Get("Atoll-Stale"))
+	}
+	var s peers.Status
+	one.do("GET", "/api/atoll/v1/cluster", nil).want(http.StatusOK).decode(&s)
+	if s.StaleSeconds < int64(dark/time.Second) || !strings.Contains(strings.Join(s.Advice, "\n"), "no leader has confirmed what this node serves for 5h") {
+		t.Errorf("stale by %d seconds, advice %q", s.StaleSeconds, s.Advice)
 	}
 }
 

@@ -177,6 +177,12 @@ func (n *Node) bootstrap(cfg *raft.Config, logs raft.LogStore, stable raft.Stabl
 	return nil
 }
 
+// unconfirmed is how many entries of the log nobody has told this node to be committed.
+func (in *instance) unconfirmed() uint64 {
+	known := max(in.CommitIndex(), in.AppliedIndex(), in.machine.Applied())
+	return max(in.LastIndex(), known) - known
+}
+
 // servers is raft's newest configuration, committed or not.
 func (in *instance) servers() []raft.Server {
 	return in.GetConfiguration().Configuration().Servers

@@ -187,7 +187,8 @@ type Node struct {
 	duties   map[string]Duty
 	altering sync.Mutex // held while the identity on disk changes; taken before mu
 	begun    time.Time
-	run      string // of this process: two that run as one node differ in it
+	before   time.Time // when an earlier run last heard of a leader; zero: not known
+	run      string    // of this process: two that run as one node differ in it
 	ready    chan struct{}
 	ran      atomic.Bool
 }
@@ -227,6 +228,7 @@ func New(cfg Config, identity Identity) (*Node, error) {
 	if err := n.become(identity); err != nil {
 		return nil, err
 	}
+	n.before = n.recallContact()
 	n.client = n.newClient()
 	if n.gossip, err = gossip.New(gossip.Config{
 		Self: identity.NodeID, Network: cfg.Network, Hint: n.hint, Interval: cfg.Timings.Probe, Log: cfg.Log, Registry: cfg.Registry,

@@ -1,9 +1,14 @@
 package member
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -346,14 +351,66 @@ func (n *Node) confirmTerm(ctx context.Context, in *instance, term uint64) error
 	return nil
 }
 
-// LastContact is when this node last heard of a leader.
+// LastContact is when this node last heard of a leader, in an earlier run if not in this
+// one; zero when that is not known.
 func (n *Node) LastContact() time.Time {
 	in := n.raft.Load()
 	if in == nil {
-		return time.Time{}
+		return n.before
 	}
 	if in.State() == raft.Leader {
 		return time.Now()
 	}
-	return in.LastContact()
+	if at := in.LastContact(); at.After(n.before) {
+		return at
+	}
+	return n.before
+}
+
+// contactFile, in the directory raft, says when this node last heard of a leader: Unix
+// milliseconds (8 bytes, big-endian) and their CRC-32C. A node that comes back alone
+// would else take what it serves for as new as its own start. It is written in place and
+// never synced: after a power cut it is some seconds old or cannot be read.
+const (
+	contactFile  = "contact"
+	contactBytes = 12
+	contactEvery = 5 * time.Second
+)
+
+func encodeContact(at time.Time) []byte {
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, contactBytes), uint64(at.UnixMilli()))
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+}
+
+// recallContact gives the last contact of an earlier run as a moment of this one's
+// monotonic clock; zero when nothing says it. A clock that is behind it cannot tell how
+// long ago that was.
+func (n *Node) recallContact() time.Time {
+	stored, err := os.ReadFile(filepath.Join(n.raftDir(), contactFile))
+	if err != nil || len(stored) != contactBytes {
+		return time.Time{}
+	}
+	at := time.UnixMilli(int64(binary.BigEndian.Uint64(stored)))
+	if !bytes.Equal(encodeContact(at), stored) {
+		return time.Time{}
+	}
+	return time.Now().Add(-max(0, n.Now().Sub(at)))
+}
+
+// rememberContact keeps the last contact for the next run.
+func (n *Node) rememberContact(ctx context.Context) error {
+	f, err := os.OpenFile(filepath.Join(n.raftDir(), contactFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		n.log.Info("the next start will not know when this node last heard of a leader", "error", err)
+		return nil // a full disk serves pulls
+	}
+	defer f.Close()
+	for more := true; more; {
+		more = sleep(ctx, contactEvery)
+		if at := n.LastContact(); !at.IsZero() {
+			// One that cannot be written is an old one.
+			_, _ = f.WriteAt(encodeContact(n.Now().Add(-time.Since(at))), 0)
+		}
+	}
+	return nil
 }

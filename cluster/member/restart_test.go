@@ -254,6 +254,56 @@ func TestASurvivorServesWhatWasAcknowledged(t *testing.T) {
 	})
 }
 
+// A site loses its power and is dark for hours. Who comes back alone says for how long it
+// has heard of no leader, that time and not the time since its own start, and how much of
+// its log it cannot serve.
+func TestASurvivorSaysHowStaleItIs(t *testing.T) {
+	const dark = 5 * time.Hour
+	for _, unmarked := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			c := clustertest.New(t, clustertest.Options{Define: withWords})
+			nodes := c.Grow(3)
+			const words = 40
+			say(t, c.Leader(), 0, words)
+			n := c.Others(c.Leader())[0]
+			c.Await("it serves all", func() bool { return said(n, words) })
+			<-time.After(10 * time.Second)
+			// The first is on the disk at once, the others when the power is gone.
+			say(t, c.Leader(), words, words+3)
+			<-time.After(80 * time.Millisecond) // the follower has heard that they are committed
+			c.Blackout()
+			if unmarked {
+				if err := os.Remove(logFile(n) + ".committed"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			<-time.After(dark)
+			n.Start()
+			<-time.After(time.Minute)
+			fresh, err := n.DB.Confirmed(t.Context(), func(*table.View) error { return nil })
+			if err != nil || !fresh.Stale || fresh.Age < dark || fresh.Age > dark+2*time.Minute {
+				t.Errorf("after %v in the dark it says %+v, %v", dark, fresh, err)
+			}
+			s, err := n.Status(t.Context())
+			if err != nil || s.Quorum || time.Since(s.LastContact) < dark || time.Since(s.LastContact) > dark+2*time.Minute {
+				t.Errorf("its status says %v, %v", time.Since(s.LastContact), err)
+			}
+			if lacks := !said(n, words+3); lacks != unmarked || (s.Unconfirmed > 0) != lacks || s.Unconfirmed > 3 {
+				t.Errorf("without the mark %v: it lacks the last words: %v, and says that %d entries are not confirmed", unmarked, lacks, s.Unconfirmed)
+			}
+			for _, other := range nodes {
+				if other != n {
+					other.Start()
+				}
+			}
+			c.Await("nothing is lost and all is confirmed", func() bool {
+				s, err := n.Status(t.Context())
+				return err == nil && s.Quorum && s.Unconfirmed == 0 && said(n, words+3)
+			})
+		})
+	}
+}
+
 // A lone voter needs nobody to know what is committed: all that it acknowledged.
 func TestALoneNodeLosesNothingAcknowledged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

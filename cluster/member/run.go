@@ -69,7 +69,7 @@ func (n *Node) Run(ctx context.Context) error {
 		func(ctx context.Context) error { return n.noticeSilence(ctx, in) },
 		func(ctx context.Context) error { return n.snapshotWhenDue(ctx, in) },
 		func(ctx context.Context) error { return n.giveWay(ctx, in) },
-		n.gossip.Run, n.watchPeers, n.publish, n.renew, n.holdKeys,
+		n.gossip.Run, n.watchPeers, n.publish, n.renew, n.holdKeys, n.rememberContact,
 		func(ctx context.Context) error { return n.standAside(ctx, in) },
 		func(ctx context.Context) error { return n.start(ctx, in) },
 		func(ctx context.Context) error {

@@ -26,8 +26,12 @@ type Status struct {
 	Applied uint64 // revision of this node's state
 	// Quorum: a majority of the voters has just confirmed the leader.
 	Quorum bool
-	// LastContact is when this node last heard of a leader.
+	// LastContact is when this node last heard of a leader, in an earlier run if not in
+	// this one; zero when that is not known.
 	LastContact time.Time
+	// Unconfirmed is how many entries this node's log has behind its state, of which it
+	// does not know that they are committed: it serves them when a leader says so.
+	Unconfirmed uint64
 	Members     []MemberStatus // by time of joining
 	// Epoch is the site's recovery epoch as this node has it; Fenced says why the
 	// node takes no part in the site, nil while it does; Strays are the peers that
@@ -85,7 +89,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	s := Status{
 		KeyProvider: n.cfg.Keys.Provider(),
 		Self:        n.Self(), Leader: n.Leader(), Term: in.CurrentTerm(), Applied: in.machine.Applied(),
-		Quorum: unconfirmed == nil, LastContact: n.LastContact(),
+		Quorum: unconfirmed == nil, LastContact: n.LastContact(), Unconfirmed: in.unconfirmed(),
 		Epoch: n.cfg.Epoch.Epoch(), Fenced: n.cfg.Epoch.Err(), Strays: n.cfg.Epoch.Strays(),
 	}
 	if err := n.db.View(func(v *table.View) (err error) {

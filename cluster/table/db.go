@@ -31,7 +31,7 @@ type Backend interface {
 }
 
 // contact is what a Backend may also have: the last time that a leader was
-// heard of.
+// heard of, before this process began if not since; zero when that is not known.
 type contact interface{ LastContact() time.Time }
 
 // ownIndexer is what a Backend may also have: a read index that takes no message
@@ -55,7 +55,8 @@ type DB struct {
 	rounds   rounds
 	// lane lets Updates that lost several times go one at a time.
 	lane    chan struct{}
-	contact atomic.Pointer[time.Time] // when a leader last confirmed something
+	contact atomic.Pointer[time.Time] // when a leader last confirmed something; zero: not yet
+	began   time.Time
 }
 
 // New gives a DB over an engine. Tables are defined on it, then it is built.
@@ -67,9 +68,10 @@ func New(engine kv.Engine, log *slog.Logger) *DB {
 		patience: leaderWait,
 		tables:   make(map[string]*definition),
 		lane:     make(chan struct{}, 1),
+		began:    time.Now(),
 	}
 	db.progress.init()
-	db.heard(time.Now())
+	db.heard(time.Time{})
 	return db
 }
 

@@ -97,7 +97,7 @@ func (db *DB) confirm(ctx context.Context) error {
 	ask, cancel := context.WithTimeout(ctx, confirmWait)
 	defer cancel()
 	var patience time.Duration
-	if time.Since(db.lastContact()) < db.patience {
+	if time.Since(db.lastContact()) < db.patience || time.Since(db.began) < db.patience {
 		patience = confirmWait // an election may be about to end
 	}
 	index, err := db.askLeader(ask, patience)
@@ -159,6 +159,8 @@ func (db *DB) askLeader(ctx context.Context, patience time.Duration) (uint64, er
 	}
 }
 
+// lastContact is when a leader was last heard of. A process to which nobody says so has
+// heard of one when it began: it cannot know better.
 func (db *DB) lastContact() time.Time {
 	last := *db.contact.Load()
 	if b := db.backend.Load(); b != nil {
@@ -167,6 +169,9 @@ func (db *DB) lastContact() time.Time {
 				last = t
 			}
 		}
+	}
+	if last.IsZero() {
+		return db.began
 	}
 	return last
 }

@@ -29,11 +29,16 @@ type JoinToken struct {
 
 // Status of the site's cluster as one node sees it.
 type Status struct {
-	Site            string       `json:"site"`
-	Self            string       `json:"self"` // node id of the node that answers
-	Leader          string       `json:"leader"`
-	Term            uint64       `json:"term"`
-	Quorum          bool         `json:"quorum"`
+	Site   string `json:"site"`
+	Self   string `json:"self"` // node id of the node that answers
+	Leader string `json:"leader"`
+	Term   uint64 `json:"term"`
+	Quorum bool   `json:"quorum"`
+	// StaleSeconds is for how long no leader has confirmed what this node serves; 0
+	// while one does. Unconfirmed is how many changes its log has that it cannot serve
+	// yet, because it does not know that the site agreed on them.
+	StaleSeconds    int64        `json:"stale_seconds"`
+	Unconfirmed     uint64       `json:"unconfirmed"`
 	Nodes           []NodeStatus `json:"nodes"`
 	Blobs           int          `json:"blobs"`
 	UnderReplicated int          `json:"under_replicated"` // on fewer nodes than they should be
@@ -205,6 +210,12 @@ func (p *Peers) Status(ctx context.Context) (Status, error) {
 	if s.Fenced != nil {
 		out.Fenced = s.Fenced.Error()
 	}
+	if !s.Quorum {
+		out.Unconfirmed = s.Unconfirmed
+		if !s.LastContact.IsZero() {
+			out.StaleSeconds = int64(time.Since(s.LastContact) / time.Second)
+		}
+	}
 	for _, m := range s.Members {
 		out.Nodes = append(out.Nodes, nodeStatus(m))
 	}
@@ -272,6 +283,7 @@ func advise(out Status, s member.Status, now time.Time) []string {
 		advice = append(advice, "no leader at the moment: the nodes that are up are electing one; pulls go on, pushes wait for it")
 	default:
 		advice = append(advice, "no quorum: pulls go on, pushes are refused; bring back enough of the nodes that are down; if most voters are gone for good: stop this node, then atoll cluster recover")
+		advice = append(advice, staleness(out)...)
 	}
 	for _, n := range out.Nodes {
 		if !n.Up {
@@ -330,6 +342,21 @@ func advise(out Status, s member.Status, now time.Time) []string {
 		advice = append(advice, fmt.Sprintf("%d blobs are on fewer nodes than they should be; they are copied as soon as nodes are up", out.UnderReplicated))
 	}
 	return advice
+}
+
+// staleness says how old what a node serves may be that hears of no leader.
+func staleness(s Status) []string {
+	var parts []string
+	if s.StaleSeconds > 0 {
+		parts = append(parts, fmt.Sprintf("no leader has confirmed what this node serves for %v", time.Duration(s.StaleSeconds)*time.Second))
+	}
+	if s.Unconfirmed > 0 {
+		parts = append(parts, fmt.Sprintf("its log has %d more changes that it does not serve yet, because only a quorum knows whether the site agreed on them", s.Unconfirmed))
+	}
+	if len(parts) == 0 {
+		return nil
+	}
+	return []string{strings.Join(parts, "; ")}
 }
 
 var _ blobs.Copies = (*Peers)(nil)
