@@ -96,7 +96,7 @@ func (p *Peers) root(d digest.Digest) (root []byte, err error) {
 func (p *Peers) askForRoot(ctx context.Context, d digest.Digest) []byte {
 	ctx, cancel := context.WithTimeout(ctx, rootPatience)
 	defer cancel()
-	for _, peer := range (candidates{p}).Candidates(ctx, d) {
+	for _, peer := range (candidates{p}).ordered(d, nil) { // one after the other: none that may be down
 		var answer rootAnswer
 		if err := p.call(ctx, peer.ID, "root", rootRequest{Digest: d}, &answer); err != nil {
 			p.Log.Debug("asked for a piece root", "blob", d, "node", peer.ID, "err", err)
@@ -157,19 +157,36 @@ func (s source) Pieces(ctx context.Context, d digest.Digest) (transfer.PieceTabl
 }
 
 // candidates are the live peers: those that answer before those that are suspect, the
-// nearest of them first, and of equally near ones those that should hold the blob.
+// nearest of them first, and of equally near ones those that should hold the blob. While
+// there are none, those of which nothing has been heard yet.
 type candidates struct{ *Peers }
+
+// unheard is for how long a peer is asked that gives no sign of life. Who has just
+// started has heard of nobody yet, and must not say that nobody holds a blob.
+const unheard = 3 * time.Second
 
 // Candidates implements transfer.Peers.
 func (c candidates) Candidates(_ context.Context, d digest.Digest) []transfer.Peer {
+	if len(c.others()) > 0 {
+		return c.ordered(d, nil)
+	}
+	return c.ordered(d, c.silent())
+}
+
+func (c candidates) ordered(d digest.Digest, silent []member.Member) []transfer.Peer {
 	others, here := c.others(), c.place()
-	order := placement(d, ids(others))
 	suspects := map[string]int{} // 1 for those that are; asked once, so that the order is one
 	for _, m := range others {
 		if c.Roster.Suspect(m.ID) {
 			suspects[m.ID] = 1
 		}
 	}
+	for _, m := range silent {
+		if !slices.ContainsFunc(others, func(o member.Member) bool { return o.ID == m.ID }) { // else it was heard of meanwhile
+			others = append(others, m)
+		}
+	}
+	order := placement(d, ids(others))
 	slices.SortFunc(others, func(a, b member.Member) int {
 		return cmp.Or(
 			suspects[a.ID]-suspects[b.ID],
@@ -180,6 +197,26 @@ func (c candidates) Candidates(_ context.Context, d digest.Digest) []transfer.Pe
 	out := make([]transfer.Peer, len(others))
 	for i, m := range others {
 		out[i] = transfer.Peer{ID: m.ID, Addr: m.Addr}
+	}
+	return out
+}
+
+// silent are the members that are not live and may be all the same: they went, or came to
+// be known of, just now.
+func (p *Peers) silent() (out []member.Member) {
+	live := p.Roster.Live()
+	err := p.DB.View(func(v *table.View) error {
+		members, err := p.Roster.Members(v)
+		for _, m := range members {
+			isLive := slices.ContainsFunc(live, func(o member.Member) bool { return o.ID == m.ID })
+			if since, down := p.Roster.DownSince(m.ID); !isLive && (!down || time.Since(since) < unheard) {
+				out = append(out, m)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		p.Log.Debug("reading the members", "err", err)
 	}
 	return out
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/atoll-registry/atoll/cluster/table"
+	"github.com/atoll-registry/atoll/node/fault"
 	"github.com/atoll-registry/atoll/transfer"
 	"github.com/atoll-registry/atoll/transfer/peernet"
 )
@@ -53,6 +54,27 @@ func (w *ways) Received(f transfer.Flow, n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.bytes[f.Way] += n
+}
+
+// A node that has just started has heard of nobody. It asks them all the same before it
+// says that nobody holds a blob; after a moment it does not.
+func TestAFetchBeforeAnybodyWasHeardOf(t *testing.T) {
+	s := newSite(t, 2)
+	holder, starts := s.nodes[0], s.nodes[1]
+	hears := func(since time.Time) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		starts.deaf = since
+	}
+	hears(time.Now().Add(-unheard)) // nor does its repair find anybody
+	s.run()
+	content := bytes.Repeat([]byte("early"), 1000)
+	d := s.put(content, holder)
+	if _, err := starts.Open(t.Context(), d, int64(len(content))); !fault.Is(err, fault.Unavailable) {
+		t.Errorf("of a blob on a node that is down: %v", err)
+	}
+	hears(time.Now())
+	pulled(t, starts, d, content)
 }
 
 // The setting decides how blobs move, by what they are moved for and the projects that

@@ -54,6 +54,7 @@ type node struct {
 	row        member.Member        // under site.mu
 	sees       func(*member.Member) // changes what this node sees of a row; nil: nothing
 	gone       time.Time            // since when down is what it is
+	deaf       time.Time            // under site.mu: since when it hears of nobody; zero: it does
 	suspects   string               // whom it cannot reach itself
 	lacksSwarm bool                 // it does not know the BitTorrent service
 	listeners  map[byte]*pipes
@@ -177,7 +178,7 @@ func (n *node) Live() (live []member.Member) {
 	n.site.mu.Lock()
 	defer n.site.mu.Unlock()
 	for _, o := range n.site.nodes {
-		if o == n || !o.down && !n.down {
+		if o == n || !o.down && !n.down && n.deaf.IsZero() {
 			live = append(live, n.seen(o.row))
 		}
 	}
@@ -198,6 +199,9 @@ func (n *node) DownSince(id string) (time.Time, bool) {
 	for _, o := range n.site.nodes {
 		if o.id == id && o != n && o.down {
 			return o.gone, true
+		}
+		if o.id == id && o != n && !n.deaf.IsZero() {
+			return n.deaf, true
 		}
 	}
 	return time.Time{}, false
