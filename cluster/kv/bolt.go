@@ -67,6 +67,9 @@ func openBolt(path string) (*bbolt.DB, error) {
 	// waits for a write would wait for ever. Mapping much at once costs only
 	// addresses, of which a 64-bit machine has plenty.
 	options.InitialMmapSize = mapped
+	if err := createBolt(path); err != nil {
+		return nil, fmt.Errorf("open the state engine: %w", err)
+	}
 	db, err := bbolt.Open(path, 0o600, &options)
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
@@ -80,6 +83,32 @@ func openBolt(path string) (*bbolt.DB, error) {
 		return nil, errors.Join(fmt.Errorf("open the state engine %s: %w", path, err), db.Close())
 	}
 	return db, nil
+}
+
+// createBolt makes a file of bbolt, if there is none, that is whole from when it has its
+// name on: bbolt begins one with a write, and what a power cut leaves of that it refuses to
+// open ever after.
+func createBolt(path string) error {
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	first := path + ".first"
+	if err := os.Remove(first); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	options := *bbolt.DefaultOptions
+	options.Timeout = time.Second
+	db, err := bbolt.Open(first, 0o600, &options)
+	if err != nil {
+		return err
+	}
+	if err := db.Close(); err != nil { // it synced what it wrote
+		return err
+	}
+	if err := os.Rename(first, path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
 }
 
 // prepare makes the buckets of a new file and checks the format of an old one

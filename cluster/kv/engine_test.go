@@ -336,3 +336,28 @@ func TestReadersAreUsedAgain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What a power cut leaves of a file that is just being made is no file yet: the next
+// start makes it anew.
+func TestFileThatWasNeverWhole(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "meta.db")
+	open := func() {
+		t.Helper()
+		e, err := OpenBolt(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(path+".first", make([]byte, 15360), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open()
+	open()
+	names, err := os.ReadDir(filepath.Dir(path))
+	if err != nil || len(names) != 1 || names[0].Name() != "meta.db" {
+		t.Errorf("there are %v, %v; want the state alone", names, err)
+	}
+}

@@ -99,6 +99,9 @@ var (
 func OpenLog(path string) (*Log, error) {
 	options := *bbolt.DefaultOptions
 	options.Timeout = time.Second
+	if err := createBolt(path); err != nil {
+		return nil, fmt.Errorf("opening the log %s: %w", path, err)
+	}
 	db, err := bbolt.Open(path, 0o600, &options)
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s is in use: another process runs on this data directory", path)
