@@ -141,7 +141,7 @@ func (s scene) judge(ctx context.Context, binary, dir, boot string) (err error) 
 	if err := s.lay(data, boot); err != nil {
 		return err
 	}
-	n, err := start(ctx, lone(), data, binary)
+	n, err := start(ctx, elsewhere(), data, binary)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -32,6 +33,15 @@ type seat struct {
 
 // lone founds a site of its own.
 func lone() seat { return seat{"power", "127.0.0.1:0", []string{"--init"}} }
+
+// elsewhere is the same node started again, at a loopback address of its own: others that
+// are started again meanwhile are the same node, too, and where the state says that it
+// is reached one of them might be found, as a second machine with its disk.
+func elsewhere() seat {
+	s := lone()
+	s.peers = fmt.Sprintf("127.%d.%d.%d:0", 1+rand.IntN(250), rand.IntN(256), 1+rand.IntN(254))
+	return s
+}
 
 // Snapshots are taken and the log is cut so soon that a recording has both.
 const (
