@@ -543,3 +543,26 @@ func TestBehindAsksOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// sized says that its state is as large as it is told.
+type sized struct {
+	Engine
+	size int64
+}
+
+func (s sized) Size() int64 { return s.size }
+
+// Over a large state a layer is full much sooner: a flush of it maps little.
+func TestLayersOverALargeStateAreSmall(t *testing.T) {
+	for size, want := range map[int64]bool{largeFile - 1: false, largeFile: true} {
+		e := newBehind(sized{NewMemory(), size}, time.Hour, layerSize{layerBytes, layerUpdates})
+		e.mu.Lock()
+		e.active = &layer{layerSize: layerSize{bytes: layerBytesLarge, updates: 1}}
+		full := e.full()
+		e.active = &layer{}
+		e.mu.Unlock()
+		if err := e.Close(); err != nil || full != want {
+			t.Errorf("over a state of %d bytes a layer of %d is full: %v, want %v (%v)", size, layerBytesLarge, full, want, err)
+		}
+	}
+}
