@@ -390,6 +390,7 @@ func (m *mappedPages) close() { m.memory.close() }
 type boltTx struct {
 	tx      *bbolt.Tx
 	buckets [spaces]*bbolt.Bucket
+	cursors [spaces]*bbolt.Cursor // see lookup
 	groups  []group
 	growths *growths // nil unless it writes
 	mapped  *mappedPages
@@ -490,7 +491,24 @@ func (t *boltTx) Lookup(s Space, key []byte) []byte {
 	if s == rows {
 		return t.lookupRow(key)
 	}
-	return t.bucket(s).Get(key)
+	return t.lookup(t.bucket(s), &t.cursors[s], key)
+}
+
+// lookup is Get of a bucket for which there is a cursor at hand: Get makes one for each
+// key, and with it the list of the pages on the way. In a transaction that writes, the
+// pages of a cursor are soon those of before.
+func (t *boltTx) lookup(b *bbolt.Bucket, at **bbolt.Cursor, key []byte) []byte {
+	if t.growths != nil {
+		return b.Get(key)
+	}
+	if *at == nil {
+		*at = b.Cursor()
+	}
+	k, v := (*at).Seek(key)
+	if !bytes.Equal(k, key) {
+		return nil
+	}
+	return v
 }
 
 func (t *boltTx) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {

@@ -32,7 +32,8 @@ func splitGroup(key []byte) (prefix, rest []byte, ok bool) {
 type group struct {
 	prefix []byte
 	bucket *bbolt.Bucket
-	growth *growth // nil unless the transaction writes
+	cursor *bbolt.Cursor // see lookup
+	growth *growth       // nil unless the transaction writes
 }
 
 // group opens a group; nil when there is none and none is to be created.
@@ -65,11 +66,11 @@ func (t *boltTx) group(prefix []byte, create bool) (*group, error) {
 func (t *boltTx) lookupRow(key []byte) []byte {
 	prefix, rest, ok := splitGroup(key)
 	if !ok {
-		return t.bucket(rows).Get(key)
+		return t.lookup(t.bucket(rows), &t.cursors[rows], key)
 	}
 	// Only making a group can fail.
 	if g, _ := t.group(prefix, false); g != nil {
-		return g.bucket.Get(rest)
+		return t.lookup(g.bucket, &g.cursor, rest)
 	}
 	return nil
 }

@@ -254,3 +254,38 @@ func TestLogsHaveNumbers(t *testing.T) {
 		})
 	}
 }
+
+// A push looks for some twenty rows, a pull for a few: what each costs the collector is
+// paid by all.
+func TestLookingForARowMakesNoGarbage(t *testing.T) {
+	engine, err := OpenBolt(filepath.Join(t.TempDir(), "meta.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	key := func(i int) []byte { return fmt.Appendf(nil, "boat\x00%05d", i) }
+	if err := engine.Update(func(w Writer) error {
+		for i := range 5000 { // three levels of pages
+			if err := w.Set(rows, key(2*i), encodeRow(1, 1, bytes.Repeat([]byte("v"), 100))); err != nil {
+				return err
+			}
+		}
+		return w.Set(rows, []byte("alone"), encodeRow(1, 1, nil))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	state, err := engine.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer state.Release()
+	for _, key := range [][]byte{key(500), key(9998), key(501), key(9999), []byte("alone"), []byte("none"), []byte("boat\x00"), []byte("fleet\x001")} {
+		there := string(key) == "alone" || len(key) == 10 && key[9]%2 == 0
+		if got := state.Lookup(rows, key) != nil; got != there {
+			t.Errorf("%q is there: %v", key, got)
+		}
+		if n := testing.AllocsPerRun(100, func() { state.Lookup(rows, key) }); n > 0 && key[0] != 'f' {
+			t.Errorf("looking for %q allocates %v times", key, n)
+		}
+	}
+}
