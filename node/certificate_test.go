@@ -153,3 +153,15 @@ func TestAnOldCertificateServesWhileNobodyRenewsIt(t *testing.T) {
 		}
 	})
 }
+
+// A node whose clients ask for nothing gets a newer certificate in time: when the first
+// one asks, nobody may be there who could make it.
+func TestACertificateIsRenewedWithoutClients(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := keeps(t, &site{t: t, leader: true})
+		<-time.After(21 * 24 * time.Hour)
+		if got := c.shown().SerialNumber.Int64(); got != 2 {
+			t.Errorf("after three weeks of 30 days there is certificate %d", got)
+		}
+	})
+}

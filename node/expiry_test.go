@@ -80,11 +80,13 @@ func TestNodeCertificateExpires(t *testing.T) {
 	name := filepath.Join(n.Data, "identity.json")
 	must(t, os.Rename(name, name+".kept"))
 	must(t, os.Mkdir(name, 0o700))
-	ends := n.member.Certificate().Leaf.NotAfter
+	date := n.member.Certificate().Leaf.NotAfter.Format(time.DateOnly)
 	wall.pass(pki.NodeLife - 10*day)
-	n.shows("node-certificate-expiring", "warning", "", "the certificate by which other nodes know this one ends on "+ends.Format(time.DateOnly))
+	n.shows("node-certificate-expiring", "warning", "", "the certificate by which other nodes know this one ends on "+date)
+	n.shows("node-certificate-expiring", "warning", "", "the certificate of node "+n.config.Name+" ends on "+date+" and was not renewed")
 	wall.pass(11 * day)
-	n.shows("node-certificate-expiring", "critical", "redis", "the certificate by which other nodes know this one has ended on "+ends.Format(time.DateOnly))
+	n.shows("node-certificate-expiring", "critical", "redis", "the certificate by which other nodes know this one has ended on "+date)
+	n.shows("node-certificate-expiring", "critical", "redis", "the certificate of node "+n.config.Name+" has ended on "+date+" and was not renewed")
 	if _, parts := n.components(); parts["portal"] != "healthy" {
 		t.Errorf("health of what clients see: %v", parts)
 	}

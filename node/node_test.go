@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
+	"github.com/atoll-registry/atoll/cluster/member"
 	"github.com/atoll-registry/atoll/node/fault"
 )
 
@@ -286,4 +288,11 @@ func TestRequestUnderWayFinishes(t *testing.T) {
 		t.Fatal(err)
 	}
 	done()
+}
+
+// A log that is lost in part is found while the node starts: it ends as one without a log.
+func TestEndOfANodeThatLostItsLog(t *testing.T) {
+	if err := ended(fmt.Errorf("%w: put it back", member.ErrLogLost), "data"); !fault.Is(err, fault.Conflict) || !strings.Contains(err.Error(), "put it back") {
+		t.Error(err)
+	}
 }

@@ -91,7 +91,8 @@ func TestPositionAfterRestore(t *testing.T) {
 	if err := m.engine.Read(func(c Content) error { return WriteSnapshot(&stream, c) }); err != nil {
 		t.Fatal(err)
 	}
-	other := newTestMachine(t, NewMemory())
+	path := filepath.Join(t.TempDir(), "state.db")
+	e, other := reopen(t, nil, path)
 	if err := other.Restore(io.NopCloser(&stream)); err != nil {
 		t.Fatal(err)
 	}
@@ -99,6 +100,18 @@ func TestPositionAfterRestore(t *testing.T) {
 	if other.Logged() != 0 {
 		t.Errorf("%d bytes of log since a snapshot that was just restored", other.Logged())
 	}
+	// Who restored it may know where it ends.
+	want := Position{Index: 2, Term: 1, From: 2, Changed: 1, Members: []byte("one")}
+	elsewhere := want
+	elsewhere.Index, elsewhere.Term = 3, 2
+	for _, p := range []Position{want, elsewhere} {
+		if err := other.Place(p); err != nil {
+			t.Fatal(err)
+		}
+		wantPosition(t, other, want)
+	}
+	_, other = reopen(t, e, path)
+	wantPosition(t, other, want)
 }
 
 // What a batch did not write is not in the position either.

@@ -73,9 +73,9 @@ func openLog(t *testing.T, n *clustertest.Node) (log *kv.Log, done func()) {
 	}
 }
 
-// tear cuts the compressed entries up to one short, so that nobody can read them,
-// and says how many those are.
-func tear(t *testing.T, n *clustertest.Node, upto uint64) (torn int) {
+// tear cuts the compressed entries behind one, up to another, short, so that nobody can
+// read them, and says how many those are.
+func tear(t *testing.T, n *clustertest.Node, after, upto uint64) (torn int) {
 	t.Helper()
 	db, err := bbolt.Open(logFile(n), 0o600, nil)
 	if err != nil {
@@ -83,7 +83,7 @@ func tear(t *testing.T, n *clustertest.Node, upto uint64) (torn int) {
 	}
 	err = db.Update(func(tx *bbolt.Tx) error {
 		b := tx.Bucket([]byte("log"))
-		for i := range upto {
+		for i := after; i < upto; i++ {
 			key := binary.BigEndian.AppendUint64(nil, i+1)
 			stored := bytes.Clone(b.Get(key))
 			if len(stored) < 2 || stored[1] != 1 {
@@ -100,6 +100,40 @@ func tear(t *testing.T, n *clustertest.Node, upto uint64) (torn int) {
 		t.Fatal(err)
 	}
 	return torn
+}
+
+// add puts one more command into the log of a node that is down.
+func add(t *testing.T, n *clustertest.Node, data string) (index uint64) {
+	t.Helper()
+	log, done := openLog(t, n)
+	defer done()
+	last, err := log.LastIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	term, err := log.GetUint64([]byte("CurrentTerm"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := log.StoreLog(&raft.Log{Index: last + 1, Term: term, Type: raft.LogCommand, Data: []byte(data)}); err != nil {
+		t.Fatal(err)
+	}
+	return last + 1
+}
+
+// keep gives the way to put a file back as it is now.
+func keep(t *testing.T, name string) (putBack func()) {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		t.Helper()
+		if err := os.WriteFile(name, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // entries gives all entries of a node that is down.
@@ -134,7 +168,7 @@ func TestAStartBeginsBehindTheState(t *testing.T) {
 		n := c.Found()
 		say(t, n, 0, 200)
 		n.Stop() // all of the state is on the disk
-		if torn := tear(t, n, 190); torn < 100 {
+		if torn := tear(t, n, 0, 190); torn < 100 {
 			t.Fatalf("only %d entries were torn", torn)
 		}
 		log, done := openLog(t, n)
@@ -168,17 +202,11 @@ func TestAStartAppliesWhatTheStateLacks(t *testing.T) {
 		n := c.Found()
 		say(t, n, 0, 50)
 		n.Kill()
-		file := filepath.Join(n.Dir, "meta.db")
-		old, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		putBack := keep(t, filepath.Join(n.Dir, "meta.db"))
 		n.Start()
 		say(t, n, 50, 120)
 		n.Kill()
-		if err := os.WriteFile(file, old, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		putBack()
 		n.Start()
 		c.Await("the state has all of the log", func() bool { return said(n, 120) })
 	})
@@ -387,7 +415,6 @@ func TestAStartKeepsTheMembership(t *testing.T) {
 	})
 }
 
-// An entry that this version cannot read stops the node, at every start.
 // Raft keeps its first term before its first entry; the power may go between.
 func TestAFoundingThatWasCutOffGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -416,25 +443,14 @@ func TestAFoundingThatWasCutOffGoesOn(t *testing.T) {
 	})
 }
 
+// An entry that this version cannot read stops the node, at every start.
 func TestAnUnknownEntryHaltsEveryStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := clustertest.New(t, clustertest.Options{Define: withWords})
 		n := c.Found()
 		say(t, n, 0, 30)
 		n.Kill()
-		log, done := openLog(t, n)
-		last, err := log.LastIndex()
-		if err != nil {
-			t.Fatal(err)
-		}
-		term, err := log.GetUint64([]byte("CurrentTerm"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := log.StoreLog(&raft.Log{Index: last + 1, Term: term, Type: raft.LogCommand, Data: []byte("of the future")}); err != nil {
-			t.Fatal(err)
-		}
-		done()
+		add(t, n, "of the future")
 		for range 2 {
 			err := n.TryStart()
 			if err == nil {

@@ -13,8 +13,8 @@ import (
 	"github.com/atoll-registry/atoll/cluster/member"
 )
 
-// often takes a snapshot after every few words and cuts the log right behind it.
-var often = member.Snapshots{MinBytes: 1000, Eager: true, TrailingLogs: 2}
+// often takes a snapshot after some 40 words and cuts the log right behind it.
+var often = member.Snapshots{MinBytes: 16000, Eager: true, TrailingLogs: 2}
 
 // snapshots are the directories of a node's snapshots, by age.
 func snapshots(t *testing.T, n *clustertest.Node) []string {
@@ -29,8 +29,8 @@ func snapshots(t *testing.T, n *clustertest.Node) []string {
 // sayMuch says words up to one, with pauses in which snapshots are taken.
 func sayMuch(t *testing.T, n *clustertest.Node, to int) {
 	t.Helper()
-	for i := 0; i < to; i += 20 {
-		say(t, n, i, min(i+20, to))
+	for i := 0; i < to; i += 40 {
+		say(t, n, i, min(i+40, to))
 		<-time.After(3 * time.Second)
 	}
 }
@@ -77,6 +77,7 @@ func TestAStartWithoutItsNewestSnapshot(t *testing.T) {
 			c := clustertest.New(t, clustertest.Options{Define: withWords, Snapshots: often})
 			n := c.Found()
 			sayMuch(t, n, 80)
+			say(t, n, 80, 81) // so it is on the disk how little was logged since the snapshot
 			n.Stop()
 			row.lose(t, n)
 			log, done := openLog(t, n)
@@ -89,20 +90,29 @@ func TestAStartWithoutItsNewestSnapshot(t *testing.T) {
 				if err := n.TryStart(); err != nil {
 					t.Fatalf("%s: %v", row.name, err)
 				}
-				if !said(n, 80) {
+				if !said(n, 81) {
 					t.Errorf("%s: the state is not what it was", row.name)
 				}
 				n.Kill()
 			}
 			n.Start()
-			say(t, n, 80, 81)
+			say(t, n, 81, 82)
 			c.Join(n)
 			c.Join(n)
 			c.AwaitVoters(3)
 			for _, other := range c.Others() {
-				c.Await(row.name+": all have all", func() bool { return said(other, 81) })
+				c.Await(row.name+": all have all", func() bool { return said(other, 82) })
 			}
-			say(t, c.Leader(), 81, 82)
+			// That took one snapshot, and takes no more.
+			lead := c.Leader()
+			taken := snapshots(t, lead)
+			for i := range 5 {
+				say(t, lead, 82+i, 83+i)
+				<-time.After(3 * time.Second)
+			}
+			if now := snapshots(t, lead); len(taken) == 0 || now[len(now)-1] != taken[len(taken)-1] {
+				t.Errorf("%s: there were the snapshots %q, and now %q", row.name, taken, now)
+			}
 		})
 	}
 }
@@ -181,27 +191,16 @@ func TestALogThatEndsBeforeTheStateIsRefused(t *testing.T) {
 		say(t, c.Leader(), 0, 20)
 		old := c.Others(c.Leader())[0]
 		old.Stop()
-		put, err := os.ReadFile(logFile(old))
-		if err != nil {
-			t.Fatal(err)
-		}
+		putBack := keep(t, logFile(old))
 		old.Start()
 		say(t, nodes[0], 20, 60)
 		c.Await("it has everything", func() bool { return said(old, 60) })
 		old.Stop()
-		whole, err := os.ReadFile(logFile(old))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, row := range []struct {
-			log     []byte
-			refused bool
-		}{{put, true}, {whole, false}} {
-			if err := os.WriteFile(logFile(old), row.log, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if err := old.TryStart(); errors.Is(err, member.ErrLogLost) != row.refused {
-				t.Fatalf("%v: %v", row.refused, err)
+		putWhole := keep(t, logFile(old))
+		for i, put := range []func(){putBack, putWhole} {
+			put()
+			if err := old.TryStart(); errors.Is(err, member.ErrLogLost) != (i == 0) {
+				t.Fatalf("%d: %v", i, err)
 			}
 		}
 		c.Await("it is whole again", func() bool { return said(old, 60) })
@@ -209,32 +208,42 @@ func TestALogThatEndsBeforeTheStateIsRefused(t *testing.T) {
 }
 
 // An entry of the log that nobody can read, behind the state, ends the start with words
-// and not in a panic.
+// and not in a panic: whether it is known to be committed or not.
 func TestAnEntryThatCannotBeReadIsRefused(t *testing.T) {
+	refused := func(t *testing.T, n *clustertest.Node) {
+		t.Helper()
+		err := n.TryStart()
+		if err == nil || !strings.Contains(err.Error(), "damaged") || !strings.Contains(err.Error(), "atoll node wipe --data "+n.Dir) {
+			t.Errorf("a start on a damaged log: %v", err)
+		}
+	}
 	synctest.Test(t, func(t *testing.T) {
 		c := clustertest.New(t, clustertest.Options{Define: withWords})
 		n := c.Found()
 		say(t, n, 0, 20)
 		n.Stop()
-		state, err := os.ReadFile(filepath.Join(n.Dir, "meta.db"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		putBack := keep(t, filepath.Join(n.Dir, "meta.db"))
 		n.Start()
 		say(t, n, 20, 60)
 		n.Stop()
-		if err := os.WriteFile(filepath.Join(n.Dir, "meta.db"), state, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if torn := tear(t, n, 1000); torn < 50 {
+		putBack()
+		if torn := tear(t, n, 0, 1000); torn < 50 {
 			t.Fatal(torn)
 		}
 		if err := os.Remove(logFile(n) + ".committed"); err != nil {
 			t.Fatal(err)
 		}
-		err = n.TryStart()
-		if err == nil || !strings.Contains(err.Error(), "damaged") || !strings.Contains(err.Error(), "atoll node wipe --data "+n.Dir) {
-			t.Errorf("a start on a damaged log: %v", err)
+		refused(t, n)
+	})
+	synctest.Test(t, func(t *testing.T) {
+		c := clustertest.New(t, clustertest.Options{Define: withWords})
+		n := c.Found()
+		n.Stop()
+		damaged := add(t, n, text(0))
+		add(t, n, text(1))
+		if torn := tear(t, n, damaged-1, damaged); torn != 1 {
+			t.Fatal(torn)
 		}
+		refused(t, n)
 	})
 }

@@ -124,6 +124,7 @@ func TestHistoryOfWhatIsLeft(t *testing.T) {
 		{"none can be found", nil, "", 15, 30, at(28), "state", "", true, false},
 		{"nor who votes", nil, "", 15, 30, kv.Position{Index: 28, Term: 1, From: 28}, "gap", "", false, false},
 		{"the state came as the snapshot that is lost", nil, "", 21, 30, kv.Position{Index: 20, Term: 1, From: 20, Changed: 1, Members: members}, "state", "", true, false},
+		{"and the log is of another time", nil, "", 21, 30, kv.Position{Index: 20, Term: 2, From: 20, Changed: 1, Members: members}, "gap", "", false, false},
 		{"and nothing came since", nil, "", 1, 9, kv.Position{Index: 20, Term: 1, From: 20, Changed: 1, Members: members}, "state", "", false, false},
 		{"the state ends before the log", nil, "", 15, 30, at(12), "gap", "", false, false},
 		{"the log ends before the state", nil, "", 1, 20, at(28), "gap", "", false, false},
@@ -160,5 +161,22 @@ func TestHistoryOfWhatIsLeft(t *testing.T) {
 		if h.Wanted() != row.wanted || h.Held == row.restored {
 			t.Errorf("%s: a snapshot is wanted: %v; the state is held: %v", row.name, h.Wanted(), h.Held)
 		}
+	}
+}
+
+// A snapshot that raft cannot open is missed until another is taken.
+func TestAnotherSnapshotIsWanted(t *testing.T) {
+	h := &History{SnapshotStore: stored{unreadable: map[string]bool{"b": true}}}
+	for _, id := range []string{"a", "b"} {
+		_, source, err := h.Open(id)
+		if damaged := id == "b"; (err != nil) != damaged || h.Wanted() != damaged {
+			t.Errorf("%s is opened: %v, and another is wanted: %v", id, err, h.Wanted())
+		}
+		if err == nil {
+			source.Close()
+		}
+	}
+	if h.Taken(); h.Wanted() {
+		t.Error("another is wanted when one was taken")
 	}
 }
