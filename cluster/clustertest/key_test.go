@@ -109,7 +109,7 @@ func TestVotersHoldTheKey(t *testing.T) {
 		if held := c.holding(key); slices.Contains(held, drained.Name) {
 			t.Error("it got the key again")
 		}
-		if err := first.RotateKey(t.Context()); err != nil {
+		if _, err := first.RotateKey(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		c.Await("the key has changed and nobody is exposed", func() bool {
@@ -127,6 +127,77 @@ func TestVotersHoldTheKey(t *testing.T) {
 		if held, votes := c.holding(first.ClusterKeys()), c.voting(first); !slices.Equal(held, votes) {
 			t.Errorf("%v hold the new key and %v vote", held, votes)
 		}
+	})
+}
+
+// TestRotateKeyRepeated: a change of the key that is asked for again and again while it
+// is under way, by several nodes and at each of its steps, is one change; asked for when
+// it is over it is another.
+func TestRotateKeyRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{Define: withNotes})
+		nodes := c.Grow(3)
+		leader := c.Leader()
+		others := c.Others(leader)
+		asked, slow := others[0], others[1]
+		ask := func(n *Node, want bool) {
+			t.Helper()
+			if underWay, err := n.RotateKey(t.Context()); err != nil || underWay != want {
+				t.Errorf("%s says that it is under way already: %v, %v", n.Name, underWay, err)
+			}
+		}
+		again := func() {
+			t.Helper()
+			for range 10 {
+				ask(leader, true)
+				ask(asked, true)
+				<-time.After(300 * time.Millisecond)
+			}
+		}
+		sealing, sealed := make(chan struct{}, 1), make(chan struct{})
+		for _, n := range nodes {
+			n.Resealers(func(context.Context) error {
+				select {
+				case sealing <- struct{}{}:
+				default:
+				}
+				<-sealed
+				return nil
+			})
+		}
+		key := leader.ClusterKeys()
+		// This follower is up, as the other one says, and cannot get the next key from
+		// the leader, which waits for it.
+		c.Network.Cut(leader.Addr, slow.Addr)
+		ask(asked, false)
+		again()
+		next := bytes.TrimPrefix(leader.ClusterKeys(), key)
+		if len(next) != pki.ClusterKeySize {
+			t.Fatalf("the leader holds %d bytes of next keys", len(next))
+		}
+		c.Network.Heal(leader.Addr, slow.Addr)
+		<-sealing
+		again()
+		close(sealed)
+		over := func(key []byte) func() bool {
+			return func() bool {
+				for _, n := range nodes {
+					if s, err := n.Status(t.Context()); err != nil || s.Rekeying || bytes.Equal(n.ClusterKeys(), key) {
+						return false
+					}
+				}
+				return true
+			}
+		}
+		c.Await("the key has changed", over(key))
+		<-time.After(time.Minute) // nothing more comes of it
+		for _, n := range nodes {
+			if !bytes.Equal(n.ClusterKeys(), next) {
+				t.Errorf("%s does not hold the first next key alone", n.Name)
+			}
+		}
+		ask(asked, false)
+		c.Await("the key has changed once more", over(next))
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -55,7 +56,7 @@ func TestRotateTheAuthority(t *testing.T) {
 			nodes := c.Grow(size)
 			old, before := nodes[0].CA(), nodes[0].token()
 			for range 2 { // the second joins the first
-				if err := c.Others()[0].RotateAuthority(t.Context()); err != nil {
+				if _, err := c.Others()[0].RotateAuthority(t.Context()); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -115,7 +116,7 @@ func TestRotateWithANodeAway(t *testing.T) {
 		away.Kill()
 		for i := range 2 {
 			was := nodes[0].CA()
-			if err := nodes[0].RotateAuthority(t.Context()); err != nil {
+			if _, err := nodes[0].RotateAuthority(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			c.rotated(was)
@@ -142,7 +143,7 @@ func TestRotateThroughCrashes(t *testing.T) {
 			c := New(t, Options{Define: withNotes})
 			nodes := c.Grow(3)
 			old := nodes[0].CA()
-			if err := nodes[0].RotateAuthority(t.Context()); err != nil {
+			if _, err := nodes[0].RotateAuthority(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			<-time.After(time.Duration(i) * 400 * time.Millisecond)
@@ -173,7 +174,7 @@ func TestRenewAll(t *testing.T) {
 			for _, n := range nodes {
 				before = append(before, n.Certificate().Leaf.SerialNumber.String())
 			}
-			if err := nodes[0].RenewAll(t.Context()); err != nil {
+			if _, err := nodes[0].RenewAll(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			c.Await("every node has renewed", func() bool {
@@ -199,7 +200,7 @@ func TestRotationsRepeated(t *testing.T) {
 	certificates, ca := (*member.Node).RenewAll, (*member.Node).RotateAuthority
 	for _, row := range []struct {
 		name          string
-		begins, again func(*member.Node, context.Context) error
+		begins, again func(*member.Node, context.Context) (underWay bool, err error)
 	}{
 		{"certificates", certificates, certificates},
 		{"the CA", ca, ca},
@@ -216,6 +217,7 @@ func TestRotationsRepeated(t *testing.T) {
 				// While this follower is up, as the other one says, and does not hear of
 				// it from the leader, the rotation goes on.
 				c.Network.Cut(leader.Addr, slow.Addr)
+				var begun atomic.Int32
 				for i := range 20 {
 					rotate := row.again
 					if i == 0 {
@@ -224,13 +226,20 @@ func TestRotationsRepeated(t *testing.T) {
 					var all sync.WaitGroup
 					for _, n := range []*Node{leader, asked} {
 						all.Go(func() {
-							if err := rotate(n.Node, t.Context()); err != nil {
+							underWay, err := rotate(n.Node, t.Context())
+							if err != nil {
 								t.Errorf("%s: %v", row.name, err)
+							}
+							if !underWay {
+								begun.Add(1)
 							}
 						})
 					}
 					all.Wait()
 					<-time.After(300 * time.Millisecond)
+				}
+				if got := begun.Load(); got != 1 {
+					t.Errorf("%s: %d of those who asked were told that it begins", row.name, got)
 				}
 				if s, err := asked.Status(t.Context()); err != nil || s.Rotation.Phase == "" {
 					t.Fatalf("%s: it was over before the slow node had heard of it: %+v, %v", row.name, s.Rotation, err)
@@ -260,6 +269,29 @@ func TestRotationsRepeated(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestRenewAllBesideASilentNode: a node that has not reached another since it started does
+// not take that one, which is up, for renewing.
+func TestRenewAllBesideASilentNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(t, Options{})
+		nodes := c.Grow(3)
+		others := c.Others(c.Leader())
+		asked, silent := others[0], others[1]
+		for round := 1; round <= 2; round++ {
+			if underWay, err := asked.RenewAll(t.Context()); err != nil || underWay {
+				t.Errorf("round %d: it is under way already: %v, %v", round, underWay, err)
+			}
+			c.Await("all nodes have renewed", func() bool {
+				return !slices.ContainsFunc(nodes, func(n *Node) bool { return n.Identity().Renewal != round })
+			})
+			asked.Stop()
+			c.Network.Cut(asked.Addr, silent.Addr)
+			asked.Start()
+			c.Await("the silent one is up", func() bool { return len(asked.Live()) == 3 })
+		}
+	})
 }
 
 // TestStolen: what a stolen node held opens nothing any more, and the site runs on.

@@ -179,7 +179,7 @@ func TestUpgradeFromNodesThatProveNothing(t *testing.T) {
 		for _, n := range c.Others(leader) {
 			upgrades = append(upgrades, n.older(leader))
 		}
-		if err := leader.RotateKey(t.Context()); err != nil {
+		if _, err := leader.RotateKey(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		for range 2 { // five could vote

@@ -378,21 +378,24 @@ type Rotation struct {
 }
 
 // RotateAuthority has the site's authority replaced. When that is under way already it
-// changes nothing. The leader does it: see replaceSecrets and advance.
-func (n *Node) RotateAuthority(ctx context.Context) error {
-	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+// changes nothing, and says so. The leader does it: see replaceSecrets and advance.
+func (n *Node) RotateAuthority(ctx context.Context) (underWay bool, err error) {
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
 		rows, err := n.authorities(tx)
-		if err != nil || len(rows) > 1 {
+		if err != nil {
 			return err
 		}
 		row, err := n.secret(tx)
-		if err != nil || row.Authority {
+		if err != nil {
 			return err
+		}
+		if underWay = row.Authority || len(rows) > 1; underWay {
+			return nil
 		}
 		row.Authority = true
 		return n.rows.secrets.Put(tx, row, theSecret)
 	})
-	return err
+	return underWay, err
 }
 
 // makeAuthority makes the authority that is to follow, as the leader.
@@ -455,9 +458,10 @@ func shorten(links []byte) ([]byte, error) {
 
 // RenewAll tells every node to get itself a new certificate now. While they do so
 // already, or the authority is being replaced, which renews them all, it changes
-// nothing: asked for again and again, or by several at once, it comes to an end.
-func (n *Node) RenewAll(ctx context.Context) error {
-	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+// nothing, and says so: asked for again and again, or by several at once, it comes to an
+// end.
+func (n *Node) RenewAll(ctx context.Context) (underWay bool, err error) {
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
 		rows, err := n.authorities(tx)
 		if err != nil {
 			return err
@@ -467,17 +471,21 @@ func (n *Node) RenewAll(ctx context.Context) error {
 			return errNoAuthority
 		}
 		secret, err := n.secret(tx)
-		if err != nil || secret.Authority || len(rows) > 1 {
+		if err != nil {
 			return err
 		}
-		waiting, err := n.unready(func(_ Member, p ping) bool { return p.Renewal >= signs.Renewals })
-		if err != nil || len(waiting) > 0 {
+		// Of one that this node has not reached since it started nothing is known.
+		waiting, err := n.unready(func(_ Member, p ping) bool { return p.Node == "" || p.Renewal >= signs.Renewals })
+		if err != nil {
 			return err
+		}
+		if underWay = secret.Authority || len(rows) > 1 || len(waiting) > 0; underWay {
+			return nil
 		}
 		signs.Renewals++
 		return n.rows.authority.Put(tx, signs, theAuthority)
 	})
-	return err
+	return underWay, err
 }
 
 // advance takes the change of the authority one step further, as the leader, once

@@ -137,6 +137,9 @@ type secretRow struct {
 	Authority bool `cbor:"authority,omitempty"` // a new authority is to be made
 }
 
+// changing reports that the site is changing its cluster key.
+func (row secretRow) changing() bool { return row.Key || row.Next != "" || row.Former != "" }
+
 // theSecret is the key of the one secret row.
 const theSecret = "cluster"
 

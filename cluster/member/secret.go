@@ -115,17 +115,21 @@ func (n *Node) seals() (string, error) {
 }
 
 // RotateKey has the site's cluster key replaced, while it runs on: see rekey. When that
-// is about to begin already it changes nothing.
-func (n *Node) RotateKey(ctx context.Context) error {
-	_, err := n.db.Update(ctx, func(tx *table.Tx) error {
+// is under way already it changes nothing, and says so. A node that lost its vote
+// meanwhile may have had the next key, too: it is exposed until another rotation.
+func (n *Node) RotateKey(ctx context.Context) (underWay bool, err error) {
+	_, err = n.db.Update(ctx, func(tx *table.Tx) error {
 		row, err := n.secret(tx)
-		if err != nil || row.Key {
+		if err != nil {
 			return err
+		}
+		if underWay = row.changing(); underWay {
+			return nil
 		}
 		row.Key = true
 		return n.rows.secrets.Put(tx, row, theSecret)
 	})
-	return err
+	return underWay, err
 }
 
 // forsake says what a node that was stolen held: its certificate, with which it could

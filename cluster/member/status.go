@@ -127,7 +127,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		return s, err
 	}
 	secret, err := n.localSecret()
-	s.Rekeying = secret.Key || secret.Next != "" || secret.Former != ""
+	s.Rekeying = secret.changing()
 	slices.SortStableFunc(s.Members, func(a, b MemberStatus) int { return int(a.Joined - b.Joined) })
 	return s, err
 }

@@ -157,6 +157,9 @@ func newClusterRotate(what string) *cobra.Command {
 			if err := c.call(cmd.Context(), "POST", "/api/atoll/v1/cluster/rotations/"+what, nil, &status); err != nil {
 				return err
 			}
+			if status.UnderWay {
+				said = "under way already: " + said
+			}
 			return done(cmd, status, "%s; atoll cluster status shows how far it is", said)
 		},
 	}

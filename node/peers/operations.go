@@ -64,6 +64,8 @@ type Status struct {
 	Level int `json:"level"`
 	// KeyProvider is what keeps the keys of the node that answers: file or passphrase.
 	KeyProvider string `json:"key_provider"`
+	// UnderWay, in the answer to a rotation: it was under way already, and is the same one.
+	UnderWay bool `json:"under_way,omitempty"`
 }
 
 // LastBackup is what the site remembers of its last backup.
@@ -193,10 +195,13 @@ func (p *Peers) rotate(ctx context.Context, what string) (Status, error) {
 	case "key":
 		begin = p.Cluster.RotateKey
 	}
-	if err := begin(ctx); err != nil {
+	underWay, err := begin(ctx)
+	if err != nil {
 		return Status{}, err
 	}
-	return p.Status(ctx)
+	status, err := p.Status(ctx)
+	status.UnderWay = underWay
+	return status, err
 }
 
 // Status gives the state of the cluster and what to do about it.

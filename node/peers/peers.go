@@ -77,11 +77,11 @@ type Cluster interface {
 	Lead(ctx context.Context, id string) error
 	// Betray is Remove for a node that was stolen: what it held is replaced.
 	Betray(ctx context.Context, id string) error
-	// RotateAuthority and RenewAll begin to change the nodes' certificates.
-	RotateAuthority(ctx context.Context) error
-	RenewAll(ctx context.Context) error
-	// RotateKey begins to change the cluster key.
-	RotateKey(ctx context.Context) error
+	// RotateAuthority and RenewAll begin to change the nodes' certificates, RotateKey
+	// the cluster key, unless that is under way already.
+	RotateAuthority(ctx context.Context) (underWay bool, err error)
+	RenewAll(ctx context.Context) (underWay bool, err error)
+	RotateKey(ctx context.Context) (underWay bool, err error)
 	// Now is the time by which certificates are judged.
 	Now() time.Time
 }
