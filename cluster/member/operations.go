@@ -584,22 +584,3 @@ func hexPin(cert []byte) (string, error) {
 	pin, err := pki.PinPEM(cert)
 	return hex.EncodeToString(pin), err
 }
-
-// oldestPin is the pin of the authority that every node can prove to be of.
-func (n *Node) oldestPin() (pin []byte, err error) {
-	err = n.db.View(func(v *table.View) error {
-		rows, err := n.authorities(v)
-		if err != nil {
-			return err
-		}
-		oldest, ok := rows[formerAuthority]
-		if !ok {
-			if oldest, ok = rows[theAuthority]; !ok {
-				return errNoAuthority
-			}
-		}
-		pin, err = pki.PinPEM(oldest.Cert)
-		return err
-	})
-	return pin, err
-}
