@@ -161,7 +161,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	}); err != nil {
 		return nil, err
 	}
-	r.peers.Unreadable(r.scrub.Unreadable)
+	r.peers.Report(r.scrub.Unreadable, r.scrub.Suspect)
 	r.peers.Heed(r.watch)
 	r.adopt = adopt.New(adopt.Config{
 		DB: g.db, Projects: r.projects, Catalog: r.catalog, Store: r.store, Records: r.records, Copies: r.peers, Log: g.log,

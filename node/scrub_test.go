@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/atoll-registry/atoll/node/peers"
 	"github.com/atoll-registry/atoll/node/scrub"
@@ -99,4 +100,26 @@ func TestScrub(t *testing.T) {
 		}
 		return ""
 	})
+}
+
+// The row of a blob outlives its last copy: a node whose disk broke between the blob's push
+// and its manifest's had the only one. Who pushes it again is told so at the second try.
+func TestPushMendsWhatNobodyHolds(t *testing.T) {
+	n := start(t, config(t))
+	layer := content(9, 300<<10)
+	p := n.push("library/app", "v1", layer)
+	if err := os.Remove(n.file(layer)); err != nil {
+		t.Fatal(err)
+	}
+	blob := "/v2/library/app/blobs/" + digest.FromBytes(layer).String()
+	n.do("HEAD", blob, nil).want(200)
+	n.do("PUT", "/v2/library/app/manifests/v2", p.manifest, "Content-Type", v1.MediaTypeImageManifest).want(503)
+	await(t, "the blob is unknown", func() string {
+		if got := n.do("HEAD", blob, nil); got.Status != 404 {
+			return fmt.Sprint(got.Status)
+		}
+		return ""
+	})
+	n.push("library/app", "v2", layer)
+	n.pull(p, "v1")
 }

@@ -190,6 +190,12 @@ func (e *NoHolderError) Error() string {
 	return b.String()
 }
 
+// Nowhere says that all of so many peers answered that they do not hold the blob: none was
+// out of reach, and none gave it up on the way.
+func (e *NoHolderError) Nowhere(peers int) bool {
+	return len(e.Asked) >= peers && !slices.ContainsFunc(e.Asked, func(a Asked) bool { return !errors.Is(a.Reason, ErrNotHeld) })
+}
+
 // Is makes errors.Is(err, ErrNoHolder) true.
 func (e *NoHolderError) Is(target error) bool { return target == ErrNoHolder }
 

@@ -28,6 +28,15 @@ const (
 // when it does.
 type heldRequest struct {
 	Blobs []heldBlob `json:"blobs"`
+	// Each: the answer is a heldAnswer, or nothing where all are held. Without it, as a
+	// version that does not know of it asks and answers, one that is not held is an error.
+	Each bool `json:"each,omitempty"`
+}
+
+// heldAnswer names the blobs that the node could not come to hold, and why one of them.
+type heldAnswer struct {
+	Lacking []digest.Digest `json:"lacking"`
+	Why     string          `json:"why"`
 }
 
 type heldBlob struct {
@@ -67,6 +76,7 @@ func (p *Peers) Ensure(ctx context.Context, ds []digest.Digest) (int, error) {
 	copies := durability
 	for _, c := range pending {
 		if c.holders+c.spare == 0 {
+			p.tellAbsent(c.blob.Digest) // or the client, told that it is here, never pushes it
 			return 0, fault.New(fault.Unavailable, "no node that is up holds %s; push it again", c.blob.Digest)
 		}
 		copies = min(copies, c.holders+c.spare)
@@ -176,14 +186,14 @@ func (p *Peers) sizeOf(d digest.Digest) (size int64, err error) {
 	return size, err
 }
 
-// askToHold asks each node in parallel for its batch. When a node fails, its
-// blobs go to their next candidate.
+// askToHold asks each node in parallel for its batch. What a node cannot hold goes to the
+// next candidate.
 func (p *Peers) askToHold(ctx context.Context, batches map[string][]*copyPlan) {
 	var wait sync.WaitGroup
 	for id, batch := range batches {
 		wait.Go(func() {
 			for part := range slices.Chunk(batch, blobsPerRequest) {
-				request := heldRequest{}
+				request, answer := heldRequest{Each: true}, heldAnswer{}
 				var err error
 				for _, c := range part {
 					if err == nil {
@@ -193,15 +203,20 @@ func (p *Peers) askToHold(ctx context.Context, batches map[string][]*copyPlan) {
 				}
 				if err == nil {
 					err = p.whileLive(ctx, id, func(ctx context.Context) error {
-						return p.call(ctx, id, "held", request, nil)
+						return p.call(ctx, id, "held", request, &answer)
 					})
 				}
-				p.noteCopies(ctx, id, len(part), err)
+				lacking := len(answer.Lacking)
 				if err != nil {
-					continue
+					lacking = len(part)
+				} else if lacking > 0 {
+					err = errors.New(answer.Why)
 				}
+				p.noteCopies(ctx, id, lacking, err)
 				for _, c := range part {
-					c.holders++ // no other batch of this round has it
+					if lacking < len(part) && !slices.Contains(answer.Lacking, c.blob.Digest) {
+						c.holders++ // no other batch of this round has it
+					}
 				}
 			}
 		})
@@ -257,16 +272,32 @@ func (p *Peers) whileLive(ctx context.Context, id string, call func(context.Cont
 }
 
 // hold answers a peer's heldRequest: it fetches what this node lacks and returns
-// once all is on stable storage.
-func (p *Peers) hold(ctx context.Context, request heldRequest) error {
-	group, ctx := errgroup.WithContext(ctx)
+// once all is on stable storage, or was tried.
+func (p *Peers) hold(ctx context.Context, request heldRequest) (any, error) {
+	group, grouped := errgroup.WithContext(ctx)
+	if request.Each {
+		group, grouped = &errgroup.Group{}, ctx
+	}
 	group.SetLimit(copiesAtOnce)
+	var mu sync.Mutex
+	var lacking []digest.Digest
 	for _, b := range request.Blobs {
 		group.Go(func() error {
-			return p.obtain(ctx, b, transfer.Replication)
+			err := p.obtain(grouped, b, transfer.Replication)
+			if err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				lacking = append(lacking, b.Digest)
+			}
+			return err
 		})
 	}
-	return group.Wait()
+	err := group.Wait()
+	if err == nil || !request.Each || ctx.Err() != nil {
+		return nil, err
+	}
+	p.Log.Warn("could not take copies for another node", "blobs", len(lacking), "err", err)
+	return heldAnswer{lacking, err.Error()}, nil
 }
 
 // Bring makes this node hold a blob durably, fetched from other nodes if it must

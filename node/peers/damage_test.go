@@ -34,12 +34,12 @@ func TestUnreadableForAPeer(t *testing.T) {
 	broken := s.nodes[0]
 	broken.Store = store
 	told := make(chan error, 100)
-	broken.Unreadable(func(got digest.Digest, file blobs.File, cause error) {
+	broken.Report(func(got digest.Digest, file blobs.File, cause error) {
 		if got != d {
 			t.Errorf("told of %s", got)
 		}
 		told <- errors.Join(cause, store.Quarantine(got, file))
-	})
+	}, nil)
 	// What the stream's server does for a peer.
 	held, err := source{broken.Peers}.Open(t.Context(), d)
 	if err != nil {

@@ -73,7 +73,7 @@ func (p *Peers) Forward(node string, w http.ResponseWriter, r *http.Request) err
 func (p *Peers) peerHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /peer/v1/held", func(w http.ResponseWriter, r *http.Request) {
-		serveMessage(p, w, r, func(ctx context.Context, q heldRequest) (any, error) { return nil, p.hold(ctx, q) })
+		serveMessage(p, w, r, p.hold)
 	})
 	mux.HandleFunc("POST /peer/v1/have", func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, p.answerHave) })
 	mux.HandleFunc("POST /peer/v1/drain", func(w http.ResponseWriter, r *http.Request) { serveMessage(p, w, r, p.answerDrain) })
@@ -224,7 +224,7 @@ func (p *Peers) call(ctx context.Context, node, name string, question, answer an
 	if resp.StatusCode >= 300 {
 		return fmt.Errorf("node %s: %s: %s", node, resp.Status, bytes.TrimSpace(body))
 	}
-	if answer == nil {
+	if answer == nil || resp.StatusCode == http.StatusNoContent {
 		return nil
 	}
 	return json.Unmarshal(body, answer)

@@ -159,9 +159,9 @@ func TestPeerMessages(t *testing.T) {
 			status int
 		}{
 			{"/peer/v1/held", heldRequest{}, nil, 204},
-			{"/peer/v1/held", heldRequest{[]heldBlob{{Digest: held, Size: 2 * transfer.PieceSize}}}, nil, 204},
-			{"/peer/v1/held", heldRequest{[]heldBlob{{Digest: "sha256:short", Size: 1}}}, nil, 400},
-			{"/peer/v1/held", heldRequest{[]heldBlob{{Digest: held, Size: -1}}}, nil, 400},
+			{"/peer/v1/held", heldRequest{Blobs: []heldBlob{{Digest: held, Size: 2 * transfer.PieceSize}}}, nil, 204},
+			{"/peer/v1/held", heldRequest{Blobs: []heldBlob{{Digest: "sha256:short", Size: 1}}}, nil, 400},
+			{"/peer/v1/held", heldRequest{Blobs: []heldBlob{{Digest: held, Size: -1}}}, nil, 400},
 			{"/peer/v1/held", "{", nil, 400},
 			{"/peer/v1/held", `{"blobs":[]} and more`, nil, 400},
 			{"/peer/v1/held", strings.Repeat(" ", maxPeerMessage+1), nil, 400},

@@ -123,6 +123,7 @@ type Peers struct {
 	metrics metrics
 
 	unreadable func(d digest.Digest, file blobs.File, cause error) // may be nil
+	absent     func(d digest.Digest)                               // may be nil
 	conditions Conditions                                          // may be nil
 	pinned     func(d digest.Digest) bool                          // may be nil
 	archive    func(v *table.View) (*LastBackup, error)            // may be nil
@@ -246,10 +247,19 @@ func (p *Peers) others() []member.Member {
 // be called before Run.
 func (p *Peers) ServeForwarded(api http.Handler) { p.api = api }
 
-// Unreadable sets who is told when the disk could not read a blob for a peer. It
-// must be called before Run.
-func (p *Peers) Unreadable(tell func(d digest.Digest, file blobs.File, cause error)) {
-	p.unreadable = tell
+// Report sets who is told when the disk could not read a blob for a peer, and of a blob
+// that is needed and that nobody who was asked holds: of one that a push rests on, whoever
+// is up; for repair, once all nodes of the site say so, or each restart of a node would
+// raise an alarm for what it alone holds yet. Both return at once. It must be called
+// before Run.
+func (p *Peers) Report(unreadable func(d digest.Digest, file blobs.File, cause error), absent func(d digest.Digest)) {
+	p.unreadable, p.absent = unreadable, absent
+}
+
+func (p *Peers) tellAbsent(d digest.Digest) {
+	if p.absent != nil {
+		p.absent(d)
+	}
 }
 
 // KeepIf sets what this node lets go of in no case, though others hold it. It must be

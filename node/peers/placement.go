@@ -116,6 +116,7 @@ type layout struct {
 	homes   []string // that may be homes, sorted
 	present []string // of them, those that are not away for long
 	live    []string // all that are live, sorted
+	whole   bool     // all nodes of the site are live
 	places  map[string]place
 	floor   int // of copies that a push waits for, so of those that are kept
 
@@ -128,7 +129,7 @@ type layout struct {
 func mayBeHome(m member.Member) bool { return !m.Cache && m.Draining == 0 }
 
 func newLayout(self string, members, live []member.Member, away func(id string) bool, floor int) layout {
-	l := layout{self: self, live: ids(live), places: map[string]place{}, floor: floor}
+	l := layout{self: self, live: ids(live), whole: len(live) >= len(members), places: map[string]place{}, floor: floor}
 	for _, m := range members {
 		if p := placeOf(m); p != (place{}) {
 			l.places[m.ID] = p
@@ -146,7 +147,9 @@ func newLayout(self string, members, live []member.Member, away func(id string) 
 	return l
 }
 
-func (l layout) equal(o layout) bool { return l.sameHomes(o) && slices.Equal(l.live, o.live) }
+func (l layout) equal(o layout) bool {
+	return l.sameHomes(o) && l.whole == o.whole && slices.Equal(l.live, o.live)
+}
 
 // sameHomes says that every blob has the same homes in both.
 func (l layout) sameHomes(o layout) bool {

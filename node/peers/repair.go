@@ -385,6 +385,10 @@ func (p *Peers) mendHere(ctx context.Context, l layout, s *standing) error {
 	standsIn := s.leads && s.holders < l.floor && slices.Contains(l.homes, l.self)
 	if !s.here && (s.absent(l) || standsIn) {
 		if err := p.obtain(ctx, heldBlob{Digest: s.digest, Size: s.Size}, transfer.Repair); err != nil {
+			var none *transfer.NoHolderError
+			if s.leads && s.Lost == 0 && l.whole && errors.As(err, &none) && none.Nowhere(len(l.live)-1) {
+				p.tellAbsent(s.digest)
+			}
 			return err
 		}
 		s.here = true

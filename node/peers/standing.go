@@ -36,9 +36,11 @@ type standing struct {
 	unsure  error    // a home that is live did not say whether it does
 }
 
-// lacks says that fewer homes are known to hold the blob than should.
+// lacks says that fewer homes are known to hold the blob than should. One that is lost is
+// counted as that: there is nothing to copy.
 func (s *standing) lacks(l layout) bool {
-	return s.leads && !s.shelved && s.holders < l.wanted(s.replicas)
+	lost := s.Lost != 0 && s.holders == 0 && !s.here
+	return s.leads && !s.shelved && !lost && s.holders < l.wanted(s.replicas)
 }
 
 // absent says that this node should hold the blob and does not.
