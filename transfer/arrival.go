@@ -73,6 +73,32 @@ func (a *Arrival) Suppose(piece int) error {
 // the fetch. Call it before Begin; f must not block.
 func (a *Arrival) OnHold(f func(piece int)) { a.f.onHold = f }
 
+// NoHops is so far away that nobody waits for it. Fetches that have nobody but each other
+// count up to it, and then they end.
+const NoHops = 8
+
+// Hops is how many nodes that are still fetching the blob themselves are between this one
+// and one that has what is missing here: 0 while this node knows such a one or is looking
+// for it, and NoHops when it knows of none.
+func (a *Arrival) Hops() int { return int(a.f.hops.Load()) }
+
+// SetHops says what Hops is from now on. Its callers take turns.
+func (a *Arrival) SetHops(hops int) {
+	hops = min(hops, NoHops)
+	if int(a.f.hops.Swap(int32(hops))) == hops {
+		return
+	}
+	a.f.mu.Lock()
+	a.f.announce()
+	a.f.mu.Unlock()
+	if a.f.onHops != nil {
+		a.f.onHops(hops)
+	}
+}
+
+// OnHops has f called when Hops has changed. Call it before Begin; f must not block.
+func (a *Arrival) OnHops(f func(hops int)) { a.f.onHops = f }
+
 // Expect notes that a reader is about to come and begin at off: what it will wait for is
 // urgent from now on, until it has come or the first of it is here.
 func (a *Arrival) Expect(off int64) {
@@ -213,7 +239,7 @@ func (a *Arrival) Ended() bool {
 	}
 }
 
-// Changed is closed at the next change: a piece held, a cursor moved, the end.
+// Changed is closed at the next change: a piece held, a cursor moved, other Hops, the end.
 func (a *Arrival) Changed() <-chan struct{} {
 	a.f.mu.Lock()
 	defer a.f.mu.Unlock()

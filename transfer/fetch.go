@@ -12,6 +12,7 @@ import (
 type Fetch struct {
 	blob  Blob // the root under mu
 	class atomic.Int32
+	hops  atomic.Int32
 	// done is closed when the fetch has ended; err is set before.
 	done chan struct{}
 
@@ -34,6 +35,7 @@ type Fetch struct {
 	content *shared
 	reopen  func(ctx context.Context) (Content, error)
 	onHold  func(piece int) // may be nil
+	onHops  func(hops int)  // may be nil
 }
 
 // Progress of a fetch.

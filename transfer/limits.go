@@ -138,7 +138,8 @@ type Patience struct {
 	// StallTimeout within which a sender must deliver 16 KiB more. 10 s.
 	StallTimeout time.Duration
 	// IdleTimeout after which a fetch gives up when the holders that are left, all
-	// still fetching themselves, have offered nothing new. 30 s.
+	// still fetching themselves, have offered nothing new though one of them says that
+	// it knows a source. 30 s.
 	IdleTimeout time.Duration
 	// Backoff after a holder's first failure in a row; it doubles. 100 ms.
 	Backoff time.Duration

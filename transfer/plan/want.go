@@ -185,6 +185,19 @@ func (w *Want) Has(h *Holder, piece int) {
 	}
 }
 
+// Offers says whether a holder has anything that is not here yet.
+func (w *Want) Offers(h *Holder) bool {
+	if h.complete {
+		return true
+	}
+	for i := range h.have {
+		if h.have[i]&^w.held[i] != 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // Completed notes that a holder has everything by now.
 func (w *Want) Completed(h *Holder) {
 	if h.complete || h.gone {

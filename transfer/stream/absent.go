@@ -39,7 +39,7 @@ func (h *hunt) recall(ctx context.Context) {
 	if reached := h.reached(); reached > h.most {
 		h.most, h.advanced = reached, time.Now()
 	}
-	if len(h.active) >= h.e.cfg.Holders() {
+	if !h.room() {
 		return
 	}
 	for p := range h.absent {
@@ -67,4 +67,71 @@ func (h *hunt) expects() bool {
 		}
 	}
 	return false
+}
+
+// A fetch waits for nodes that are still fetching the blob themselves, since they may have
+// it sooner. That is of use only while one of them gets it from somebody: nodes that all
+// look for a blob which nobody holds would wait for each other. So each tells those that
+// ask it how far away the rest is (transfer.Arrival.Hops), and a fetch ends that hears of
+// nobody who has it. Where a holder was lost they count up, each from what the other has
+// said, and are through in a few round trips.
+
+// hops is how far away the rest of the blob is.
+func (h *hunt) hops() int {
+	if len(h.fl.news) > 0 || h.checking || len(h.marked) > 0 || h.expects() {
+		return 0
+	}
+	for _, fresh := range h.asking { // to ask again those that held nothing is no reason to wait
+		if fresh {
+			return 0
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	least := transfer.NoHops
+	for _, hd := range h.dealing {
+		if hd.complete || hd.planned != nil && h.want.Offers(hd.planned) {
+			return 0
+		}
+		least = min(least, hd.hops+1)
+	}
+	return least
+}
+
+// told takes what a holder says of its own fetch.
+func (h *hunt) told(hd *holder, body []byte) error {
+	if len(body) != 1 {
+		return fail(Broken, "hops in %d bytes: %w", len(body), errFrame)
+	}
+	h.mu.Lock()
+	hd.heard, hd.hops = time.Now(), int(body[0])
+	h.mu.Unlock()
+	select {
+	case h.stirred <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// room says whether the fetch may take in another holder. Those that will bring nothing
+// take no place.
+func (h *hunt) room() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	n := 0
+	for _, hd := range h.active {
+		if hd.complete || hd.hops < transfer.NoHops {
+			n++
+		}
+	}
+	return n < h.e.cfg.Holders()
+}
+
+// admitReserve lets those take part that had to wait for a place.
+func (h *hunt) admitReserve(ctx context.Context) {
+	for len(h.reserve) > 0 && h.room() {
+		next := h.reserve[0]
+		h.reserve = h.reserve[1:]
+		h.engage(ctx, next)
+	}
 }

@@ -84,14 +84,14 @@ func (h *hunt) choice(ctx context.Context) []transfer.Peer {
 
 // askOne asks a candidate unless it takes part already.
 func (h *hunt) askOne(ctx context.Context, p transfer.Peer, w words) bool {
-	if h.banned[p] || h.active[p] != nil || h.asking[p] || h.e.distance(p) > h.reach ||
+	if _, asks := h.asking[p]; asks || h.banned[p] || h.active[p] != nil || h.e.distance(p) > h.reach ||
 		slices.ContainsFunc(h.reserve, func(r reply) bool { return r.peer == p }) {
 		return false
 	}
 	if a := h.absent[p]; a != nil && time.Now().Before(a.next) {
 		return false
 	}
-	h.asking[p] = true
+	h.asking[p] = !slices.ContainsFunc(h.asked.Asked, func(a transfer.Asked) bool { return a.Peer == p })
 	h.wg.Go(func() {
 		l, st, err := h.e.open(ctx, p, h.hello(p), w.append)
 		if err == nil && !st.serves() {
@@ -116,8 +116,10 @@ func (h *hunt) askOne(ctx context.Context, p transfer.Peer, w words) bool {
 // announced asks a node that has just said that it fetches the blob too.
 func (h *hunt) announced(ctx context.Context, id string) {
 	for _, p := range h.e.cfg.Peers.Candidates(ctx, h.blob.Digest) {
-		if p.ID == id && len(h.active) < h.e.cfg.Holders() {
-			h.askOne(ctx, p, words{})
+		if p.ID == id && h.room() {
+			if h.askOne(ctx, p, words{}) {
+				h.asking[p] = true
+			}
 			return
 		}
 	}

@@ -94,9 +94,28 @@ func (d *desk) join(s *session, have func() transfer.Bitmap) bool {
 		if have == nil {
 			return state{heldComplete, uint64(s.blob.Size)}.append(to)
 		}
-		return frame(state{heldPart, uint64(s.blob.Size)}.append(to), kindHaves, part...)
+		to = frame(state{heldPart, uint64(s.blob.Size)}.append(to), kindHaves, part...)
+		if hops := s.flight.arrival.Hops(); hops > 0 {
+			to = frame(to, kindHops, byte(hops))
+		}
+		return to
 	})
 	return true
+}
+
+// hops tells everybody who asks for a blob that is arriving how far away the rest of it is.
+func (d *desk) hops(dg digest.Digest, hops int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	o := d.offers[dg]
+	if o == nil {
+		return
+	}
+	for s := range o.sessions {
+		if s.flight != nil {
+			s.link.send(func(to []byte) []byte { return frame(to, kindHops, byte(hops)) })
+		}
+	}
 }
 
 // leave takes a session out.

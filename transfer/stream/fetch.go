@@ -62,6 +62,7 @@ func (e *Engine) board(blob transfer.Blob, o transfer.Options) (fl *flight, fres
 	fl.arrival.OnHold(func(piece int) {
 		e.desk.held(blob.Digest, piece, fl.arrival.Fetch().Progress().Done)
 	})
+	fl.arrival.OnHops(func(hops int) { e.desk.hops(blob.Digest, hops) })
 	e.fetches[blob.Digest] = fl
 	return fl, true
 }
@@ -136,8 +137,12 @@ func (e *Engine) fly(ctx context.Context, fl *flight) {
 func (e *Engine) move(ctx context.Context, fl *flight) error {
 	a := fl.arrival
 	blob := a.Fetch().Blob()
-	if err := e.cfg.Fetches.Take(ctx); err != nil {
-		return err
+	if !e.cfg.Fetches.Try() {
+		a.SetHops(transfer.NoHops) // nobody is to wait for one that waits for its turn
+		if err := e.cfg.Fetches.Take(ctx); err != nil {
+			return err
+		}
+		a.SetHops(0)
 	}
 	defer e.cfg.Fetches.Give()
 	content, err := e.cfg.Source.Open(ctx, blob.Digest)

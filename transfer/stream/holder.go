@@ -14,6 +14,7 @@ type holder struct {
 	peer     transfer.Peer
 	far      bool
 	complete bool
+	hops     int          // of its own fetch, as it says; see Arrival.Hops
 	planned  *plan.Holder // nil before the first session, and without a root
 	link     *link        // nil between sessions
 	told     bool         // what not to choose, in this session

@@ -64,14 +64,15 @@ type hunt struct {
 	answers chan reply
 	drops   chan *holder
 	fatal   chan error
-	marked  chan []int // pieces to verify again, once
+	stirred chan struct{} // a holder has said how far away the rest is
+	marked  chan []int    // pieces to verify again, once
 	checked chan struct{}
 	wg      sync.WaitGroup
 
-	checking bool // recheck runs
-	asking   map[transfer.Peer]bool
-	stale    bool // a holder was dropped since candidates were last asked
-	reach    int  // how far away candidates are asked
+	checking bool                   // recheck runs
+	asking   map[transfer.Peer]bool // true: whom it does not know yet
+	stale    bool                   // a holder was dropped since candidates were last asked
+	reach    int                    // how far away candidates are asked
 	active   map[transfer.Peer]*holder
 	reserve  []reply
 	asked    transfer.NoHolderError // whom, and what came of it
@@ -99,6 +100,7 @@ func newHunt(e *Engine, fl *flight) *hunt {
 		answers:  make(chan reply),
 		drops:    make(chan *holder),
 		fatal:    make(chan error, 1),
+		stirred:  make(chan struct{}, 1),
 		marked:   make(chan []int, 1),
 		checked:  make(chan struct{}, 1),
 		asking:   make(map[transfer.Peer]bool),
@@ -154,6 +156,9 @@ func (h *hunt) run(ctx context.Context) error {
 	if err != nil {
 		cancel()
 		h.wg.Wait()
+		for _, r := range h.reserve {
+			r.link.close()
+		}
 		return err
 	}
 	// The blob does not wait for holders to say bye.
@@ -216,14 +221,15 @@ func (h *hunt) seek(ctx context.Context) error {
 			h.ask(ctx, true)
 			continue
 		}
-		if len(h.asking) == 0 && len(h.active) == 0 && !h.checking && len(h.marked) == 0 {
+		h.admitReserve(ctx)
+		hops := h.hops()
+		h.a.SetHops(hops)
+		if hops >= transfer.NoHops && len(h.asking) == 0 {
 			if h.stale {
 				h.ask(ctx, false)
 				continue
 			}
-			if !h.expects() {
-				return h.forsaken()
-			}
+			return h.forsaken()
 		}
 		select {
 		case <-ctx.Done():
@@ -244,6 +250,7 @@ func (h *hunt) seek(ctx context.Context) error {
 			h.wg.Go(func() { h.recheck(ctx, marked) })
 		case <-h.checked:
 			h.checking = false
+		case <-h.stirred:
 		case <-look.C:
 			h.look()
 			h.recall(ctx)
@@ -347,7 +354,7 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 	}
 	delete(h.absent, r.peer)
 	// One that holds everything takes part however many do that do not.
-	if len(h.active) >= h.e.cfg.Holders() && (r.state.held != heldComplete || h.someComplete()) {
+	if !h.room() && (r.state.held != heldComplete || h.someComplete()) {
 		h.reserve = append(h.reserve, r)
 		return
 	}
@@ -406,11 +413,6 @@ func (h *hunt) lost(ctx context.Context, hd *holder) {
 		h.away(hd.peer, why)
 	} else {
 		h.ban(hd.peer, why)
-	}
-	if len(h.reserve) > 0 && len(h.active) < h.e.cfg.Holders() {
-		next := h.reserve[0]
-		h.reserve = h.reserve[1:]
-		h.engage(ctx, next)
 	}
 	h.pump()
 }

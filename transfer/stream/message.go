@@ -45,6 +45,7 @@ const (
 	kindBeat     kind = 40 // empty: still there
 	kindWait     kind = 41 // empty: still there, and what is asked for is held back by a limit
 	kindThin     kind = 42 // empty: the path is long and lossy, more connections carry more
+	kindHops     kind = 43 // 1 byte: Arrival.Hops of its own fetch; 0 while it says nothing
 )
 
 // held says what a holder has of a blob.
@@ -88,7 +89,7 @@ func limit(k kind, size int64) (int64, error) {
 		return pieceHeader + min(transfer.PieceSize, size), nil
 	case kindTable:
 		return transfer.TableSize(min(size, transfer.MaxSize)), nil
-	case kindClass:
+	case kindClass, kindHops:
 		return 1, nil
 	case kindTables, kindBye, kindComplete, kindGone, kindBeat, kindWait, kindThin:
 		return 0, nil

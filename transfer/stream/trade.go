@@ -72,6 +72,9 @@ func (h *hunt) failed(ctx context.Context, hd *holder, err error) bool {
 	if hd.betrayed != nil {
 		f = hd.betrayed
 	}
+	if f.why == Gone {
+		hd.hops = transfer.NoHops
+	}
 	final := hd.strike(f)
 	if final {
 		hd.dropped = f
@@ -121,6 +124,12 @@ func (h *hunt) session(ctx context.Context, hd *holder, l *link, st state) error
 			h.widen(ctx, hd)
 			continue
 		}
+		if k == kindHops {
+			if err := h.told(hd, body); err != nil {
+				return err
+			}
+			continue
+		}
 		if err := h.hear(hd, k, body); err != nil {
 			return err
 		}
@@ -142,7 +151,7 @@ func (h *hunt) engaged(hd *holder, l *link, st state) error {
 	said := hd.words
 	hd.words = words{}
 	hd.link, hd.told, hd.tabled, hd.excused, hd.hoped = l, false, said.table, 0, nil
-	hd.heard, hd.moved = now, now
+	hd.heard, hd.moved, hd.hops = now, now, 0
 	hd.complete = hd.complete || st.held == heldComplete
 	switch {
 	case hd.planned != nil && hd.complete:

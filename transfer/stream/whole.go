@@ -42,7 +42,7 @@ func (w *whole) reset() {
 // pour takes the rest of the blob from one holder, in its turn, once it has all of it.
 func (h *hunt) pour(ctx context.Context, hd *holder, l *link, st state) error {
 	h.mu.Lock()
-	hd.link = l
+	hd.link, hd.hops = l, 0
 	hd.complete = hd.complete || st.held == heldComplete
 	complete := hd.complete
 	h.mu.Unlock()
@@ -61,6 +61,10 @@ func (h *hunt) pour(ctx context.Context, hd *holder, l *link, st state) error {
 			return &failure{why: Gone, err: transfer.ErrNotHeld}
 		case k == kindComplete:
 			complete = true
+		case k == kindHops:
+			if err := h.told(hd, body); err != nil {
+				return err
+			}
 		case k != kindHave && k != kindHaves && k != kindBeat && k != kindWait:
 			return fail(Broken, "frame of kind %d and %d bytes from a holder: %w", k, len(body), errFrame)
 		}
