@@ -19,8 +19,8 @@ import (
 //	hello:   "ATBT" 1 class:1 size:8 root:32 length:1 digest:length
 //	answer:  status:1 size:8
 //	request: 'T' for the piece table, or 'B': from here on it is BitTorrent
-//	table:   'w' now and then while it is computed, then 't' and the table's wire
-//	         form, or 'x'
+//	table:   'w' now and then while it is computed, 'f' and a byte when the holder's own
+//	         fetch has other Hops, then 't' and the table's wire form, or 'x'
 const (
 	helloMagic   = "ATBT"
 	helloVersion = 1
@@ -32,6 +32,7 @@ const (
 	askBegin = 'B'
 	tableIs  = 't'
 	tableYet = 'w'
+	tableFar = 'f'
 	tableNot = 'x'
 )
 
@@ -117,8 +118,8 @@ func readAnswer(r io.Reader) (answer, error) {
 }
 
 // readTable reads the answer to askTable for the blob and verifies it; alive is
-// called for each sign of life.
-func readTable(r io.Reader, b transfer.Blob, alive func()) (transfer.PieceTable, error) {
+// called for each sign of life, far with the Hops of the holder's own fetch.
+func readTable(r io.Reader, b transfer.Blob, alive func(), far func(hops int)) (transfer.PieceTable, error) {
 	var kind [1]byte
 	for {
 		if _, err := io.ReadFull(r, kind[:]); err != nil {
@@ -127,6 +128,12 @@ func readTable(r io.Reader, b transfer.Blob, alive func()) (transfer.PieceTable,
 		alive()
 		switch kind[0] {
 		case tableYet:
+			continue
+		case tableFar:
+			if _, err := io.ReadFull(r, kind[:]); err != nil {
+				return transfer.PieceTable{}, err
+			}
+			far(int(kind[0]))
 			continue
 		case tableNot:
 			return transfer.PieceTable{}, &failure{transfer.Broken, errors.New("has no piece table at the moment")}

@@ -64,7 +64,7 @@ func TestReadTable(t *testing.T) {
 	other, _ := foreign.MarshalBinary()
 	read := func(in []byte) (int, error) {
 		alive := 0
-		_, err := readTable(bytes.NewReader(in), b, func() { alive++ })
+		_, err := readTable(bytes.NewReader(in), b, func() { alive++ }, func(int) {})
 		return alive, err
 	}
 	if alive, err := read(append([]byte("wwt"), raw...)); err != nil || alive < 3 {
@@ -112,7 +112,7 @@ func FuzzReadTable(f *testing.F) {
 	raw, _ := table.MarshalBinary()
 	f.Add(append([]byte("wt"), raw...))
 	f.Fuzz(func(t *testing.T, in []byte) {
-		if got, err := readTable(bytes.NewReader(in), b, func() {}); err == nil && !bytes.Equal(got.Root(), b.Root) {
+		if got, err := readTable(bytes.NewReader(in), b, func() {}, func(int) {}); err == nil && !bytes.Equal(got.Root(), b.Root) {
 			t.Fatal("a table of another root is taken")
 		}
 	})

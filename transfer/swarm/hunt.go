@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/atoll-registry/atoll/transfer"
@@ -44,12 +46,14 @@ type hunt struct {
 	drops    chan drop
 	verdicts chan verdict
 	fatal    chan error
+	stirred  chan struct{} // a peer has said how far away the rest is
 	marked   chan []int
 	checked  chan struct{}
 	wg       sync.WaitGroup
 
 	checking bool
 	asking   int
+	looking  int  // of those, whom it does not know yet
 	stale    bool // a holder was dropped since candidates were last asked
 	lacking  bool // a candidate does not know the service
 	reach    int  // how far away candidates are asked
@@ -61,8 +65,9 @@ type hunt struct {
 // holder is a peer that answered that it has the blob, whole or in part.
 type holder struct {
 	peer   transfer.Peer
-	all    bool
+	all    atomic.Bool
 	cancel func()
+	hops   atomic.Int32 // of its own fetch, as it says
 
 	mu      sync.Mutex
 	dropped *failure
@@ -84,10 +89,11 @@ func (h *holder) fate() *failure {
 }
 
 type reply struct {
-	peer transfer.Peer
-	conn net.Conn
-	all  bool
-	err  error
+	peer  transfer.Peer
+	conn  net.Conn
+	all   bool
+	err   error
+	fresh bool // it was not known before
 }
 
 type drop struct {
@@ -113,7 +119,7 @@ func (e *Engine) Carry(ctx context.Context, a *transfer.Arrival) error {
 		e: e, a: a, blob: blob,
 		turn: make(chan struct{}, 1), known: make(chan struct{}),
 		answers: make(chan reply), drops: make(chan drop), verdicts: make(chan verdict, 64),
-		fatal: make(chan error, 1), marked: make(chan []int, 1), checked: make(chan struct{}, 1),
+		fatal: make(chan error, 1), stirred: make(chan struct{}, 1), marked: make(chan []int, 1), checked: make(chan struct{}, 1),
 		active: make(map[transfer.Peer]*holder), asked: transfer.NoHolderError{Digest: blob.Digest}, banned: make(map[string]bool),
 	}
 	if e.cfg.Distance == nil {
@@ -158,6 +164,9 @@ func (h *hunt) run(ctx context.Context) error {
 			return err
 		case r := <-h.answers:
 			h.asking--
+			if r.fresh {
+				h.looking--
+			}
 			h.heard(ctx, r)
 		case d := <-h.drops:
 			h.lost(d)
@@ -172,6 +181,7 @@ func (h *hunt) run(ctx context.Context) error {
 		case <-h.checked:
 			h.checking = false
 		case <-changed:
+		case <-h.stirred:
 		case <-tick.C:
 			h.tick()
 		case <-again.C:
@@ -227,6 +237,8 @@ func (h *hunt) finished() bool {
 // forsaken says whether nobody is left who could bring the rest, and asks farther away
 // and again before it says so.
 func (h *hunt) forsaken(ctx context.Context) (bool, error) {
+	hops := h.hops()
+	h.a.SetHops(hops)
 	if h.asking > 0 {
 		return false, nil
 	}
@@ -235,7 +247,7 @@ func (h *hunt) forsaken(ctx context.Context) (bool, error) {
 		h.ask(ctx)
 		return false, nil
 	}
-	if len(h.active) > 0 || h.checking || len(h.marked) > 0 || h.linked() {
+	if hops < transfer.NoHops {
 		return false, nil
 	}
 	if h.stale {
@@ -245,17 +257,43 @@ func (h *hunt) forsaken(ctx context.Context) (bool, error) {
 	return true, h.nobody()
 }
 
-// linked says whether somebody who is not banned has opened a connection for the blob.
-func (h *hunt) linked() bool {
-	if !h.ready() {
-		return false
+// hops is how far away the rest of the blob is: see transfer.Arrival.Hops.
+func (h *hunt) hops() int {
+	if h.looking > 0 || h.checking || len(h.marked) > 0 || h.someComplete() || h.ready() && h.w.offers() {
+		return 0
 	}
-	for _, t := range h.s.all() {
-		if !t.outgoing && !h.banned[t.peer] {
-			return true
+	least := transfer.NoHops
+	for _, hd := range h.active {
+		least = min(least, int(hd.hops.Load())+1)
+	}
+	if h.ready() {
+		for _, t := range h.s.all() {
+			if !t.outgoing && !h.banned[t.peer] {
+				least = min(least, int(t.hops.Load())+1)
+			}
 		}
 	}
-	return false
+	return least
+}
+
+// stir has the fetch look again how far away the rest is.
+func (h *hunt) stir() {
+	select {
+	case h.stirred <- struct{}{}:
+	default:
+	}
+}
+
+// room says whether the fetch may take in another holder. Those that will bring nothing
+// take no place.
+func (h *hunt) room() bool {
+	n := 0
+	for _, hd := range h.active {
+		if hd.all.Load() || hd.hops.Load() < transfer.NoHops {
+			n++
+		}
+	}
+	return n < h.e.cfg.Holders()
 }
 
 // ask asks every candidate that is not a holder already.
@@ -267,10 +305,14 @@ func (h *hunt) ask(ctx context.Context) {
 			continue
 		}
 		h.asking++
+		fresh := !slices.ContainsFunc(h.asked.Asked, func(a transfer.Asked) bool { return a.Peer == p })
+		if fresh {
+			h.looking++
+		}
 		h.wg.Go(func() {
 			conn, all, err := h.hello(ctx, p)
 			select {
-			case h.answers <- reply{p, conn, all, err}:
+			case h.answers <- reply{p, conn, all, err, fresh}:
 			case <-ctx.Done():
 				if conn != nil {
 					conn.Close()
@@ -349,11 +391,12 @@ func (h *hunt) heard(ctx context.Context, r reply) {
 		h.lacking = h.lacking || errors.Is(r.err, errNoService)
 		return
 	}
-	if len(h.active) >= h.e.cfg.Holders() || h.banned[r.peer.ID] {
+	if h.banned[r.peer.ID] || !h.room() && (!r.all || h.someComplete()) {
 		r.conn.Close()
 		return
 	}
-	hd := &holder{peer: r.peer, all: r.all}
+	hd := &holder{peer: r.peer}
+	hd.all.Store(r.all)
 	h.active[hd.peer] = hd
 	var work context.Context
 	work, hd.cancel = context.WithCancel(ctx)
@@ -376,7 +419,7 @@ func (h *hunt) lost(d drop) {
 	}
 	h.stale = true
 	h.asked.Heard(d.h.peer, d.why)
-	if d.why.why == transfer.Gone && !d.h.all { // it may have it another time
+	if d.why.why == transfer.Gone && !d.h.all.Load() { // it may have it another time
 		return
 	}
 	h.ban(d.h.peer, d.why)
@@ -441,7 +484,7 @@ func (h *hunt) judgeLie(v verdict) {
 
 func (h *hunt) someComplete() bool {
 	for _, hd := range h.active {
-		if hd.all {
+		if hd.all.Load() {
 			return true
 		}
 	}
@@ -484,7 +527,7 @@ func (h *hunt) learn(t transfer.PieceTable) {
 			h.die(err)
 			return
 		}
-		h.s, h.w = s, newWant(s, h.a, h.tell)
+		h.s, h.w = s, newWant(s, h.a, h.tell, h.stir)
 		h.w.check(marked)
 		s.want.Store(h.w)
 		h.marked <- marked

@@ -31,6 +31,7 @@ const (
 	msgClass  = 161 // what the blob is wanted for
 	msgChoose = 162 // 1: this end chooses what it sends from now on, 0: it does so no more
 	msgPush   = 163 // a piece comes that was not asked for
+	msgHops   = 164 // Arrival.Hops of the fetch at this end; 0 until it is said
 )
 
 const (
@@ -86,6 +87,7 @@ type message struct {
 	chunk    chunk           // of request, piece, cancel and reject
 	have     transfer.Bitmap // of bitfield; aliases the input
 	class    transfer.Class
+	hops     int
 	on       bool // of choose
 	useless  bool // to be ignored
 	trailing int  // bytes of the piece that follow
@@ -98,7 +100,7 @@ func (s shape) header(kind byte, n uint32) (int, error) {
 	want, exact := 1, true
 	switch kind {
 	case msgChoke, msgUnchoke, msgInterested, msgNotInterested, msgHaveAll, msgHaveNone, msgHeld:
-	case msgClass, msgChoose:
+	case msgClass, msgChoose, msgHops:
 		want = 2
 	case msgHave, msgPush, msgSuggest, msgAllowedFast:
 		want = 5
@@ -133,6 +135,8 @@ func (s shape) parse(head []byte, n uint32) (m message, err error) {
 		m.class = min(transfer.Class(body[0]), transfer.Prefetch)
 	case msgChoose:
 		m.on = body[0] != 0
+	case msgHops:
+		m.hops = int(body[0])
 	case msgHave, msgPush, msgSuggest, msgAllowedFast:
 		i := binary.BigEndian.Uint32(body)
 		if int64(i) >= int64(s.pieces) {
@@ -185,6 +189,8 @@ func appendChunk(b []byte, kind byte, c chunk) []byte {
 }
 
 func appendClass(b []byte, c transfer.Class) []byte { return append(b, 0, 0, 0, 2, msgClass, byte(c)) }
+
+func appendHops(b []byte, hops int) []byte { return append(b, 0, 0, 0, 2, msgHops, byte(hops)) }
 
 func appendHeld(b []byte) []byte { return append(b, 0, 0, 0, 1, msgHeld) }
 

@@ -52,6 +52,7 @@ type want struct {
 	s     *swarm
 	a     *transfer.Arrival
 	shout func(verdict) // what a peer has done
+	stir  func()        // a peer has said how far away the rest is
 
 	mu      sync.Mutex
 	states  []state
@@ -98,10 +99,10 @@ type verdict struct {
 	err   error
 }
 
-func newWant(s *swarm, a *transfer.Arrival, shout func(verdict)) *want {
+func newWant(s *swarm, a *transfer.Arrival, shout func(verdict), stir func()) *want {
 	n := s.shape.pieces
 	w := &want{
-		e: s.e, s: s, a: a, shout: shout,
+		e: s.e, s: s, a: a, shout: shout, stir: stir,
 		states: make([]state, n), slotted: make([]bool, n), alone: make([]bool, n), spread: make([]uint16, n),
 		asks: make(map[int]*ask), links: make(map[*tap]*link), class: a.Fetch().Class(), done: make(chan struct{}),
 		moved: time.Now(), waits: make(map[int]time.Time),
@@ -215,6 +216,23 @@ func (w *want) hasSome(t *tap) {
 		w.learn(l)
 		w.assignTo(l)
 	}
+}
+
+// offers says whether any peer has what is not here yet.
+func (w *want) offers() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, l := range w.links {
+		if l.all {
+			return true
+		}
+		for i, is := range w.states {
+			if is != held && l.have.Has(i) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // left takes a connection out; what was asked of it is missing again.

@@ -137,9 +137,20 @@ func (e *Engine) giveTable(ctx context.Context, c net.Conn, b transfer.Blob, a *
 	})
 	alive := time.NewTicker(max(time.Millisecond, e.cfg.StallTimeout/4))
 	defer alive.Stop()
-	for {
+	for before := 0; ; {
 		_ = c.SetWriteDeadline(time.Now().Add(writeTimeout))
+		var changed <-chan struct{}
+		if a != nil {
+			changed = a.Changed()
+			if hops := a.Hops(); hops != before {
+				before = hops
+				if _, err := c.Write([]byte{tableFar, byte(hops)}); err != nil {
+					return err
+				}
+			}
+		}
 		select {
+		case <-changed:
 		case <-alive.C:
 			if _, err := c.Write([]byte{tableYet}); err != nil {
 				return err

@@ -80,6 +80,7 @@ type tap struct {
 	bytes    atomic.Int64  // when they came
 	class    atomic.Uint32 // what the peer wants the blob for
 	takes    atomic.Bool   // the peer takes what it has not asked for
+	hops     *atomic.Int32 // of the peer's own fetch
 
 	// Of a holder that chooses; swarm.mu guards them.
 	choosing bool // the peer knows that it does
@@ -121,7 +122,7 @@ func newTap(s *swarm, c net.Conn, peer string, outgoing bool) *tap {
 		addr: peerAddr(fmt.Sprintf("%s#%d", peer, s.e.serial.Add(1))),
 		feed: make(chan []byte), ack: make(chan struct{}), wake: make(chan struct{}, 1), done: make(chan struct{}),
 		asks: make(map[chunk]bool), crossed: make(map[chunk]bool), asked: make(map[chunk]bool), inRead: make(map[chunk]*time.Timer), ready: make(map[chunk]struct{}), showing: make(map[chunk]struct{}),
-		have: transfer.PiecesBitmap(s.shape.pieces), sent: make(map[int]struct{}), pushes: make(map[int]*push),
+		hops: new(atomic.Int32), have: transfer.PiecesBitmap(s.shape.pieces), sent: make(map[int]struct{}), pushes: make(map[int]*push),
 	}
 	t.touch()
 	return t
@@ -477,6 +478,9 @@ func (t *tap) heard(m message) (passes bool, err error) {
 		t.s.pushedBy(t, m.piece)
 	case msgHeld:
 		t.excuse()
+	case msgHops:
+		t.hops.Store(int32(m.hops))
+		t.s.stir()
 	case msgClass:
 		t.class.Store(uint32(m.class))
 	case msgRequest:

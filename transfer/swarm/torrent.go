@@ -161,8 +161,9 @@ func (s *swarm) serves(a *transfer.Arrival) bool {
 // holds says whether a piece is here, verified.
 func (s *swarm) holds(piece int) bool { return s.arrival == nil || s.arrival.Holds(piece) }
 
-// follow tells the library of pieces as they arrive, which tells others, and
-// closes the torrent when the fetch fails: then its bytes may be gone.
+// follow tells the library of pieces as they arrive, which tells others, tells those too
+// how far away the rest is, and closes the torrent when the fetch fails: then its bytes may
+// be gone.
 func (s *swarm) follow(ctx context.Context) {
 	told := s.arrival.Held()
 	for i := range s.shape.pieces {
@@ -170,8 +171,14 @@ func (s *swarm) follow(ctx context.Context) {
 			s.torrent.Piece(i).UpdateCompletion()
 		}
 	}
-	for {
+	for before := 0; ; {
 		changed, held := s.arrival.Changed(), s.arrival.Held()
+		if hops := s.arrival.Hops(); hops != before {
+			before = hops
+			for _, t := range s.all() {
+				t.speak(appendHops(nil, hops))
+			}
+		}
 		for i := range s.shape.pieces {
 			if held.Has(i) && !told.Has(i) {
 				told.Add(i)
@@ -206,6 +213,11 @@ func (s *swarm) attach(t *tap) {
 	s.taps[t] = struct{}{}
 	s.mu.Unlock()
 	ctx := s.ctx()
+	if s.arrival != nil {
+		if hops := s.arrival.Hops(); hops > 0 {
+			t.speak(appendHops(nil, hops))
+		}
+	}
 	if t.outgoing {
 		s.dials.put(t)
 		s.torrent.AddPeers([]torrent.PeerInfo{{Addr: torrent.StringAddr(t.addr), Source: torrent.PeerSourceDirect, Trusted: true}})
@@ -293,6 +305,13 @@ func (s *swarm) hasSome(t *tap) {
 func (s *swarm) told(t *tap) {
 	if w := s.want.Load(); w != nil {
 		w.told(t)
+	}
+}
+
+// stir: a peer has said how far away it is from the rest.
+func (s *swarm) stir() {
+	if w := s.want.Load(); w != nil {
+		w.stir()
 	}
 }
 

@@ -16,7 +16,10 @@ func (h *hunt) work(ctx context.Context, hd *holder, conn net.Conn) {
 	for ctx.Err() == nil {
 		var err error
 		if conn == nil {
-			conn, hd.all, err = h.hello(ctx, hd.peer)
+			var all bool
+			conn, all, err = h.hello(ctx, hd.peer)
+			hd.all.Store(all)
+			hd.hops.Store(0)
 		}
 		delivered := false
 		if err == nil {
@@ -68,11 +71,13 @@ func (h *hunt) use(ctx context.Context, hd *holder, conn net.Conn, window int) (
 		return false, transfer.ErrStopped
 	}
 	t := newTap(h.s, conn, hd.peer.ID, true)
+	t.hops = &hd.hops
+	t.hops.Store(0)
 	h.s.attach(t)
-	if !hd.all {
+	if !hd.all.Load() {
 		window = minWindow
 	}
-	h.w.join(t, hd.all, max(1, window))
+	h.w.join(t, hd.all.Load(), max(1, window))
 	select {
 	case <-t.done:
 	case <-ctx.Done():
@@ -85,7 +90,7 @@ func (h *hunt) use(ctx context.Context, hd *holder, conn net.Conn, window int) (
 func (h *hunt) needTable(ctx context.Context, hd *holder, conn net.Conn) error {
 	// One complete holder at a time, since the others would send the same again; but
 	// nobody holds the others up for longer than a stall.
-	if hd.all {
+	if hd.all.Load() {
 		impatient := time.NewTimer(h.e.cfg.StallTimeout)
 		defer impatient.Stop()
 		select {
@@ -115,7 +120,10 @@ func (h *hunt) needTable(ctx context.Context, hd *holder, conn net.Conn) error {
 	if _, err := conn.Write([]byte{askTable}); err != nil {
 		return because(ctx, err)
 	}
-	table, err := readTable(conn, h.blob, alive)
+	table, err := readTable(conn, h.blob, alive, func(hops int) {
+		hd.hops.Store(int32(hops))
+		h.stir()
+	})
 	var slow net.Error
 	switch {
 	case errors.As(err, &slow) && slow.Timeout():

@@ -50,6 +50,7 @@ func Run(t *testing.T, start Start) {
 		{"Reset", testReset},
 		{"OneOfThreeDies", testOneOfThreeDies},
 		{"NoHolder", testNoHolder},
+		{"Lost", testLost},
 		{"AllLie", testAllLie},
 		{"WrongPeer", testWrongPeer},
 		{"Relay", testRelay},
@@ -356,6 +357,47 @@ func testNoHolder(t *testing.T, f *fleet) {
 	alone := f.node("d", NewStore(), options{})
 	if err := f.fetch(alone, blobOf(t, fresh(9))).Wait(f.ctx()); !errors.Is(err, transfer.ErrNoHolder) {
 		t.Errorf("alone: %v", err)
+	}
+}
+
+// Nodes that all look at the same moment for a blob that nobody holds do not wait for each
+// other, and get it as soon as one of them holds it.
+func testLost(t *testing.T, f *fleet) {
+	const soon = 10 * time.Second // a third of what a fetch waits for holders that bring nothing
+	content := [][]byte{fresh(1000), fresh(5*transfer.PieceSize + 1)}
+	stores := []*Store{NewStore(), NewStore(), NewStore()}
+	var nodes []*node
+	for i, id := range []string{"a", "b", "c"} {
+		nodes = append(nodes, f.node(id, stores[i], options{}))
+	}
+	for _, n := range nodes {
+		n.mu.Lock()
+		for _, other := range nodes {
+			if other != n {
+				n.asks = append(n.asks, other)
+			}
+		}
+		n.mu.Unlock()
+	}
+	for _, c := range content {
+		for _, b := range []transfer.Blob{blobOf(t, c), rootless(blobOf(t, c))} {
+			began := time.Now()
+			var fetches []*transfer.Fetch
+			for _, n := range nodes {
+				fetches = append(fetches, f.fetch(n, b))
+			}
+			for i, fetch := range fetches {
+				if err := fetch.Wait(f.ctx()); !errors.Is(err, transfer.ErrNoHolder) {
+					t.Errorf("%s: error is %v", nodes[i].id, err)
+				}
+			}
+			if took := time.Since(began); took > soon {
+				t.Errorf("%d bytes, root %v: it took %v", b.Size, b.Root != nil, took)
+			}
+		}
+		stores[0].Put(c)
+		f.arrives(nodes[1], stores[1], c, blobOf(t, c))
+		f.arrives(nodes[2], stores[2], c, rootless(blobOf(t, c)))
 	}
 }
 
