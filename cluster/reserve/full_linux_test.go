@@ -3,6 +3,7 @@ package reserve_test
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -362,5 +363,51 @@ func verify(t *testing.T, dir string, acknowledged uint64) {
 	}
 	if uint64(rows) != acknowledged {
 		t.Errorf("%d rows for %d entries", rows, acknowledged)
+	}
+}
+
+// A database that finds no room for its first pages, or for some of them only, is none:
+// the next start that finds room makes it.
+func TestANewFileFindsNoRoom(t *testing.T) {
+	dir := onSmallDisk(t, "1m")
+	if dir == "" {
+		return
+	}
+	opens := map[string]func(string) (io.Closer, error){
+		"log.db":   func(path string) (io.Closer, error) { return kv.OpenLog(path) },
+		"state.db": func(path string) (io.Closer, error) { return kv.OpenBolt(path) },
+	}
+	for name, open := range opens {
+		path, room := filepath.Join(dir, name), filepath.Join(dir, "room")
+		for pages, found := 0, false; !found; pages++ {
+			if err := os.WriteFile(room, make([]byte, pages*os.Getpagesize()), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			giveBack := eat(t, dir)
+			if err := os.Remove(room); err != nil {
+				t.Fatal(err)
+			}
+			db, err := open(path)
+			if found = err == nil; found {
+				if err := db.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if t.Logf("%s takes %d pages", name, pages); pages < 4 {
+					t.Errorf("%s was made in %d pages", name, pages)
+				}
+			} else if !errors.Is(err, syscall.ENOSPC) {
+				t.Fatalf("%s in %d pages: %v", name, pages, err)
+			}
+			giveBack()
+			if db, err = open(path); err != nil {
+				t.Fatalf("%s, which found %d pages, with space again: %v", name, pages, err)
+			}
+			if err := errors.Join(db.Close(), os.Remove(path)); err != nil {
+				t.Fatal(err)
+			}
+			if left, err := filepath.Glob(path + ".first"); err != nil || len(left) > 0 {
+				t.Errorf("%q is left, %v", left, err)
+			}
+		}
 	}
 }

@@ -314,6 +314,32 @@ func TestProbeSeesEveryStep(t *testing.T) {
 	}
 }
 
+// The disk is full, and not broken, whichever step of a probe finds no room: a quota may
+// say so where space is free. With room again all is well.
+func TestProbeFindsNoRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &machine{free: 5 << 30}
+		w := watching(t, m)
+		pass(7 * time.Second) // two probes, five seconds apart
+		steps := m.Steps() / 2
+		for i := range steps {
+			for _, err := range []error{syscall.ENOSPC, syscall.EDQUOT} {
+				m.Inject(m.Steps()+i, faultfs.Fault{Err: err})
+				pass(5 * time.Second)
+				want(t, w, "disk-full")
+				if r := m.report(); r.Fitness != member.Unfit || r.Refusal == nil {
+					t.Errorf("step %d finds no room: reported %+v", i, r)
+				}
+				pass(5 * time.Second)
+				want(t, w, "")
+			}
+		}
+		if steps < 3 {
+			t.Errorf("a probe takes %d steps", steps)
+		}
+	})
+}
+
 func TestClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &machine{free: 5 << 30}
