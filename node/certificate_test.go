@@ -42,7 +42,7 @@ func (s *site) ServerCertificate(ctx context.Context, _ []string) (tls.Certifica
 		return tls.Certificate{}, errors.New("no leader")
 	}
 	s.issued++
-	return leaf(s.t, int64(s.issued)), nil
+	return leaf(s.t, int64(s.issued), time.Now().Add(30*day)), nil
 }
 
 func (s *site) KeptServerCertificate() (tls.Certificate, bool) {
@@ -66,15 +66,15 @@ func (s *site) set(leader, hangs bool, renewal int) {
 	s.mu.Unlock()
 }
 
-// leaf is a certificate of 30 days with a serial number to know it by.
-func leaf(t *testing.T, serial int64) tls.Certificate {
+// leaf is a certificate that ends then, with a serial number to know it by.
+func leaf(t *testing.T, serial int64, ends time.Time) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(serial), NotBefore: time.Now().Add(-time.Second), NotAfter: time.Now().Add(30 * 24 * time.Hour),
+		SerialNumber: big.NewInt(serial), NotBefore: time.Now().Add(-time.Second), NotAfter: ends, DNSNames: []string{"registry.example"},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
@@ -126,7 +126,7 @@ func TestTheFirstCertificateIsSoonThere(t *testing.T) {
 // Nobody waits for a leader that is gone while there is a certificate that is good.
 func TestAnOldCertificateServesWhileNobodyRenewsIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kept := leaf(t, 99)
+		kept := leaf(t, 99, time.Now().Add(30*day))
 		from := &site{t: t, kept: &kept, hangs: true}
 		c, handshake := keeps(t, from)
 		if err := c.first(t.Context()); err != nil {
@@ -159,7 +159,7 @@ func TestAnOldCertificateServesWhileNobodyRenewsIt(t *testing.T) {
 func TestACertificateIsRenewedWithoutClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, _ := keeps(t, &site{t: t, leader: true})
-		<-time.After(21 * 24 * time.Hour)
+		<-time.After(21 * day)
 		if got := c.shown().SerialNumber.Int64(); got != 2 {
 			t.Errorf("after three weeks of 30 days there is certificate %d", got)
 		}

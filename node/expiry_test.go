@@ -1,14 +1,10 @@
 package node
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"math/big"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -184,17 +180,13 @@ func TestOwnCertificateExpires(t *testing.T) {
 // first, each in one step.
 func writeCertificate(t *testing.T, c Config, ends time.Time) {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(ends.Unix()), NotBefore: ends.Add(-90 * day), NotAfter: ends, DNSNames: []string{"registry.example"}}
-	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	must(t, err)
-	text, err := x509.MarshalPKCS8PrivateKey(key)
+	cert := leaf(t, 1, ends)
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
 	must(t, err)
 	for _, f := range []struct {
 		name, kind string
 		data       []byte
-	}{{c.KeyFile, "PRIVATE KEY", text}, {c.CertFile, "CERTIFICATE", cert}} {
+	}{{c.KeyFile, "PRIVATE KEY", key}, {c.CertFile, "CERTIFICATE", cert.Certificate[0]}} {
 		must(t, os.WriteFile(f.name+".new", pem.EncodeToMemory(&pem.Block{Type: f.kind, Bytes: f.data}), 0o600))
 		must(t, os.Rename(f.name+".new", f.name))
 	}

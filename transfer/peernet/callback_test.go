@@ -48,6 +48,17 @@ func (r *roll) list() ([]peernet.Peer, error) {
 	return slices.Clone(r.all), nil
 }
 
+// node opens a node of a site whose members are on the roll; change may be nil.
+func (r *roll) node(t *testing.T, s *transfertest.Site, id string, change func(id string, cfg *peernet.Config)) *port {
+	t.Helper()
+	cfg := config(t, s, id)
+	cfg.Peers = r.list
+	if change != nil {
+		change(id, &cfg)
+	}
+	return open(t, cfg)
+}
+
 // walled is a site of an open node and one behind a firewall, which has parked a
 // connection.
 type walled struct {
@@ -61,17 +72,9 @@ func newWalled(t *testing.T, change func(id string, cfg *peernet.Config)) *walle
 	t.Helper()
 	s := transfertest.NewSite(t, "site-a")
 	w := &walled{site: s, addr: wall(t), roll: &roll{}}
-	make := func(id string) *port {
-		cfg := config(t, s, id)
-		cfg.Peers = w.roll.list
-		if change != nil {
-			change(id, &cfg)
-		}
-		return open(t, cfg)
-	}
-	w.open = make("open")
+	w.open = w.roll.node(t, s, "open", change)
 	w.roll.set(peernet.Peer{ID: "open", Addr: w.open.addr}, peernet.Peer{ID: "shut", Addr: w.addr})
-	w.shut = make("shut")
+	w.shut = w.roll.node(t, s, "shut", change)
 	waitFor(t, "a connection to be parked", func() bool { return w.shut.Parked(w.open.addr) && w.open.CalledBack(w.addr) })
 	return w
 }
@@ -284,15 +287,14 @@ func testNothingIsParkedWithoutNeed(t *testing.T) {
 	r := &roll{}
 	make := func(id string) (*port, *atomic.Int32) {
 		tried := &atomic.Int32{}
-		cfg := config(t, s, id)
-		cfg.Peers = r.list
-		cfg.Authorize = func(_ string, service byte) error {
-			if service == peernet.ServiceBack {
-				tried.Add(1)
+		p := r.node(t, s, id, func(_ string, cfg *peernet.Config) {
+			cfg.Authorize = func(_ string, service byte) error {
+				if service == peernet.ServiceBack {
+					tried.Add(1)
+				}
+				return nil
 			}
-			return nil
-		}
-		p := open(t, cfg)
+		})
 		peernet.Few(p.Net, 1)
 		return p, tried
 	}
@@ -377,14 +379,11 @@ func testToldWhereToPark(t *testing.T) {
 	t.Parallel()
 	s := transfertest.NewSite(t, "site-a")
 	r, addr := &roll{}, wall(t)
-	make := func(id string, peers func() ([]peernet.Peer, error)) *port {
-		cfg := config(t, s, id)
-		cfg.Peers = peers
-		return open(t, cfg)
-	}
-	first, leader := make("first", r.list), make("leader", r.list)
+	first, leader := r.node(t, s, "first", nil), r.node(t, s, "leader", nil)
 	r.set(peernet.Peer{ID: "first", Addr: first.addr}, peernet.Peer{ID: "leader", Addr: leader.addr}, peernet.Peer{ID: "shut", Addr: addr})
-	shut := make("shut", func() ([]peernet.Peer, error) { return []peernet.Peer{{Addr: first.addr}}, nil })
+	shut := r.node(t, s, "shut", func(_ string, cfg *peernet.Config) {
+		cfg.Peers = func() ([]peernet.Peer, error) { return []peernet.Peer{{Addr: first.addr}}, nil }
+	})
 	echo(t, shut.Listen(peernet.ServiceRaft))
 	waitFor(t, "a connection to be parked at a node that was told of", func() bool { return leader.CalledBack(addr) })
 	c, err := leader.Dial(within(t), addr, peernet.ServiceRaft)
@@ -406,12 +405,7 @@ func testWallThatComes(t *testing.T) {
 	t.Parallel()
 	s := transfertest.NewSite(t, "site-a")
 	r, addr := &roll{}, wall(t)
-	make := func(id string) *port {
-		cfg := config(t, s, id)
-		cfg.Peers = r.list
-		return open(t, cfg)
-	}
-	a, b := make("node-a"), make("node-b")
+	a, b := r.node(t, s, "node-a", nil), r.node(t, s, "node-b", nil)
 	r.set(peernet.Peer{ID: "node-a", Addr: a.addr}, peernet.Peer{ID: "node-b", Addr: b.addr})
 	echo(t, b.Listen(peernet.ServiceBlob))
 	waitFor(t, "both to have parked", func() bool { return a.Parked(b.addr) && b.Parked(a.addr) })

@@ -28,20 +28,14 @@ func newApart(t *testing.T, change func(id string, cfg *peernet.Config)) *apart 
 	s := transfertest.NewSite(t, "site-a")
 	a := &apart{leftAddr: wall(t), rightAddr: wall(t), passed: prometheus.NewRegistry()}
 	r := &roll{}
-	make := func(id string) *port {
-		cfg := config(t, s, id)
-		cfg.Peers = r.list
-		if id == "open" {
-			cfg.Registry = a.passed
-		}
+	a.open = r.node(t, s, "open", func(id string, cfg *peernet.Config) {
+		cfg.Registry = a.passed
 		if change != nil {
-			change(id, &cfg)
+			change(id, cfg)
 		}
-		return open(t, cfg)
-	}
-	a.open = make("open")
+	})
 	r.set(peernet.Peer{ID: "open", Addr: a.open.addr}, peernet.Peer{ID: "left", Addr: a.leftAddr}, peernet.Peer{ID: "right", Addr: a.rightAddr})
-	a.left, a.right = make("left"), make("right")
+	a.left, a.right = r.node(t, s, "left", change), r.node(t, s, "right", change)
 	waitFor(t, "both to be called", func() bool {
 		return a.open.CalledBack(a.leftAddr) && a.open.CalledBack(a.rightAddr) && a.left.Parked(a.open.addr) && a.right.Parked(a.open.addr)
 	})
