@@ -282,6 +282,8 @@ func (n *Node) answers(to *Node, alter func(said map[string]any)) (end func()) {
 			there, back := newStream(link{to.Addr, n.Addr}), newStream(link{n.Addr, to.Addr})
 			select {
 			case honest.accepted <- &conn{host: n.host, in: there, out: back, peer: to.Self(), accepted: true}:
+			case <-honest.closed: // the transport does not end what nobody waits for any more
+				return nil, net.ErrClosed
 			case <-ctx.Done():
 				return nil, ctx.Err()
 			}
