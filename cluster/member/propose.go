@@ -293,10 +293,11 @@ func (n *Node) leadIndex(ctx context.Context) (uint64, error) {
 
 // OwnIndex is ReadIndex for a leader that is the only voter, and so its own
 // majority: there is nobody to ask, and nothing to wait for. It is not ok on
-// every other node, and on a leader that is new.
+// every other node, on a leader that is new, and on one that was fenced a moment ago and
+// has not left the consensus yet.
 func (n *Node) OwnIndex() (uint64, bool) {
 	in := n.raft.Load()
-	if in == nil {
+	if in == nil || n.cfg.Epoch.Err() != nil {
 		return 0, false
 	}
 	term := in.CurrentTerm()

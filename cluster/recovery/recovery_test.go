@@ -331,10 +331,38 @@ func TestSecondOfTwo(t *testing.T) {
 		s.serves(second, "b", "after")
 		first.Start()
 		s.fenced(first)
-		if first.Leader() == first.Self() {
-			t.Error("the old lone voter leads itself")
-		}
+		s.Await("the old lone voter does not lead itself", func() bool { return first.Leader() != first.Self() })
 		s.serves(second, "c", "still")
+	})
+}
+
+// A lone voter that leads a site of before the recovery takes its word back the moment it
+// hears of that, not when it has left the consensus.
+func TestFencedLoneVoterConfirmsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := grow(t, 2)
+		first, second := s.nodes[0], s.nodes[1]
+		s.write(first, "a", "before")
+		s.await(second, "a", "before")
+		first.Kill()
+		second.Stop()
+		survivor := s.survivor(second)
+		survivor.ClusterKey, _ = os.ReadFile(filepath.Join(first.Dir, member.ClusterKeyFile)) // Recover refuses none
+		if _, err := Recover(t.Context(), survivor); err != nil {
+			t.Fatal(err)
+		}
+		second.Start()
+		s.Isolate(first)
+		first.Start()
+		s.Await("the old lone voter leads what it knows", func() bool { _, ok := first.OwnIndex(); return ok })
+		if err := first.Epoch.Meet(second.Self(), second.Epoch.Wire()); !errors.Is(err, epoch.ErrFenced) {
+			t.Fatalf("it meets the recovered one: %v", err)
+		}
+		if _, ok := first.OwnIndex(); ok {
+			t.Error("a fenced node confirms itself")
+		}
+		s.Rejoin(first)
+		s.fenced(first)
 	})
 }
 
