@@ -130,6 +130,9 @@ func (n *node) Bring(ctx context.Context, b Blob, engine string) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.held[b.Digest] {
+		return nil // two jobs asked at once, and share a fetch as they do in a node
+	}
 	n.held[b.Digest], n.moved = true, append(n.moved, time.Now())
 	n.engines = append(n.engines, engine)
 	return nil
