@@ -1,32 +1,21 @@
 package peernet
 
 import (
-	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"slices"
-	"sync/atomic"
 	"time"
-
-	"github.com/atoll-registry/atoll/transfer"
 )
 
 // Two nodes that nobody can dial do not reach each other: neither end could answer a
 // call. Each keeps a connection parked at the nodes that both can dial, and one of
 // those passes bytes on. The handshake is between the ends, inside of what is passed
-// on: the node between sees who talks to whom, of blobs what they are wanted for, and
-// nothing else.
+// on: the node between sees who talks to whom, and nothing of what.
 
-// Blobs go over ServicePassing, where each part of what the ends write says what it is
-// for, so that the node between keeps to its caps on traffic. All else goes over
-// ServiceRelay, and nothing holds it back.
-
-// The first byte of a connection for either.
+// The first byte of a connection for ServiceRelay.
 const (
 	forPassing  byte = 't' // the id of the node to pass it on to follows, its length first; one byte answers
 	forArriving byte = 'd' // the caller's handshake follows
@@ -44,33 +33,7 @@ const (
 	alone = 3 * time.Second
 	// relaysAtOnce bounds what one node passes on.
 	relaysAtOnce = 256
-	// heldMost is how long caps may let nothing through in one direction before the node
-	// between gives a connection up: its ends may do better through another. A new one is
-	// given up after heldFirst, when other nodes can still be asked.
-	heldMost, heldFirst = 10 * time.Second, time.Second
 )
-
-// Passing bounds and counts the blobs that a node passes on. What it knows of them is the
-// node at either end and the class.
-type Passing struct {
-	In, Out transfer.Limiter // of what comes from one node, and goes to the other; nil: no limit
-	Meter   transfer.Meter   // may be nil
-}
-
-// Bound has the node keep to limits in what it passes on from now on.
-func (n *Net) Bound(p Passing) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.passing = p
-}
-
-// relayOf is the service that takes another one's connections through a third node.
-func relayOf(service byte) byte {
-	if service == ServiceBlob || service == ServiceSwarm {
-		return ServicePassing
-	}
-	return ServiceRelay
-}
 
 // errNotPassed wraps what pathFailed knows: it says nothing about the peer.
 var errNotPassed = fmt.Errorf("and no node that this one reaches passes a connection on to it: %w", io.ErrUnexpectedEOF)
@@ -80,7 +43,7 @@ func (w *ways) relay(ctx context.Context, known bool) bool {
 	if w.relayed {
 		return false
 	}
-	id, through := w.net.between(w.call, known)
+	id, through := w.net.between(w.call.addr, known)
 	if len(through) == 0 {
 		return false
 	}
@@ -96,7 +59,7 @@ func (w *ways) relay(ctx context.Context, known bool) bool {
 			}
 		}
 		if errors.Is(r.err, errNotPassed) && ctx.Err() == nil {
-			w.net.apart(w.call)
+			w.net.apart(w.call.addr)
 		}
 		w.done <- r
 	}()
@@ -118,9 +81,8 @@ func (w *ways) tryThrough(ctx context.Context, via, id string, last bool) (*Conn
 	return c, err
 }
 
-// between are the node that is called, and nodes that may pass the connection on to it.
-func (n *Net) between(k call, known bool) (id string, through []string) {
-	addr := k.addr
+// between are the node at an address, and nodes that may pass a connection on to it.
+func (n *Net) between(addr string, known bool) (id string, through []string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for peer, at := range n.back.fellow {
@@ -129,7 +91,7 @@ func (n *Net) between(k call, known bool) (id string, through []string) {
 		}
 	}
 	r := n.routes[addr]
-	if id == "" || known && (r == nil || r.through == "") || r != nil && time.Now().Before(r.apart[relayOf(k.service)]) {
+	if id == "" || known && (r == nil || r.through == "") || r != nil && time.Now().Before(r.apart) {
 		return id, nil
 	}
 	for at := range n.back.away {
@@ -146,15 +108,12 @@ func (n *Net) between(k call, known bool) (id string, through []string) {
 	return id, through[:min(asked, len(through))]
 }
 
-// apart notes that nobody passes such a connection on.
-func (n *Net) apart(k call) {
+// apart notes that nobody passes connections on to an address.
+func (n *Net) apart(addr string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	r := n.route(k.addr)
-	r.apart[relayOf(k.service)] = time.Now().Add(alone)
-	if relayOf(k.service) == ServiceRelay {
-		r.through = ""
-	}
+	r := n.route(addr)
+	r.through, r.apart = "", time.Now().Add(alone)
 }
 
 // passed notes through which node a connection came; with n.mu held.
@@ -181,7 +140,7 @@ func (n *Net) Through(addr string) string {
 // through carries out a call of the node id over what the node at via passes on.
 // Errors that wrap errNotPassed are not the peer's.
 func (n *Net) through(ctx context.Context, via, id string, k call) (*Conn, error) {
-	below, err := n.direct(ctx, n.member(via, relayOf(k.service)))
+	below, err := n.direct(ctx, n.member(via, ServiceRelay))
 	if err != nil {
 		return nil, fmt.Errorf("%w (%s: %v)", errNotPassed, via, err)
 	}
@@ -200,11 +159,7 @@ func (n *Net) through(ctx context.Context, via, id string, k call) (*Conn, error
 		below.Close()
 		return nil, fmt.Errorf("%w (%s: %v)", errNotPassed, via, err)
 	}
-	raw, m := mark(below)
-	c, err := n.upon(ctx, raw, k)
-	if err == nil {
-		c.marked, c.via = m, below.peer
-	}
+	c, err := n.upon(ctx, below, k)
 	if err == nil && c.peer != id {
 		c.Close()
 		return nil, fmt.Errorf("%w (%s passes it on to %s)", errNotPassed, via, c.peer)
@@ -212,7 +167,7 @@ func (n *Net) through(ctx context.Context, via, id string, k call) (*Conn, error
 	return c, err
 }
 
-// takeRelay serves one connection for ServiceRelay or ServicePassing.
+// takeRelay serves one connection for ServiceRelay.
 func (n *Net) takeRelay(ctx context.Context, c *Conn) {
 	_ = c.SetReadDeadline(time.Now().Add(firstWord))
 	var first [1]byte
@@ -238,9 +193,7 @@ func (n *Net) passOn(ctx context.Context, c *Conn) {
 	if _, err := io.ReadFull(c, id); err != nil || c.SetReadDeadline(time.Time{}) != nil {
 		return
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	to, err := n.callFor(ctx, c, string(id))
+	to, err := n.callFor(ctx, c.peer, string(id))
 	if err != nil {
 		n.log.Debug("a connection was not passed on", "from", c.peer, "to", string(id), "err", err)
 		_, _ = c.Write([]byte{notHere})
@@ -255,29 +208,20 @@ func (n *Net) passOn(ctx context.Context, c *Conn) {
 	if _, err := c.Write([]byte{passedOn}); err != nil {
 		return
 	}
-	ended := make(chan error, 2)
+	ended := make(chan struct{}, 2)
 	pass := func(to, from *Conn) {
-		var err error
-		if c.service == ServicePassing {
-			err = n.passMarked(ctx, to, from)
-		} else {
-			_, err = io.Copy(counting{to, n}, from)
-		}
-		cancel()
+		_, _ = io.Copy(counting{to, n}, from)
 		to.Close() // the other direction has nobody to answer any more
-		from.Close()
-		ended <- err
+		ended <- struct{}{}
 	}
 	go pass(to, c)
 	go pass(c, to)
-	if err := errors.Join(<-ended, <-ended); errors.Is(err, errHeld) {
-		n.log.Info("a connection is not passed on any more: caps on traffic let nothing through", "from", c.peer, "to", to.peer)
-	}
+	<-ended
+	<-ended
 }
 
 // callFor calls a node that cannot be dialled for the sake of another.
-func (n *Net) callFor(ctx context.Context, c *Conn, id string) (*Conn, error) {
-	from := c.peer
+func (n *Net) callFor(ctx context.Context, from, id string) (*Conn, error) {
 	n.mu.Lock()
 	p := n.back.parked[id]
 	full := n.back.passing >= relaysAtOnce
@@ -294,14 +238,7 @@ func (n *Net) callFor(ctx context.Context, c *Conn, id string) (*Conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
-	var to *Conn
-	var err error
-	if c.service == ServicePassing {
-		err = n.mayPass(ctx, part{from, id, transfer.Pull, 1}, heldFirst)
-	}
-	if err == nil {
-		to, err = n.callBack(ctx, p, c.service)
-	}
+	to, err := n.callBack(ctx, p, ServiceRelay)
 	if err == nil {
 		if _, err = to.Write([]byte{forArriving}); err == nil {
 			return to, nil
@@ -330,8 +267,7 @@ func (w counting) Write(p []byte) (int, error) {
 func (n *Net) arrive(ctx context.Context, below *Conn) {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
-	raw, m := mark(below)
-	c := &Conn{closed: func() { n.forget(below) }, marked: m, via: below.peer}
+	c := &Conn{closed: func() { n.forget(below) }}
 	n.mu.Lock()
 	closed := n.closed
 	if !closed {
@@ -345,7 +281,7 @@ func (n *Net) arrive(ctx context.Context, below *Conn) {
 	err := below.SetReadDeadline(time.Time{})
 	var l *listener
 	if err == nil {
-		l, err = n.handshake(ctx, raw, c)
+		l, err = n.handshake(ctx, below, c)
 	}
 	if err == nil && c.peer == "" {
 		err = errors.New("who joins or founds is not passed on")
@@ -360,156 +296,4 @@ func (n *Net) arrive(ctx context.Context, below *Conn) {
 	n.conns[below] = c.peer
 	n.mu.Unlock()
 	n.deliver(ctx, l, c)
-}
-
-// marked is the end of a connection for ServicePassing: what is written goes in parts, each
-// with its class (1 byte) and its length (2).
-type marked struct {
-	net.Conn
-	class atomic.Uint32
-	in    *bufio.Reader
-	left  int    // of the part that is being read
-	out   []byte // the writer's
-}
-
-const (
-	partHead = 3
-	maxPart  = 17 << 10 // more than a record of TLS has
-)
-
-var errPart = errors.New("a part of what is passed on is malformed")
-
-// mark puts the marks on a connection for ServicePassing, nil and the connection itself for
-// another.
-func mark(below *Conn) (net.Conn, *marked) {
-	if below.service != ServicePassing {
-		return below, nil
-	}
-	m := &marked{Conn: below, in: bufio.NewReader(below)}
-	return m, m
-}
-
-// NetConn is the connection to the node between.
-func (m *marked) NetConn() net.Conn { return m.Conn }
-
-// Read reads what the other end has written.
-func (m *marked) Read(p []byte) (int, error) {
-	if m.left == 0 {
-		var head [partHead]byte
-		if _, err := io.ReadFull(m.in, head[:]); err != nil {
-			return 0, err
-		}
-		var err error
-		if m.left, err = partLength(head[:]); err != nil {
-			return 0, err
-		}
-	}
-	n, err := m.in.Read(p[:min(len(p), m.left)])
-	m.left -= n
-	return n, err
-}
-
-func partLength(head []byte) (int, error) {
-	n := int(binary.BigEndian.Uint16(head[1:]))
-	if n == 0 || n > maxPart {
-		return 0, fmt.Errorf("%w: it has %d bytes", errPart, n)
-	}
-	return n, nil
-}
-
-// Write is not called by two at once: TLS is above it.
-func (m *marked) Write(p []byte) (written int, err error) {
-	for len(p) > 0 {
-		n := min(len(p), maxPart)
-		m.out = append(m.out[:0], byte(m.class.Load()))
-		m.out = binary.BigEndian.AppendUint16(m.out, uint16(n))
-		m.out = append(m.out, p[:n]...)
-		if _, err := m.Conn.Write(m.out); err != nil {
-			return written, err
-		}
-		written += n
-		p = p[n:]
-	}
-	return written, nil
-}
-
-// passMarked passes parts on until an end closes, as fast as the limits let them through.
-// Who is not read sends no more.
-func (n *Net) passMarked(ctx context.Context, to, from *Conn) error {
-	in := bufio.NewReader(from)
-	buf := make([]byte, partHead+maxPart)
-	for {
-		if _, err := io.ReadFull(in, buf[:partHead]); err != nil {
-			return err
-		}
-		size, err := partLength(buf)
-		if err != nil {
-			return err
-		}
-		whole := buf[:partHead+size]
-		if _, err := io.ReadFull(in, whole[partHead:]); err != nil {
-			return err
-		}
-		p := part{from.peer, to.peer, min(transfer.Class(buf[0]), transfer.Prefetch), len(whole)}
-		if err := n.mayPass(ctx, p, heldMost); err != nil {
-			return err
-		}
-		if _, err := to.Write(whole); err != nil {
-			return err
-		}
-		n.relayed.Add(float64(len(whole)))
-		n.mu.Lock()
-		meter := n.passing.Meter
-		n.mu.Unlock()
-		if meter != nil {
-			meter.Received(p.flow(p.from), p.bytes)
-			meter.Sent(p.flow(p.to), p.bytes)
-		}
-	}
-}
-
-// errHeld: limits have let nothing through for too long.
-var errHeld = errors.New("the limits of the node between let nothing through")
-
-// part is some bytes that are to be passed on.
-type part struct {
-	from, to string // node ids
-	class    transfer.Class
-	bytes    int
-}
-
-// flow is what moves from or to one of the ends.
-func (p part) flow(peer string) transfer.Flow {
-	return transfer.Flow{Peer: peer, Class: p.class, Way: transfer.ByRelay}
-}
-
-// mayPass waits until a part may be taken in and sent on, so long at most.
-func (n *Net) mayPass(ctx context.Context, p part, most time.Duration) error {
-	n.mu.Lock()
-	bounds := n.passing
-	n.mu.Unlock()
-	late := time.NewTimer(most)
-	defer late.Stop()
-	for _, one := range []struct {
-		limiter transfer.Limiter
-		peer    string
-	}{{bounds.In, p.from}, {bounds.Out, p.to}} {
-		for one.limiter != nil {
-			wait := one.limiter.Take(p.flow(one.peer), p.bytes)
-			if wait <= 0 {
-				break
-			}
-			again := time.NewTimer(wait)
-			select {
-			case <-again.C:
-			case <-late.C:
-				again.Stop()
-				return errHeld
-			case <-ctx.Done():
-				again.Stop()
-				return ctx.Err()
-			}
-		}
-	}
-	return nil
 }
