@@ -298,7 +298,8 @@ type mappedPages struct {
 	large   int64 // with a file of so many bytes and more both are less, and its commits are watched
 	touched atomic.Int64
 	looking sync.Mutex
-	hand    int64 // where the next quarter begins
+	turn    int64 // how many quarters were had in this round
+	hand    int64 // where the next one begins
 	memory  *memoryFile
 }
 
@@ -342,12 +343,23 @@ func (m *mappedPages) look(tx *bbolt.Tx) {
 	if resident, files, ok := m.memory.read(); !ok || resident <= most || files <= least {
 		return
 	}
-	if m.hand >= size {
-		m.hand = 0
+	from, to := m.quarter(size, page)
+	unmapPages(tx.DB().Info().Data+uintptr(from), to-from)
+}
+
+// quarter is the next one of a file, from a whole page on. The file may have grown since the
+// last: its end belongs to the fourth. Or it is another one.
+func (m *mappedPages) quarter(size, page int64) (from, to int64) {
+	if m.turn == 4 || m.hand >= size {
+		m.turn, m.hand = 0, 0
 	}
-	quarter := min((size/4+page)/page*page, size-m.hand)
-	unmapPages(tx.DB().Info().Data+uintptr(m.hand), quarter)
-	m.hand += quarter
+	m.turn++
+	from, to = m.hand, size
+	if m.turn < 4 {
+		to = max(from, size/4*m.turn/page*page)
+	}
+	m.hand = to
+	return from, to
 }
 
 // watch looks while bbolt commits, until it is ended: a commit reads each page anew that

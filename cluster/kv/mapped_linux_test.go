@@ -182,3 +182,24 @@ func unmapAll(t *testing.T, e *bolt) int64 {
 	_, now, _ := e.mapped.memory.read()
 	return now
 }
+
+// Four looks hand back all of a file, also of one that grows with each.
+func TestQuartersOfAGrowingFile(t *testing.T) {
+	const page = 4096
+	m := &mappedPages{}
+	size := int64(1001 * page)
+	for range 20 {
+		whole, reached := size, int64(0)
+		for range 4 {
+			from, to := m.quarter(size, page)
+			if from > reached || from%page != 0 {
+				t.Fatalf("of %d bytes what is handed back goes from %d to %d, after %d", size, from, to, reached)
+			}
+			reached = to
+			size += page
+		}
+		if reached < whole {
+			t.Fatalf("%d of %d bytes were handed back", reached, whole)
+		}
+	}
+}
