@@ -303,16 +303,22 @@ func TestMajorityOutOfReach(t *testing.T) {
 	})
 }
 
+// half is a site of two, whose voter is dead while the other one is stopped.
+func half(t *testing.T) (s *site, first, second *clustertest.Node) {
+	s = grow(t, 2)
+	first, second = s.nodes[0], s.nodes[1]
+	s.write(first, "a", "before")
+	s.await(second, "a", "before")
+	first.Kill()
+	second.Stop()
+	return s, first, second
+}
+
 // TestSecondOfTwo: what is left may be a node without a vote, and the old lone
 // voter must not elect itself when it comes back.
 func TestSecondOfTwo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := grow(t, 2)
-		first, second := s.nodes[0], s.nodes[1]
-		s.write(first, "a", "before")
-		s.await(second, "a", "before")
-		first.Kill()
-		second.Stop()
+		s, first, second := half(t)
 		// It does not hold the cluster key: the dead node's disk, or a copy, has it.
 		survivor := s.survivor(second)
 		if _, err := Recover(t.Context(), survivor); !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), "--cluster-key") {
@@ -340,12 +346,7 @@ func TestSecondOfTwo(t *testing.T) {
 // hears of that, not when it has left the consensus.
 func TestFencedLoneVoterConfirmsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := grow(t, 2)
-		first, second := s.nodes[0], s.nodes[1]
-		s.write(first, "a", "before")
-		s.await(second, "a", "before")
-		first.Kill()
-		second.Stop()
+		s, first, second := half(t)
 		survivor := s.survivor(second)
 		survivor.ClusterKey, _ = os.ReadFile(filepath.Join(first.Dir, member.ClusterKeyFile)) // Recover refuses none
 		if _, err := Recover(t.Context(), survivor); err != nil {
