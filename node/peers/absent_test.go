@@ -86,11 +86,11 @@ func TestPushTellsWhatNobodyHolds(t *testing.T) {
 		s := newSite(t, 3)
 		l := listen(s.nodes[0])
 		s.nodes[2].setDown(true)
-		d := s.put(bytesOf("lost", 1000))
+		d, e := s.put(bytesOf("lost", 1000)), s.put(bytesOf("lost, too", 1000))
 		held := s.put(bytesOf("held", 1000), s.nodes[1])
 		s.run()
-		if _, err := s.nodes[0].Ensure(t.Context(), []digest.Digest{held, d}); !fault.Is(err, fault.Unavailable) || l.of(d) != 1 || l.of(held) != 0 {
-			t.Errorf("a push of a blob that nobody holds: %v, told %d and %d times", err, l.of(d), l.of(held))
+		if _, err := s.nodes[0].Ensure(t.Context(), []digest.Digest{held, d, e}); !fault.Is(err, fault.Unavailable) || l.of(d) != 1 || l.of(e) != 1 || l.of(held) != 0 {
+			t.Errorf("a push of two blobs that nobody holds: %v, told %d, %d and %d times", err, l.of(d), l.of(e), l.of(held))
 		}
 		// A version that does not know of answers for each blob counts on all of them.
 		old := heldRequest{Blobs: []heldBlob{{Digest: held, Size: 1000}, {Digest: d, Size: 1000}}}

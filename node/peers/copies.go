@@ -74,12 +74,16 @@ func (p *Peers) Ensure(ctx context.Context, ds []digest.Digest) (int, error) {
 		}
 	}
 	copies := durability
+	var absent digest.Digest
 	for _, c := range pending {
 		if c.holders+c.spare == 0 {
-			p.tellAbsent(c.blob.Digest) // or the client, told that it is here, never pushes it
-			return 0, fault.New(fault.Unavailable, "no node that is up holds %s; push it again", c.blob.Digest)
+			absent = c.blob.Digest
+			p.tellAbsent(absent) // or the client, told that it is here, never pushes it
 		}
 		copies = min(copies, c.holders+c.spare)
+	}
+	if absent != "" {
+		return 0, fault.New(fault.Unavailable, "no node that is up holds %s; push it again", absent)
 	}
 	if len(pending) == 0 { // nothing but metadata, which raft copies
 		copies = min(durability, 1+len(p.others()))
@@ -274,9 +278,9 @@ func (p *Peers) whileLive(ctx context.Context, id string, call func(context.Cont
 // hold answers a peer's heldRequest: it fetches what this node lacks and returns
 // once all is on stable storage, or was tried.
 func (p *Peers) hold(ctx context.Context, request heldRequest) (any, error) {
-	group, grouped := errgroup.WithContext(ctx)
-	if request.Each {
-		group, grouped = &errgroup.Group{}, ctx
+	group, grouped := &errgroup.Group{}, ctx
+	if !request.Each { // one that fails decides
+		group, grouped = errgroup.WithContext(ctx)
 	}
 	group.SetLimit(copiesAtOnce)
 	var mu sync.Mutex
