@@ -125,8 +125,8 @@ func TestASourceServesSoManyAtOnce(t *testing.T) {
 		c.add(fmt.Sprintf("%02d", i+1), nil)
 	}
 	fetchAll(t, c.nodes[1:], blob)
-	source.mu.Lock()
-	defer source.mu.Unlock()
+	source.desk.mu.Lock()
+	defer source.desk.mu.Unlock()
 	if most > maxAskers || most < maxAskers/2 {
 		t.Errorf("%d were served at once, want at most %d", most, maxAskers)
 	}
