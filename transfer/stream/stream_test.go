@@ -20,7 +20,7 @@ func (e engine) Serve(ln net.Listener) error { return e.Engine.Serve(context.Bac
 func start(t testing.TB, p transfertest.Parts) transfertest.Engine {
 	t.Helper()
 	e, err := stream.New(stream.Config{
-		Source: p.Source, Sink: p.Sink, Peers: p.Peers, Dial: p.Dial, Log: p.Log,
+		Source: p.Source, Sink: p.Sink, Peers: p.Peers, Dial: p.Dial, Log: p.Log, Limiter: p.Limiter, Incoming: p.Incoming,
 		Patience: transfer.Patience{StallTimeout: p.StallTimeout, AskTimeout: 10 * time.Second, AskAgain: 100 * time.Millisecond, Backoff: time.Millisecond},
 		Absence:  2 * time.Second,
 		Hooks: stream.Hooks{

@@ -47,7 +47,7 @@ func start(t testing.TB, p transfertest.Parts) transfertest.Engine {
 	}
 	var mover *stream.Engine
 	carrier, err := swarm.New(swarm.Config{
-		Node: p.Node, Source: p.Source, Peers: p.Peers, Log: p.Log, Hooks: hooks,
+		Node: p.Node, Source: p.Source, Peers: p.Peers, Log: p.Log, Hooks: hooks, Limiter: p.Limiter, Incoming: p.Incoming,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return p.DialService(ctx, addr, peernet.ServiceSwarm)
 		},
@@ -59,7 +59,7 @@ func start(t testing.TB, p transfertest.Parts) transfertest.Engine {
 		t.Fatal(err)
 	}
 	mover, err = stream.New(stream.Config{
-		Source: p.Source, Sink: p.Sink, Peers: p.Peers, Dial: p.Dial, Log: p.Log,
+		Source: p.Source, Sink: p.Sink, Peers: p.Peers, Dial: p.Dial, Log: p.Log, Limiter: p.Limiter, Incoming: p.Incoming,
 		Carrier:  func(transfer.Blob, transfer.Way) transfer.Carrier { return carrier },
 		Patience: transfer.Patience{StallTimeout: p.StallTimeout, AskTimeout: 10 * time.Second, AskAgain: 100 * time.Millisecond, Backoff: time.Millisecond},
 		Hooks:    hooks,

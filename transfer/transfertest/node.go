@@ -31,6 +31,8 @@ type Parts struct {
 	DialService func(ctx context.Context, addr string, service byte) (net.Conn, error)
 	Listen      func(service byte) net.Listener
 	Log         *slog.Logger
+	// Limiter of what goes out and Incoming of what comes in; nil: no limit.
+	Limiter, Incoming transfer.Limiter
 	// StallTimeout after which a sender without progress is to be replaced. What
 	// else the engine waits for is to be as short.
 	StallTimeout time.Duration
@@ -97,6 +99,8 @@ type options struct {
 	source func(transfer.Source) transfer.Source // wraps what it serves from
 	accept func(net.Conn) net.Conn               // wraps the raw connections that it accepts
 	wall   string                                // an address without an answer, by which others know it
+	out    transfer.Limiter
+	in     transfer.Limiter
 }
 
 // node starts a node over a store; it asks the peers given.
@@ -142,6 +146,8 @@ func (f *fleet) node(id string, store *Store, opts options, asks ...*node) *node
 		DialService:  port.Dial,
 		Listen:       port.Listen,
 		Log:          slog.New(slog.DiscardHandler),
+		Limiter:      opts.out,
+		Incoming:     opts.in,
 		StallTimeout: f.stall,
 		Moved:        n.noteMoved,
 		Dropped:      n.noteDropped,

@@ -56,6 +56,7 @@ func Run(t *testing.T, start Start) {
 		{"Relay", testRelay},
 		{"Resume", testResume},
 		{"ResumeAfterRot", testResumeAfterRot},
+		{"LimitsThatChange", testLimitsThatChange},
 		{"SinkFails", testSinkFails},
 		{"ReadWhileArriving", testReadWhileArriving},
 		{"ReadersAtOffsets", testReadersAtOffsets},
