@@ -73,6 +73,9 @@ func (c *codec) merge(s *shape, b, old []byte) ([]byte, error) {
 	return c.enc.Marshal(fresh)
 }
 
+// emptyMap is the CBOR of a map with nothing in it.
+const emptyMap = 0xa0
+
 func isMap(raw cbor.RawMessage) bool { return len(raw) > 0 && raw[0]>>5 == 5 }
 
 // shape is what a struct type knows: its fields' names, and the shapes of

@@ -339,3 +339,38 @@ func TestUseAfterTheEnd(t *testing.T) {
 		}
 	})
 }
+
+// A row whose key says everything is written without being read: who writes it again
+// meanwhile is in nobody's way, and it keeps its creation.
+func TestARowWithoutFieldsIsWrittenUnread(t *testing.T) {
+	both(t, func(t *testing.T, open func() *table.DB) {
+		db := open()
+		marks := table.Define[struct{}](db, "mark")
+		tabletest.Start(t, db)
+		mark := func(tx *table.Tx) error { return marks.Put(tx, struct{}{}, "a", "b") }
+		var first table.Commit
+		runs := 0
+		if _, err := db.Update(t.Context(), func(tx *table.Tx) (err error) {
+			if runs++; runs == 1 {
+				if first, err = db.Update(t.Context(), mark); err != nil {
+					return err
+				}
+			}
+			return mark(tx)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if runs != 1 {
+			t.Errorf("it took %d runs", runs)
+		}
+		if err := db.View(func(v *table.View) error {
+			meta, ok, err := marks.Meta(v, "a", "b")
+			if !ok || meta.Created != first.Revision || meta.Revision <= first.Revision {
+				t.Errorf("the row is %+v, %v; made at %d", meta, ok, first.Revision)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	})
+}

@@ -221,7 +221,7 @@ func (r *Records) Link(tx *table.Tx, project, repository string, d digest.Digest
 // Linked reports whether a repository may see a blob. The blob may be condemned
 // or gone: see Guard and Revive.
 func (r *Records) Linked(from table.Reader, project, repository string, d digest.Digest) (bool, error) {
-	_, _, ok, err := r.links.Get(from, project, repository, d.String())
+	_, ok, err := r.links.Meta(from, project, repository, d.String())
 	return ok, err
 }
 

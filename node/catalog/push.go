@@ -165,7 +165,7 @@ func (a *admission) askGates(ctx context.Context) error {
 
 func (a *admission) ensureRepository() error {
 	p := a.push
-	_, _, ok, err := a.c.repositories.Get(a.tx, p.Project, p.Repository)
+	_, ok, err := a.c.repositories.Meta(a.tx, p.Project, p.Repository)
 	if err != nil || ok {
 		return err
 	}
@@ -221,7 +221,7 @@ func (a *admission) hold(row *artifactRow) error {
 	}
 	// Whoever removes the last holder removes the bytes: the row is written again
 	// unless it is there, and this read guards that it stays until then.
-	if _, _, ok, err := c.manifests.Get(a.tx, p.Digest.String()); err != nil {
+	if _, ok, err := c.manifests.Meta(a.tx, p.Digest.String()); err != nil {
 		return err
 	} else if !ok {
 		if err := c.manifests.Put(a.tx, manifestRow{Bytes: p.Bytes}, p.Digest.String()); err != nil {
