@@ -103,7 +103,7 @@ func (w *walk) check(open int) error {
 	var names names
 	for c := w.next(); c != '}' && c != ']' && c != 0; c = w.next() {
 		if kind == '{' {
-			name, err := textOf(w.text())
+			name, err := nameOf(w.text())
 			if err != nil {
 				return err
 			}
@@ -121,43 +121,51 @@ func (w *walk) check(open int) error {
 
 // names are those of one object: few for the most part.
 type names struct {
-	few  []string
+	few  [16][]byte
+	n    int // of few
 	many map[string]bool
 }
 
 // add reports whether a name is new.
-func (n *names) add(name string) bool {
-	const few = 16
-	for _, have := range n.few {
-		if have == name {
+func (n *names) add(name []byte) bool {
+	for _, have := range n.few[:n.n] {
+		if bytes.Equal(have, name) {
 			return false
 		}
 	}
-	if len(n.few) < few {
-		n.few = append(n.few, name)
+	if n.n < len(n.few) {
+		n.few[n.n] = name
+		n.n++
 		return true
 	}
 	if n.many == nil {
 		n.many = map[string]bool{}
 	}
-	if n.many[name] {
+	if n.many[string(name)] {
 		return false
 	}
-	n.many[name] = true
+	n.many[string(name)] = true
 	return true
 }
 
 // textOf reads a string with its quotes.
 func textOf(raw []byte) (s string, err error) {
+	b, err := nameOf(raw)
+	return string(b), err
+}
+
+// nameOf is textOf for who keeps raw as it is.
+func nameOf(raw []byte) ([]byte, error) {
 	plain := len(raw) >= 2 && raw[0] == '"'
 	for _, c := range raw {
 		plain = plain && c != '\\' && c < 0x80
 	}
-	if !plain {
-		err = json.Unmarshal(raw, &s)
-		return s, err
+	if plain {
+		return raw[1 : len(raw)-1], nil
 	}
-	return string(raw[1 : len(raw)-1]), nil
+	var s string
+	err := json.Unmarshal(raw, &s)
+	return []byte(s), err
 }
 
 // sizeOf reads a number of bytes.
