@@ -21,6 +21,9 @@ const (
 	tuneEvery = 1 << 20
 	// someLost are so many packets sent again that it was not one mishap.
 	someLost = 3
+	// sendRoom is what a connection with BBR may have sent and not heard of, and more. One
+	// packet that is lost twice holds up what four round trips carry behind it.
+	sendRoom = 16 << 20
 )
 
 // probing finds out within some ten seconds that the path of a connection on which
@@ -62,6 +65,12 @@ func (p Path) wants(long time.Duration) bool {
 // Path of the connection; false where the system does not say, and over QUIC.
 func (c *Conn) Path() (Path, bool) { return pathOf(c.NetConn()) }
 
+// RoundTrip of the path, as smoothed by the system; 0: it does not say.
+func (c *Conn) RoundTrip() time.Duration {
+	p, _ := c.Path()
+	return p.RTT
+}
+
 // Thin says that what this end sends goes a long and lossy way without BBR: a second
 // connection would carry as much again.
 func (c *Conn) Thin() bool {
@@ -94,7 +103,9 @@ func (n *Net) tune(raw net.Conn) (done bool) {
 	if !p.wants(n.cfg.LongPath) {
 		return false
 	}
-	if err := setCongestion(raw, BBR); err != nil {
+	if err := setCongestion(raw, BBR); err == nil {
+		makeRoom(raw, sendRoom)
+	} else {
 		n.slow.Do(func() {
 			n.log.Info("no BBR on this machine: long or lossy paths between nodes carry less; atoll doctor says what to do", "err", err)
 		})

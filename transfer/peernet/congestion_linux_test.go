@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,7 +18,8 @@ import (
 )
 
 // TestBBROnLongPaths: where the kernel has BBR, a sender on a long path gets it, also
-// when it is the one that accepted; on a short path nothing is changed.
+// when it is the one that accepted, and room for what nobody has acknowledged; on a short path
+// nothing is changed.
 func TestBBROnLongPaths(t *testing.T) {
 	available, err := os.ReadFile("/proc/sys/net/ipv4/tcp_available_congestion_control")
 	if err != nil {
@@ -85,8 +87,51 @@ func TestBBROnLongPaths(t *testing.T) {
 			if !ok || path.Congestion != c.want {
 				t.Errorf("the sender has %+v, %v; want %s", path, ok, c.want)
 			}
+			if got := sendBuffer(t, far.(*peernet.Conn)); c.want == peernet.BBR && got < roomiest(t) {
+				t.Errorf("the sender may have %d bytes that nobody has acknowledged, and could have %d", got, roomiest(t))
+			} else if c.want != peernet.BBR && got > proc(t, "ipv4/tcp_wmem")[2] {
+				t.Errorf("the sender may have %d bytes that nobody has acknowledged", got)
+			}
 		})
 	}
+}
+
+// sendBuffer is how much the sender may have in the kernel.
+func sendBuffer(t *testing.T, c *peernet.Conn) (bytes int) {
+	t.Helper()
+	raw, err := c.NetConn().(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if failed := raw.Control(func(fd uintptr) { bytes, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF) }); failed != nil || err != nil {
+		t.Fatal(failed, err)
+	}
+	return bytes
+}
+
+// roomiest is what a process may ask for on this machine, up to 16 MiB; 0 if the system goes as far by itself.
+func roomiest(t *testing.T) int {
+	t.Helper()
+	if most := min(2*proc(t, "core/wmem_max")[0], 16<<20); most > proc(t, "ipv4/tcp_wmem")[2] {
+		return most
+	}
+	return 0
+}
+
+func proc(t *testing.T, name string) (values []int) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/sys/net/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for word := range strings.FieldsSeq(string(text)) {
+		n, err := strconv.Atoi(word)
+		if err != nil {
+			t.Fatal(err)
+		}
+		values = append(values, n)
+	}
+	return values
 }
 
 // TestLossyPaths: a short path that loses more than a few packets wants BBR too.
