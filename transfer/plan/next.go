@@ -75,14 +75,7 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 		h.credit++
 		return Ask{Piece: Any}, true
 	}
-	depth := w.rules.Depth
-	if !h.complete {
-		depth = w.rules.SwarmDepth
-	} else if n := len(w.holders); n > 1 {
-		// Towards the end no holder should sit on what another could send sooner.
-		depth = max(1, min(depth, w.left/n))
-	}
-	if len(h.asked) >= depth {
+	if len(h.asked) >= w.depth(h) {
 		return Ask{}, false
 	}
 	if !h.dry {
@@ -100,6 +93,22 @@ func (w *Want) Next(now time.Duration, h *Holder) (a Ask, ok bool) {
 		return Ask{Piece: i}, true
 	}
 	return Ask{}, false
+}
+
+// depth is how many pieces to have asked of a holder.
+func (w *Want) depth(h *Holder) int {
+	if !h.complete {
+		return w.rules.SwarmDepth
+	}
+	depth, n := w.rules.Depth, len(w.holders)
+	if h.pace > 0 {
+		depth = max(depth, min(int(ahead/h.pace), mostAhead/n))
+	}
+	if n > 1 {
+		// Towards the end no holder should sit on what another could send sooner.
+		depth = max(1, min(depth, w.left/n))
+	}
+	return depth
 }
 
 // choices is how many pieces holders are left to choose by now.

@@ -15,6 +15,11 @@ const (
 	sample = 512
 	// maxCredit is how many pieces a holder may be left to choose.
 	maxCredit = 2
+	// ahead is for how long a holder is asked ahead, with at most so many pieces. A packet that is
+	// lost and lost again holds up what comes behind it, for several round trips: meanwhile
+	// nothing arrives, so nothing is asked for, and who sends would run out of what to send.
+	ahead     = 1500 * time.Millisecond
+	mostAhead = 64
 )
 
 // Any as an Ask's piece leaves the choice to the holder.
@@ -45,7 +50,7 @@ const (
 // Rules of a Want; zero values mean the defaults named beside them.
 type Rules struct {
 	// Depth is how many pieces to have asked of a holder while nobody else is known
-	// to want the blob: enough to keep a long path full. 16.
+	// to want the blob, at least; of one that is fast as many as come in a while. 16.
 	Depth int
 	// SwarmDepth is the same of a holder that is still fetching. 2.
 	SwarmDepth int
