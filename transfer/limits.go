@@ -100,10 +100,12 @@ func (p *Places) Use() (taken, most int) {
 
 // How much a connection may have in the kernel that is not on the wire yet, in bytes. Where the wire is
 // slow what many connections have there would stand before each piece for as long as several
-// pieces take; where it is fast a small part of a piece would cost a system call each.
+// pieces take; where it is fast a small part of a piece would cost a system call each. On a long path
+// it is more.
 const (
 	Unsent     = 128 << 10
 	UnsentSlow = 32 << 10
+	UnsentLong = 2 << 20 // at most
 )
 
 // Limits of an engine. Several may share them; what is nil has the default named beside

@@ -47,9 +47,11 @@ type link struct {
 	mu   sync.Mutex
 	out  []byte // to be written
 	wake chan struct{}
-	fast bool // what it carries, as the last piece that was written says; the writer's
-	shut sync.Once
-	done chan struct{} // closed by close
+	// The writer's: how long a piece takes to be written, and how much may wait in the kernel.
+	took   time.Duration
+	unsent int
+	shut   sync.Once
+	done   chan struct{} // closed by close
 	// over is there once the next session waits for the end of this one, which closes it; guarded
 	// by the links'.
 	over chan struct{}
@@ -60,7 +62,8 @@ func newLink(conn net.Conn) *link {
 	if p, ok := conn.(interface{ PeerID() string }); ok {
 		l.peer = p.PeerID()
 	}
-	transfer.KeepShort(conn, transfer.UnsentSlow)
+	l.unsent = transfer.UnsentSlow
+	transfer.KeepShort(conn, l.unsent)
 	return l
 }
 
@@ -117,18 +120,41 @@ func (l *link) write(b []byte) error {
 // fastPiece is how long a piece takes at most to be written where the wire is fast.
 const fastPiece = 100 * time.Millisecond
 
-// paced notes how long bytes took to be written.
+// longTrip is the round trip above which a path is long.
+const longTrip = 20 * time.Millisecond
+
+// paced notes how long a piece took to be written.
 func (l *link) paced(bytes int64, took time.Duration) {
-	fast := took < fastPiece
-	if fast == l.fast || bytes < transfer.PieceSize {
+	if bytes < transfer.PieceSize {
 		return
 	}
-	l.fast = fast
-	unsent := transfer.UnsentSlow
-	if fast {
-		unsent = transfer.Unsent
+	if l.took == 0 {
+		l.took = took
 	}
-	transfer.KeepShort(l.conn, unsent)
+	l.took += (took - l.took) / 4
+	trip := time.Duration(0)
+	if path, ok := l.conn.(interface{ RoundTrip() time.Duration }); ok {
+		trip = path.RoundTrip()
+	}
+	if unsent := unsent(l.took, trip); unsent != l.unsent {
+		l.unsent = unsent
+		transfer.KeepShort(l.conn, unsent)
+	}
+}
+
+// unsent is how much may wait in the kernel where a piece takes so long to be written. On a long path
+// that is what it carries in a round trip: so long takes what is urgent in any case. The kernel asks
+// for more only once a third of its room is free, and with less it would have nothing to send
+// whenever a packet is lost twice.
+func unsent(piece, trip time.Duration) int {
+	if piece >= fastPiece {
+		return transfer.UnsentSlow
+	}
+	n := transfer.Unsent
+	for trip > longTrip && n < transfer.UnsentLong && time.Duration(2*n)*piece <= transfer.PieceSize*trip {
+		n *= 2
+	}
+	return n
 }
 
 // header reads the next frame's head within the timeout; 0: none. The length is within
