@@ -99,7 +99,7 @@ func port(dir, name string, change func(*peernet.Config)) (*peernet.Net, error) 
 //
 //	source DIR IP
 //	sink DIR IP PORT tcp|quic|bare CONNECTIONS SECONDS
-//	fetch DIR IP PORT tcp|quic SECONDS
+//	fetch DIR IP PORT tcp|quic SECONDS, or 0 for the whole blob
 func end(ctx context.Context, args []string) error {
 	switch {
 	case len(args) == 3 && args[0] == "source":

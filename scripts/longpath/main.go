@@ -123,12 +123,16 @@ func overLine(ctx context.Context, loss float64, seconds int) (err error) {
 		}
 		say(fmt.Sprintf("long_%.0f%%_%s", loss*100, w.name), rates[w.name], "Mbit/s", ">=", goal)
 	}
-	for _, w := range []way{
-		{"blob_bbr", blobPort, "tcp", 1},
-		{"blob_tcp", plainBlobPort, "tcp", 1},
-		{"blob_quic", plainBlobPort, "quic", 1},
+	for _, w := range []struct {
+		way
+		seconds int
+	}{
+		{way{"blob_bbr", blobPort, "tcp", 1}, seconds},
+		{way{"blob_bbr_whole", blobPort, "tcp", 1}, 0},
+		{way{"blob_tcp", plainBlobPort, "tcp", 1}, seconds},
+		{way{"blob_quic", plainBlobPort, "quic", 1}, seconds},
 	} {
-		out, err := near.Run(ctx, self, "end", "fetch", dir, far.IP, w.port, w.how, strconv.Itoa(seconds))
+		out, err := near.Run(ctx, self, "end", "fetch", dir, far.IP, w.port, w.how, strconv.Itoa(w.seconds))
 		if err != nil {
 			return err
 		}
