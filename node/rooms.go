@@ -134,7 +134,7 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	}); err != nil {
 		return nil, err
 	}
-	r.traffic.Meet(r.peers)
+	r.bound(g)
 	g.member.Resealers(r.journal.Reseal)
 	r.journal.Delegate(g.member.Ask)
 	g.member.Duties(journal.SignDuty, r.journal.SignFor)
@@ -192,6 +192,13 @@ func newRooms(ctx context.Context, g ground) (*rooms, error) {
 	r.register(g)
 	r.http, err = r.handler(g)
 	return r, err
+}
+
+// bound has this node agree with the others on the caps that are for all, and keep to caps in
+// what it passes on.
+func (r *rooms) bound(g ground) {
+	r.traffic.Meet(r.peers)
+	g.network.Bound(peernet.Passing{In: r.traffic.Incoming(), Out: r.traffic, Meter: r.traffic})
 }
 
 func newDoctor(g ground) *doctor.Doctor {

@@ -24,6 +24,7 @@ const (
 	ByDefault    Way = ""           // as the mover is set up
 	ByStream     Way = "stream"     // piece by piece, as the planner says
 	ByBitTorrent Way = "bittorrent" // as one of a swarm
+	ByRelay      Way = "relay"      // passed on for two other nodes; no fetch can ask for it
 )
 
 // Option of a Fetch.

@@ -2,6 +2,7 @@ package transfer
 
 import (
 	"fmt"
+	"net"
 	"time"
 )
 
@@ -36,10 +37,34 @@ func For(class Class) Option { return func(o *Options) { o.Class = class } }
 // Flow is what moves between this node and a peer: what a Limiter decides on and a
 // Meter counts.
 type Flow struct {
-	Blob  Blob
+	Blob  Blob   // empty when it is passed on for others
 	Peer  string // node id
+	Via   string // of the node that passes it on to the peer; "": it goes there itself
 	Class Class
 	Way   Way // that it takes
+}
+
+// Passed is a connection that a third node may pass on. Engines tell it what they write for.
+type Passed interface {
+	// Via is the id of that node; "" when there is none.
+	Via() string
+	// Mark says what that is for which is written from now on.
+	Mark(Class)
+}
+
+// Mark tells a connection what is written to it for, if it wants to know.
+func Mark(c net.Conn, class Class) {
+	if p, ok := c.(Passed); ok {
+		p.Mark(class)
+	}
+}
+
+// ViaOf is the node that passes a connection on; "" when none does.
+func ViaOf(c net.Conn) string {
+	if p, ok := c.(Passed); ok {
+		return p.Via()
+	}
+	return ""
 }
 
 // Limiter decides when bytes may leave this node. It is asked once for each piece,

@@ -10,7 +10,11 @@ const tcpNotSentLowat = 25 // TCP_NOTSENT_LOWAT; package syscall does not name i
 // KeepShort bounds how much waits in the kernel before it is on the wire, in bytes, so that a
 // piece is in service while it is on the wire, and what is urgent does not stand behind megabytes.
 func KeepShort(c net.Conn, unsent int) {
-	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
+	for { // of a connection through another node it is the one to that
+		t, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
 		c = t.NetConn()
 	}
 	tcp, ok := c.(*net.TCPConn)

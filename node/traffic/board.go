@@ -153,14 +153,15 @@ func (b *board) tick(now time.Duration) {
 
 // Transfer is a blob, or a part of it, on its way.
 type Transfer struct {
-	Blob digest.Digest `json:"blob"`
+	Blob digest.Digest `json:"blob"` // "" when it is passed on for two other nodes
 	Size int64         `json:"size"` // bytes of the blob
 	// Repository that shows the blob, one of them, as project/name; "" when not known.
 	Repository string `json:"repository"`
 	From       string `json:"from"` // a node's name
 	To         string `json:"to"`   // a node's name, or USER@ADDRESS of a client
 	Class      string `json:"class"`
-	// Engine that moves it: stream or bittorrent; "" to a client.
+	// Engine that moves it: stream or bittorrent, relay when it is passed on for two other
+	// nodes; "" to a client.
 	Engine  string `json:"engine"`
 	Rate    int64  `json:"rate"` // bytes per second, a mean of the last seconds
 	Done    int64  `json:"done"` // bytes on this way, since Seconds
@@ -212,7 +213,7 @@ func (t *Traffic) own() []Transfer {
 		case k.peer == "":
 			one.To = k.client
 		}
-		if rate >= 1 {
+		if rate >= 1 && f.way != transfer.ByRelay {
 			one.ETA = int64(math.Ceil(float64(max(left, 0)) / rate))
 		}
 		if f.heldBy != "" && now-f.heldAt < heldFor {
@@ -222,7 +223,7 @@ func (t *Traffic) own() []Transfer {
 	}
 	t.board.mu.Unlock() // the tables may be slow
 	for i := range out {
-		if out[i].Repository == "" {
+		if out[i].Repository == "" && out[i].Blob != "" {
 			if all := t.owners.of(out[i].Blob, now); len(all) > 0 {
 				out[i].Repository = all[0].Project + "/" + all[0].Name
 			}

@@ -11,6 +11,8 @@
 //     which hour, day and month it is.
 //   - A budget never counts less than what went, minus one step (budget.go), across
 //     crashes; on a clock that jumps it is never forgotten.
+//   - What the node passes on for two others (transfer.ByRelay) counts like what it sends
+//     and takes in itself. Each hop of such a way is a way of its own.
 //   - Caps of a link, a site, a project and a user hold for all nodes of the site
 //     together: they tell each other what they need (fellows.go), and a node that hears
 //     nothing takes its equal part. A link counts once, at the node that sends.
@@ -21,6 +23,7 @@
 package traffic
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"hash/fnv"
@@ -412,8 +415,8 @@ func (t *Traffic) admit(f transfer.Flow, n int, in bool) time.Duration {
 		return 0
 	}
 	wait, by, kind := t.decide(ask{
-		way: wayKey{f.Peer, in}, client: f.Peer, class: min(f.Class, transfer.Prefetch),
-		project: t.cappedProject(f.Blob.Digest), n: n,
+		way: wayKey{cmp.Or(f.Via, f.Peer), in}, client: f.Peer, class: min(f.Class, transfer.Prefetch),
+		project: t.cappedProject(f), n: n,
 	})
 	t.board.held(t.now(), flowKey{blob: f.Blob.Digest, peer: f.Peer, in: in}, factsOf(f), wait, by)
 	t.metrics.hold(kind, f.Class, wait)
@@ -421,15 +424,15 @@ func (t *Traffic) admit(f transfer.Flow, n int, in bool) time.Duration {
 }
 
 // cappedProject is the project whose cap a blob counts for; "" when a project that
-// shows it has none.
-func (t *Traffic) cappedProject(d digest.Digest) string {
+// shows it has none. Of what is passed on nobody here knows the blob.
+func (t *Traffic) cappedProject(f transfer.Flow) string {
 	t.mu.Lock()
 	none := len(t.caps.projects) == 0
 	t.mu.Unlock()
-	if none {
+	if none || f.Way == transfer.ByRelay {
 		return ""
 	}
-	found := t.owners.of(d, t.now())
+	found := t.owners.of(f.Blob.Digest, t.now())
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	project := ""
@@ -450,7 +453,7 @@ func (t *Traffic) Received(f transfer.Flow, n int) {
 	t.moved(f, n, true)
 	if t.capped.Load() {
 		t.mu.Lock()
-		t.spend(t.way(wayKey{f.Peer, true}), n)
+		t.spend(t.way(wayKey{cmp.Or(f.Via, f.Peer), true}), n)
 		t.mu.Unlock()
 	}
 }

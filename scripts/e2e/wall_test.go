@@ -114,6 +114,19 @@ func TestTwoNodesThatOnlyDialOut(t *testing.T) {
 				s.moves(ctx, 2, engine+"-back", 1)
 				s.moves(ctx, 0, engine+"-in", 1, 2)
 			}
+			if c.blocked != "" { // the node between keeps to its caps in what it passes on
+				s.atoll(ctx, s.nodes[0], "settings", "set", "peers.transfer-engine", "auto")
+				s.atoll(ctx, s.nodes[0], "settings", "set", "traffic.links", s.nodes[0].Host.Name+">"+s.nodes[2].Host.Name+": 512KiB")
+				relayed := func() float64 { return s.metric(ctx, s.nodes[0], "atoll_peernet_relayed_bytes_total") }
+				begun, before := time.Now(), relayed()
+				s.moves(ctx, 1, "capped-across", 2)
+				passed, cap := relayed()-before, 512*1024*time.Since(begun).Seconds()
+				t.Logf("%.1f MiB were passed on, %.2f of the cap", passed/(1<<20), passed/cap)
+				if passed > 1.1*cap || passed < 1<<20 { // some of it may be at the node between already, which sends it under the same cap
+					t.Errorf("%.0f bytes were passed on, the cap allows %.0f", passed, cap)
+				}
+				s.atoll(ctx, s.nodes[0], "settings", "reset", "traffic.links")
+			}
 			if n := s.metric(ctx, s.nodes[0], "atoll_peernet_relayed_bytes_total"); c.blocked != "" && n < 4*4<<20 {
 				t.Errorf("the node between passed on %.0f bytes", n)
 			}

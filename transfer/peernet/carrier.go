@@ -61,7 +61,9 @@ type route struct {
 	detour  time.Time // QUIC first, until then
 	despair time.Time // QUIC does not help against a refusal, until then
 	through string    // the node's address through which it is reached; "": another way
-	apart   time.Time // nobody passes a connection on, until then
+	// apart is until when nobody passes a connection on, by the service that would; caps
+	// may hold back blobs and nothing else.
+	apart map[byte]time.Time
 }
 
 // Route says how an address is reached.
@@ -94,7 +96,7 @@ func (n *Net) route(addr string) *route {
 		if len(n.routes) >= maxRoutes {
 			clear(n.routes)
 		}
-		r = &route{}
+		r = &route{apart: map[byte]time.Time{}}
 		n.routes[addr] = r
 	}
 	return r

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/atoll-registry/atoll/transfer"
 )
 
 // Carrier is what takes a connection's bytes to the peer.
@@ -28,6 +30,10 @@ type Conn struct {
 	once       sync.Once
 
 	long time.Duration // see Config.LongPath
+
+	// Of a connection that a third node passes on.
+	via    string  // its id
+	marked *marked // nil unless blobs go over it
 
 	// Over TCP: what looks at the path; nil once there is no need to.
 	tune    atomic.Pointer[func() (done bool)]
@@ -62,6 +68,17 @@ func (c *Conn) PeerID() string { return c.peer }
 
 // SiteID is the site that the peer's certificate names; "" as with PeerID.
 func (c *Conn) SiteID() string { return c.site }
+
+// Via is the id of the node that passes the connection on; "" when none does.
+func (c *Conn) Via() string { return c.via }
+
+// Mark says what that is for which is written from now on. The node that passes the
+// connection on hears it; without one it changes nothing.
+func (c *Conn) Mark(class transfer.Class) {
+	if c.marked != nil {
+		c.marked.class.Store(uint32(class))
+	}
+}
 
 // Service of the connection; 0 on a join connection.
 func (c *Conn) Service() byte { return c.service }

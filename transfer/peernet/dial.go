@@ -76,7 +76,9 @@ func (n *Net) DialBy(ctx context.Context, addr string, service byte, by Carrier)
 
 // member is the call of a node of the site.
 func (n *Net) member(addr string, service byte) call {
-	return call{addr: addr, service: service, kept: true, config: func(c *Conn) *tls.Config {
+	// What a cap holds back on a stream would hold back those beside it on its connection.
+	kept := service != ServicePassing
+	return call{addr: addr, service: service, kept: kept, config: func(c *Conn) *tls.Config {
 		return &tls.Config{
 			MinVersion:   tls.VersionTLS13,
 			NextProtos:   n.protocols(),

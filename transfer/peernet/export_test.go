@@ -20,6 +20,16 @@ func Sessions(n *Net, addr string, service byte) int {
 	return len(n.sessions[sessionKey{addr, service}])
 }
 
+// Crowd has a node pass on so many connections more.
+func Crowd(n *Net, more int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.back.passing += more
+}
+
+// BlobsAtOnce is how many connections for blobs a node passes on.
+const BlobsAtOnce = blobsAtOnce
+
 // Wants says whether a path is one for BBR, from a round trip on.
 func Wants(p Path, long time.Duration) bool { return p.wants(long) }
 

@@ -209,6 +209,7 @@ func (n *Net) answerCall(ctx context.Context, peer Peer, by Carrier, service byt
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.HandshakeTimeout)
 	defer cancel()
 	k := n.member(peer.Addr, ServiceBack)
+	k.kept = service != ServicePassing // as in member
 	k.pool, k.after = service, append([]byte{forAnswering}, key...)
 	c, err := n.over(ctx, by, k)
 	if err != nil {

@@ -39,6 +39,7 @@ const (
 	ServiceSwarm   byte = 6  // blobs by BitTorrent
 	ServiceBack    byte = 9  // calls to nodes that cannot be dialled; see Config.Peers
 	ServiceRelay   byte = 10 // from one node that cannot be dialled to another
+	ServicePassing byte = 11 // the same for blobs, whose bytes say what they are for
 )
 
 // ALPN protocol names.
@@ -156,6 +157,7 @@ type Net struct {
 	strangers int
 	addresses map[netip.Addr]int
 	back      callbacks
+	passing   Passing
 }
 
 // New makes a Net; nothing runs yet.

@@ -91,7 +91,7 @@ func (n *Net) session(ctx context.Context, k call, c *Conn) (s *session, kept bo
 		}
 		s.Close() // what it proved is out of date
 	}
-	s = &session{net: n, dialled: true, key: key, leaf: leaf}
+	s = &session{net: n, dialled: true, key: key, leaf: leaf, single: !k.kept}
 	tr, addr, err := n.socketFor(ctx, run, k.addr)
 	if err != nil {
 		return nil, false, err

@@ -71,8 +71,10 @@ func (n *Net) ServeBoth(ctx context.Context, ln net.Listener, packets net.Packet
 		back := n.Listen(ServiceBack)
 		spawn := func(f func(context.Context)) { wg.Go(func() { f(ctx) }) }
 		wg.Go(func() { n.serveBack(back, n.takeBack, spawn) })
-		relay := n.Listen(ServiceRelay)
-		wg.Go(func() { n.serveBack(relay, n.takeRelay, spawn) })
+		for _, service := range []byte{ServiceRelay, ServicePassing} {
+			relay := n.Listen(service)
+			wg.Go(func() { n.serveBack(relay, n.takeRelay, spawn) })
+		}
 		wg.Go(func() { n.park(ctx, spawn) })
 	}
 	if ln != nil {

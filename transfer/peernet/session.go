@@ -75,6 +75,7 @@ type session struct {
 	key     sessionKey // if dialled
 	leaf    string     // of this node's certificate, by which it was dialled
 	own     *quic.Transport
+	single  bool // it is for one stream
 
 	mu      sync.Mutex
 	streams int
@@ -118,7 +119,7 @@ func (s *session) release(late, consensus bool) {
 	s.streams--
 	if s.streams == 0 && s.dialled {
 		rest := idleSession
-		if s.own != nil {
+		if s.own != nil || s.single {
 			rest = lingering
 		}
 		s.idle = time.AfterFunc(rest, func() { s.closeIdle() })

@@ -280,6 +280,7 @@ func (h *hunt) look() {
 		h.class = c
 		for _, hd := range h.dealing {
 			if hd.link != nil {
+				transfer.Mark(hd.link.conn, c)
 				hd.link.send(func(to []byte) []byte { return frame(to, kindClass, byte(c)) })
 			}
 		}

@@ -431,6 +431,7 @@ func (e *Engine) open(ctx context.Context, p transfer.Peer, h hello, more func(t
 func (e *Engine) greet(ctx context.Context, l *link, over <-chan struct{}, h hello, more func(to []byte) []byte) (state, error) {
 	stop := context.AfterFunc(ctx, l.close)
 	defer stop()
+	transfer.Mark(l.conn, h.class)
 	l.send(func(to []byte) []byte {
 		to = h.append(to)
 		if more != nil {

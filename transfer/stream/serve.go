@@ -125,6 +125,7 @@ func (e *Engine) session(ctx context.Context, l *link, h hello) error {
 		far:  e.distance(transfer.Peer{ID: l.peer}) == Farthest,
 		beat: min(max(h.patience, 20*time.Millisecond), 10*time.Second),
 	}
+	transfer.Mark(l.conn, s.class)
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer func() {
@@ -259,6 +260,7 @@ func (s *session) hear(k kind, body []byte) error {
 		}
 		s.e.desk.tell(s, func(a *plan.Asker) {
 			s.class = min(transfer.Class(body[0]), transfer.Prefetch)
+			transfer.Mark(s.link.conn, s.class)
 			a.Class(s.class)
 		})
 	default:
@@ -556,5 +558,5 @@ func (s *session) table(ctx context.Context) {
 
 // flow is what moves, for a limiter and a meter.
 func (s *session) flow() transfer.Flow {
-	return transfer.Flow{Blob: s.blob, Peer: s.link.peer, Class: s.class, Way: transfer.ByStream}
+	return transfer.Flow{Blob: s.blob, Peer: s.link.peer, Via: transfer.ViaOf(s.link.conn), Class: s.class, Way: transfer.ByStream}
 }

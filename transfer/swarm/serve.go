@@ -203,7 +203,7 @@ func (e *Engine) serveSwarm(ctx context.Context, c net.Conn, from wanter, b tran
 	}
 	_ = c.SetDeadline(time.Time{})
 	t := newTap(s, c, from.peer, false)
-	t.class.Store(uint32(from.class))
+	t.wants(from.class)
 	s.attach(t)
 	if w := s.want.Load(); w != nil {
 		w.join(t, false, minWindow) // two that fetch the same blob need one connection only

@@ -143,9 +143,15 @@ func (t *tap) Close() error {
 	return nil
 }
 
+// wants notes what the peer wants the blob for.
+func (t *tap) wants(c transfer.Class) {
+	t.class.Store(uint32(c))
+	transfer.Mark(t.Conn, c)
+}
+
 // flow is what goes out on it.
 func (t *tap) flow() transfer.Flow {
-	return transfer.Flow{Blob: t.s.blob, Peer: t.peer, Class: transfer.Class(t.class.Load()), Way: transfer.ByBitTorrent}
+	return transfer.Flow{Blob: t.s.blob, Peer: t.peer, Via: transfer.ViaOf(t.Conn), Class: transfer.Class(t.class.Load()), Way: transfer.ByBitTorrent}
 }
 
 func (t *tap) touch() {
@@ -482,7 +488,7 @@ func (t *tap) heard(m message) (passes bool, err error) {
 		t.hops.Store(int32(m.hops))
 		t.s.stir()
 	case msgClass:
-		t.class.Store(uint32(m.class))
+		t.wants(m.class)
 	case msgRequest:
 		return false, t.requested(m.chunk)
 	case msgCancel:
