@@ -22,9 +22,11 @@ const (
 	// most that there is.
 	layerBytes   = 4 << 20
 	layerUpdates = 8192
-	// layerBytesLarge is for a state of largeFile and more: a flush maps a page of it, and
-	// those beside it, for almost each row, which hardly any two share.
-	layerBytesLarge = 128 << 10
+	// layerKeysLarge and layerBytesLarge are for a state of largeFile and more: a flush maps a
+	// page of it, and those beside it, for almost each key, which hardly any two share. How
+	// long their values are hardly matters.
+	layerKeysLarge  = 256
+	layerBytesLarge = 1 << 20
 	// layerPair is about what a pair takes in a layer beside its key and value.
 	layerPair = 96
 )
@@ -71,7 +73,7 @@ type layer struct {
 	upto uint64 // the last of all Updates that is in it
 }
 
-type layerSize struct{ bytes, updates int }
+type layerSize struct{ bytes, updates, keys int }
 
 func (l *layer) empty() bool { return l.updates == 0 }
 
@@ -81,7 +83,7 @@ func (l *layer) empty() bool { return l.updates == 0 }
 // goes on being read, the error comes back from every other call, and a Machine on
 // the Engine halts.
 func WriteBehind(below Engine) Engine {
-	return newBehind(below, flushPause, layerSize{layerBytes, layerUpdates})
+	return newBehind(below, flushPause, layerSize{bytes: layerBytes, updates: layerUpdates})
 }
 
 func newBehind(below Engine, pause time.Duration, most layerSize) *behind {
@@ -167,7 +169,7 @@ func (e *behind) full() bool {
 	if e.active.bytes >= e.most.bytes || e.active.updates >= e.most.updates {
 		return true
 	}
-	return e.active.bytes >= layerBytesLarge && e.below.Size() >= largeFile
+	return (e.active.keys >= layerKeysLarge || e.active.bytes >= layerBytesLarge) && e.below.Size() >= largeFile
 }
 
 // end puts the next layer in place of the active one.
@@ -455,12 +457,14 @@ func (t *layeredEdit) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte]
 
 func (t *layeredEdit) Set(s Space, key, value []byte) error {
 	t.size.bytes += len(key) + len(value) + layerPair
+	t.size.keys++
 	return t.edit.Set(s, key, value)
 }
 
 func (t *layeredEdit) Unset(s Space, key []byte) error {
 	if t.Lookup(s, key) != nil {
 		t.size.bytes += len(key) + layerPair
+		t.size.keys++
 		t.edit[s].Set(key, nil)
 	}
 	return nil

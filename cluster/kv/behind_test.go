@@ -175,7 +175,7 @@ func TestBehindWaitsForRoom(t *testing.T) {
 // below, but all is still read; the machine halts, with the reason.
 func TestBehindFailingFlush(t *testing.T) {
 	g := &gated{Engine: openTestBolt(t, filepath.Join(t.TempDir(), "state.db"))}
-	e := newBehind(g, time.Hour, layerSize{layerBytes, layerUpdates})
+	e := newBehind(g, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
 	m := newTestMachine(t, e)
 	do(t, m, nil, putOp("a", "1"))
 	if err := e.Sync(); err != nil {
@@ -221,7 +221,7 @@ func TestBehindFailingFlush(t *testing.T) {
 // A snapshot is kept when the engine below holds what is in it.
 func TestSnapshotIsKeptBehindTheState(t *testing.T) {
 	below := openTestBolt(t, filepath.Join(t.TempDir(), "state.db"))
-	e := newBehind(below, time.Hour, layerSize{layerBytes, layerUpdates})
+	e := newBehind(below, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
 	defer e.Close()
 	m := newTestMachine(t, e)
 	do(t, m, nil, putOp("a", "1")) // flushed at once, perhaps
@@ -307,7 +307,7 @@ func TestBehindReadersFindOneState(t *testing.T) {
 			if b, ok := below.(*bolt); ok {
 				b.db.NoSync = true
 			}
-			e := newBehind(below, time.Microsecond, layerSize{layerBytes, 5})
+			e := newBehind(below, time.Microsecond, layerSize{bytes: layerBytes, updates: 5})
 			defer e.Close()
 			const updates = 3000
 			stop := make(chan struct{})
@@ -387,7 +387,7 @@ func TestBehindCrash(t *testing.T) {
 	}
 	g := &gated{Engine: openTestBolt(t, path)}
 	g.hold()
-	e := newBehind(g, time.Microsecond, layerSize{layerBytes, layerUpdates})
+	e := newBehind(g, time.Microsecond, layerSize{bytes: layerBytes, updates: layerUpdates})
 	m := newTestMachine(t, e)
 	states := map[uint64]bool{}
 	for i := 0; i < len(logs); {
@@ -431,7 +431,7 @@ func TestBehindCrash(t *testing.T) {
 // What is remembered of the last transactions is found and forgotten in the layers
 // as it is below, and no batch passes what the ones before it forgot.
 func TestBehindForgets(t *testing.T) {
-	e := newBehind(NewMemory(), time.Hour, layerSize{1 << 30, 1 << 30})
+	e := newBehind(NewMemory(), time.Hour, layerSize{bytes: 1 << 30, updates: 1 << 30})
 	defer e.Close()
 	m := newTestMachine(t, e)
 	var logs []*raft.Log
@@ -552,17 +552,37 @@ type sized struct {
 
 func (s sized) Size() int64 { return s.size }
 
-// Over a large state a layer is full much sooner: a flush of it maps little.
+// Over a large state a layer is full much sooner, by its keys above all: a flush of it maps
+// little, and how long the values are plays hardly a part in that.
 func TestLayersOverALargeStateAreSmall(t *testing.T) {
-	for size, want := range map[int64]bool{largeFile - 1: false, largeFile: true} {
-		e := newBehind(sized{NewMemory(), size}, time.Hour, layerSize{layerBytes, layerUpdates})
+	for _, row := range []struct {
+		state       int64
+		keys, value int
+		full        bool
+	}{
+		{largeFile - 1, 2 * layerKeysLarge, 1, false},
+		{largeFile, 2 * layerKeysLarge, 1, true},
+		{largeFile, layerKeysLarge / 2, 1, false},
+		{largeFile, layerKeysLarge / 2, 256, false},
+		{largeFile, layerKeysLarge / 2, 2 * layerBytesLarge / layerKeysLarge, true},
+	} {
+		e := newBehind(sized{NewMemory(), row.state}, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
 		e.mu.Lock()
-		e.active = &layer{layerSize: layerSize{bytes: layerBytesLarge, updates: 1}}
-		full := e.full()
-		e.active = &layer{}
+		e.rested = false // nothing is flushed before a layer is full
 		e.mu.Unlock()
-		if err := e.Close(); err != nil || full != want {
-			t.Errorf("over a state of %d bytes a layer of %d is full: %v, want %v (%v)", size, layerBytesLarge, full, want, err)
+		err := e.Update(func(w Writer) error {
+			for i := range row.keys {
+				if err := w.Set(rows, fmt.Appendf(nil, "key%d", i), make([]byte, row.value)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		e.mu.Lock()
+		full := e.full()
+		e.mu.Unlock()
+		if err := errors.Join(err, e.Close()); err != nil || full != row.full {
+			t.Errorf("over a state of %d bytes a layer of %d keys of %d bytes is full: %v, want %v (%v)", row.state, row.keys, row.value, full, row.full, err)
 		}
 	}
 }

@@ -55,7 +55,7 @@ func OpenBolt(path string) (Engine, error) {
 	if err := errors.Join(err, syncDir(filepath.Dir(path))); err != nil {
 		return nil, errors.Join(fmt.Errorf("open the state engine: %w", err), db.Close())
 	}
-	return &bolt{path: path, db: db, growths: newGrowths(), mapped: newMappedPages(stateLeast)}, nil
+	return &bolt{path: path, db: db, growths: newGrowths(), mapped: newMappedPages(stateLeast, largeFile)}, nil
 }
 
 func openBolt(path string) (*bbolt.DB, error) {
@@ -186,7 +186,7 @@ func (e *bolt) update(db *bbolt.DB, growths *growths, fn func(Writer) error) err
 		t := e.newTx(tx)
 		t.growths = growths
 		err := fn(t)
-		watched = e.mapped.watch(db, tx.Size())
+		watched = e.mapped.commits(tx)
 		return err
 	})
 	watched()
@@ -288,14 +288,14 @@ func (e *bolt) Close() error {
 // working set, and for the kernel when it chooses what to kill.
 //
 // When the process has grown to residentMost a quarter of the file is taken from it, and
-// the next one at the next look if that was not enough. What was in use is mapped again
-// then, which is little beside what scattered reads of a large file map anew in any case;
-// but of a small one, which is mapped whole soon, it would be most of what a busy node
-// does. So some may stay whatever else there is.
+// the next one at the next look if that was not enough; of a large file all. What was in
+// use is mapped again then, which is little beside what scattered reads of a large file map
+// anew in any case; but of a small one, which is mapped whole soon, it would be most of
+// what a busy node does. So some may stay whatever else there is.
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
 	least   int64 // bytes of files that may be mapped however large the rest is; the program is one of them
-	large   int64 // with a file of so many bytes and more both are less, and its commits are watched
+	large   int64 // with a file of so many bytes and more both are less, all goes at once, and its commits are watched
 	touched atomic.Int64
 	looking sync.Mutex
 	turn    int64 // how many quarters were had in this round
@@ -314,36 +314,42 @@ const (
 	touchStep = 32
 	// largeFile is so large that what is mapped of it is hardly what is read next.
 	largeFile = 256 << 20
+	// faultBytes is what one fault maps at most.
+	faultBytes = 64 << 10
 	// watchPause is as long as a commit takes for some hundred pages.
 	watchPause = time.Millisecond
 )
 
-func newMappedPages(least int64) *mappedPages {
-	return &mappedPages{most: residentMost, least: least, large: largeFile, memory: openMemoryFile()}
+func newMappedPages(least, large int64) *mappedPages {
+	return &mappedPages{most: residentMost, least: least, large: large, memory: openMemoryFile()}
 }
 
 // touch is told of keys that were read or written, each some pages.
 func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
 	if now := m.touched.Add(int64(keys)); now/touchStep != (now-int64(keys))/touchStep {
-		m.look(tx)
+		m.look(tx, 0)
 	}
 }
 
-// look takes pages from the process when it has too many in memory. tx keeps the
-// mapping where it is.
-func (m *mappedPages) look(tx *bbolt.Tx) {
+// look takes pages from the process when it has too many in memory, or would have too many
+// with so many bytes more. tx keeps the mapping where it is.
+func (m *mappedPages) look(tx *bbolt.Tx, more int64) {
 	// Nobody goes on while another one looks: that one may wait for a processor, on a
 	// busy machine for as long as it takes to map gigabytes.
 	m.looking.Lock()
 	defer m.looking.Unlock()
 	size, page, most, least := tx.Size(), int64(os.Getpagesize()), m.most, m.least
-	if size >= m.large {
-		most, least = most-most/8, least/2
+	large := size >= m.large
+	if large {
+		most, least = most-max(most/8, more), least/2
 	}
 	if resident, files, ok := m.memory.read(); !ok || resident <= most || files <= least {
 		return
 	}
-	from, to := m.quarter(size, page)
+	from, to := int64(0), size
+	if !large {
+		from, to = m.quarter(size, page)
+	}
 	unmapPages(tx.DB().Info().Data+uintptr(from), to-from)
 }
 
@@ -362,12 +368,15 @@ func (m *mappedPages) quarter(size, page int64) (from, to int64) {
 	return from, to
 }
 
-// watch looks while bbolt commits, until it is ended: a commit reads each page anew that
-// it replaces, thousands of them where the state is large, and calls nobody meanwhile.
-func (m *mappedPages) watch(db *bbolt.DB, size int64) (end func()) {
-	if size < m.large {
+// commits makes room for what bbolt maps in a commit, and looks while it is at it, until
+// that is ended: it reads each page anew that it replaces, hundreds of them where the state
+// is large, and calls nobody meanwhile. Who looks meanwhile may come late on a busy machine.
+func (m *mappedPages) commits(tx *bbolt.Tx) (end func()) {
+	if tx.Size() < m.large {
 		return func() {}
 	}
+	db, stats := tx.DB(), tx.Stats()
+	m.look(tx, stats.GetNodeCount()*faultBytes)
 	ending, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -383,9 +392,7 @@ func (m *mappedPages) watch(db *bbolt.DB, size int64) (end func()) {
 			if err != nil {
 				return // it is closed
 			}
-			for range 4 { // quarters
-				m.look(tx)
-			}
+			m.look(tx, 0)
 			_ = tx.Rollback() // fails only when it has ended
 		}
 	}()

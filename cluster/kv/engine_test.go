@@ -43,7 +43,7 @@ func openTestBehind(t *testing.T, path string, pause time.Duration) Engine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := newBehind(below, pause, layerSize{layerBytes, layerUpdates})
+	e := newBehind(below, pause, layerSize{bytes: layerBytes, updates: layerUpdates})
 	t.Cleanup(func() { e.Close() })
 	return e
 }

@@ -31,7 +31,7 @@ func (s askedState) Lookup(space Space, key []byte) []byte {
 // wants it; and what the flush brings, and a Replace, is found.
 func TestBehindRemembersWhatIsNotBelow(t *testing.T) {
 	below := &asked{Engine: NewMemory()}
-	e := newBehind(below, time.Hour, layerSize{layerBytes, layerUpdates})
+	e := newBehind(below, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
 	look := func(key string) (v []byte, times int64) {
 		t.Helper()
 		before := below.lookups.Load()

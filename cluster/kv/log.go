@@ -131,7 +131,7 @@ func newLog(db *bbolt.DB) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages(logLeast)}
+	l := &Log{db: db, pack: pack, unpack: unpack, mapped: newMappedPages(logLeast, 0)}
 	begins, err := l.GetUint64(beginsKey)
 	if err != nil && !errors.Is(err, ErrNotFound) {
 		return nil, err
@@ -243,7 +243,7 @@ func (l *Log) StoreLogs(logs []*raft.Log) error {
 		size += len(stored[i])
 	}
 	return l.db.Update(func(tx *bbolt.Tx) error {
-		defer l.mapped.touch(tx, len(logs))
+		defer l.mapped.touch(tx, len(logs)+size/faultBytes)
 		if err := l.reclaim(tx, size); err != nil {
 			return err
 		}

@@ -31,8 +31,12 @@ var ErrReplayed = errors.New("this entry was applied before")
 // ErrHalted wraps the reason for which a Machine stopped.
 var ErrHalted = errors.New("the state machine has halted")
 
+// applyMost entries share one engine transaction. More would cost hardly less, and what
+// an Engine keeps together it has to write together.
+const applyMost = 4
+
 // Machine applies committed entries to an Engine. It is a raft.BatchingFSM:
-// the entries of a batch share one engine transaction, and later ones see what
+// some entries of a batch share one engine transaction, and later ones see what
 // earlier ones wrote. The response to an entry is a Result or an error.
 //
 // Raft may skip restoring its newest snapshot at start
@@ -187,8 +191,9 @@ func (m *Machine) ApplyBatch(logs []*raft.Log) []any {
 		return out
 	}
 	logs, answers := logs[len(logs)-todo:], out[len(logs)-todo:]
-	if m.err == nil {
-		m.applyNew(logs, answers)
+	for from := 0; from < len(logs) && m.err == nil; from += applyMost {
+		to := min(from+applyMost, len(logs))
+		m.applyNew(logs[from:to], answers[from:to])
 	}
 	if m.err != nil {
 		for i, l := range logs {

@@ -286,6 +286,67 @@ func TestUnreadableEntryHalts(t *testing.T) {
 	}
 }
 
+// tallied counts Updates and what the largest one wrote.
+type tallied struct {
+	Engine
+	updates, largest int
+}
+
+type talliedWriter struct {
+	Writer
+	keys int
+}
+
+func (w *talliedWriter) Set(s Space, key, value []byte) error {
+	if s == rows {
+		w.keys++
+	}
+	return w.Writer.Set(s, key, value)
+}
+
+func (e *tallied) Update(fn func(Writer) error) error {
+	e.updates++
+	return e.Engine.Update(func(w Writer) error {
+		c := &talliedWriter{Writer: w}
+		err := fn(c)
+		e.largest = max(e.largest, c.keys)
+		return err
+	})
+}
+
+// A batch as large as raft makes them is no large transaction. What comes before an entry
+// that cannot be read is kept, wherever in the batch that is.
+func TestBatchesAreParted(t *testing.T) {
+	const entries, each = 64, 10
+	for _, bad := range []int{-1, 0, applyMost - 1, applyMost, 30, entries - 1} {
+		e := &tallied{Engine: NewMemory()}
+		m := newTestMachine(t, e)
+		var logs []*raft.Log
+		for i := range entries {
+			var ops []Op
+			for k := range each {
+				ops = append(ops, putOp(fmt.Sprintf("%d/%d", i, k), "1"))
+			}
+			logs = append(logs, entry(t, uint64(i+1), Txn{ID: NewID(), Ops: ops}))
+		}
+		want := entries
+		if bad >= 0 {
+			logs[bad].Data[0], want = 7, bad
+		}
+		for i, answer := range m.ApplyBatch(logs) {
+			if r, ok := answer.(Result); ok != (i < want) || ok && r.Rev != uint64(i+1) {
+				t.Errorf("entry %d cannot be read: the answer to entry %d is %v", bad, i, answer)
+			}
+		}
+		if m.Applied() != uint64(want) || (m.Err() != nil) != (bad >= 0) {
+			t.Errorf("entry %d cannot be read: applied up to %d (%v)", bad, m.Applied(), m.Err())
+		}
+		if most := (want + applyMost) / applyMost; e.largest > applyMost*each || e.updates > most {
+			t.Errorf("%d entries were applied in %d transactions of up to %d rows", want, e.updates, e.largest)
+		}
+	}
+}
+
 // brokenEngine fails to commit.
 type brokenEngine struct{ Engine }
 
@@ -354,7 +415,7 @@ func TestEnginesAgree(t *testing.T) {
 		memory := NewMemory()
 		disk := openTestBolt(t, filepath.Join(t.TempDir(), "state.db"))
 		// Two layers of a few Updates: rows, and those that are gone, lie everywhere.
-		layers := newBehind(openTestBolt(t, filepath.Join(t.TempDir(), "state.db")), time.Microsecond, layerSize{layerBytes, 3})
+		layers := newBehind(openTestBolt(t, filepath.Join(t.TempDir(), "state.db")), time.Microsecond, layerSize{bytes: layerBytes, updates: 3})
 		a := applyInBatches(newTestMachine(t, memory), rnd, logs)
 		for _, e := range []Engine{disk, layers} {
 			b := applyInBatches(newTestMachine(t, e), rnd, logs)

@@ -3,10 +3,32 @@ package kv
 import (
 	"bytes"
 	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
+	"unsafe"
+
+	"go.etcd.io/bbolt"
 )
+
+func rowKey(i int) []byte { return fmt.Appendf(nil, "key %06d", i) }
+
+// fillRows writes so many rows of 1,000 bytes.
+func fillRows(t *testing.T, e Engine, count int) {
+	t.Helper()
+	value := bytes.Repeat([]byte("v"), 1000)
+	if err := e.Update(func(w Writer) error {
+		for i := range count {
+			if err := w.Set(rows, rowKey(i), value); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
 
 // However much of a file is read, not much of it stays mapped, and what is read is
 // the same.
@@ -201,5 +223,114 @@ func TestQuartersOfAGrowingFile(t *testing.T) {
 		if reached < whole {
 			t.Fatalf("%d of %d bytes were handed back", reached, whole)
 		}
+	}
+}
+
+// mappedNow is how much of files is mapped.
+func mappedNow(t *testing.T, m *mappedPages) int64 {
+	t.Helper()
+	_, files, ok := m.memory.read()
+	if !ok {
+		t.Fatal("the kernel does not say how much is mapped")
+	}
+	return files
+}
+
+// readAll maps all of a file.
+func readAll(t *testing.T, db *bbolt.DB) {
+	t.Helper()
+	if err := db.View(func(tx *bbolt.Tx) error {
+		sum, at := byte(0), tx.DB().Info().Data
+		for from := int64(0); from < tx.Size(); from += int64(os.Getpagesize()) {
+			sum += *(*byte)(unsafe.Pointer(at + uintptr(from)))
+		}
+		_ = sum
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// One look hands all of a large file back, and a quarter of a small one.
+func TestALargeFileIsHandedBackAtOnce(t *testing.T) {
+	e := openTestBolt(t, filepath.Join(t.TempDir(), "state.db")).(*bolt)
+	fillRows(t, e, 16_000)
+	m := e.mapped
+	m.most = 0
+	look := func(large int64) (handed int64) {
+		m.large, m.least = large, 1<<40
+		readAll(t, e.db)
+		full := mappedNow(t, m)
+		m.least = 0
+		if err := e.db.View(func(tx *bbolt.Tx) error { m.look(tx, 0); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		return full - mappedNow(t, m)
+	}
+	size := int64(0) // the file may be longer than what is in use
+	if err := e.db.View(func(tx *bbolt.Tx) error { size = tx.Size(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if size < 16<<20 {
+		t.Fatalf("the file has %d bytes", size)
+	}
+	small, large := look(size+1), look(size)
+	if large == 0 {
+		t.Skip("this kernel does not count what is mapped")
+	}
+	if small > size/2 || large < size*3/4 {
+		t.Errorf("one look handed %d bytes of a small file and %d of a large one back, of %d", small, large, size)
+	}
+}
+
+// Before a commit there is room for what it maps: who looks while it is at it may come
+// late.
+func TestACommitHasRoom(t *testing.T) {
+	e := openTestBolt(t, filepath.Join(t.TempDir(), "state.db")).(*bolt)
+	const count = 16_000
+	fillRows(t, e, count)
+	m := e.mapped
+	m.large, m.least = 0, 0
+	for _, row := range []struct{ keys, handed int }{{1, 0}, {count / 10, 1}} {
+		if err := e.db.Update(func(tx *bbolt.Tx) error {
+			w := e.newTx(tx)
+			w.growths = newGrowths()
+			m.most = 1 << 40
+			for i := range row.keys {
+				if err := w.Set(rows, rowKey(i*10), bytes.Repeat([]byte("w"), 1000)); err != nil {
+					return err
+				}
+			}
+			readAll(t, e.db)
+			resident, before, _ := m.memory.read()
+			m.most = resident * 5 / 4 // within the bound, were it not for the commit
+			m.commits(tx)()
+			if handed := before - mappedNow(t, m); (handed > 8<<20) != (row.handed == 1) {
+				t.Errorf("before a commit of %d keys %d bytes were handed back", row.keys, handed)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// What the log has mapped goes as soon as the process is large: it is hardly read again.
+// Large entries count for what they are.
+func TestTheLogStaysHardlyMapped(t *testing.T) {
+	l := openTestLog(t, filepath.Join(t.TempDir(), "log.db"))
+	const entries, size = 30, 512 << 10
+	logs := plainLogs(1, entries, size)
+	if err := l.StoreLogs(logs); err != nil {
+		t.Fatal(err)
+	}
+	readAll(t, l.db)
+	before := mappedNow(t, l.mapped)
+	l.mapped.most, l.mapped.least = 0, 0
+	if err := l.StoreLogs(plainLogs(entries+1, 5, size)); err != nil {
+		t.Fatal(err)
+	}
+	if handed := before - mappedNow(t, l.mapped); handed < entries*size*3/4 {
+		t.Errorf("%d bytes of a log of %d were handed back when 5 entries were added", handed, entries*size)
 	}
 }
