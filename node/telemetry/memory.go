@@ -52,7 +52,7 @@ const (
 	// heapMost is up to which size of all that Go has, spareGarbage included, it
 	// collects no earlier than by itself. Above it the garbage may be half of what
 	// lives instead of as much, and leastGarbage in any case.
-	heapMost     = 112 << 20
+	heapMost     = 96 << 20
 	leastGarbage = 24 << 20
 	// boundPause is how long a bound stays as it is.
 	boundPause = time.Second

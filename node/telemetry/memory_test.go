@@ -68,8 +68,9 @@ func TestGiveBackMemory(t *testing.T) {
 func TestMemoryLimit(t *testing.T) {
 	const mib = 1 << 20
 	for _, row := range []struct{ live, rest, want int64 }{
-		{20 * mib, 10 * mib, 112 * mib},        // little lives: Go collects before
-		{60 * mib, 10 * mib, 112 * mib},        // and here at the same time
+		{20 * mib, 10 * mib, 96 * mib},         // little lives: Go collects before
+		{48 * mib, 10 * mib, 96 * mib},         // and here at the same time
+		{60 * mib, 10 * mib, 100 * mib},        // half of it
 		{80 * mib, 10 * mib, 130 * mib},        // half of it
 		{200*mib + 1, 20 * mib, 320 * mib},     // in steps
 		{70 * mib, 40 * mib, (110 + 35) * mib}, // what is no heap has room of its own
