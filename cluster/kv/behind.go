@@ -25,7 +25,7 @@ const (
 	// layerKeysLarge and layerBytesLarge are for a state of largeFile and more: a flush maps a
 	// page of it, and those beside it, for almost each key, which hardly any two share. How
 	// long their values are hardly matters.
-	layerKeysLarge  = 256
+	layerKeysLarge  = 128
 	layerBytesLarge = 1 << 20
 	// layerPair is about what a pair takes in a layer beside its key and value.
 	layerPair = 96

@@ -332,7 +332,7 @@ func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
 }
 
 // look takes pages from the process when it has too many in memory, or would have too many
-// with so many bytes more. tx keeps the mapping where it is.
+// with so many bytes more: if need be those of the program too. tx keeps the mapping where it is.
 func (m *mappedPages) look(tx *bbolt.Tx, more int64) {
 	// Nobody goes on while another one looks: that one may wait for a processor, on a
 	// busy machine for as long as it takes to map gigabytes.
@@ -351,6 +351,9 @@ func (m *mappedPages) look(tx *bbolt.Tx, more int64) {
 		from, to = m.quarter(size, page)
 	}
 	unmapPages(tx.DB().Info().Data+uintptr(from), to-from)
+	if resident, _, _ := m.memory.read(); more > 0 && resident > most {
+		m.memory.unmapProgram()
+	}
 }
 
 // quarter is the next one of a file, from a whole page on. The file may have grown since the

@@ -1,22 +1,29 @@
 package kv
 
 import (
+	"bufio"
 	"bytes"
+	"fmt"
+	"io"
 	"os"
+	"slices"
+	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
 // memoryFile is where the kernel says how much memory this process has. It stays
 // open: to open it anew costs more than to read it.
-type memoryFile struct{ file *os.File }
+type memoryFile struct {
+	file    *os.File
+	program func() []mapping
+}
 
 func openMemoryFile() *memoryFile {
-	f, err := os.Open("/proc/self/statm")
-	if err != nil {
-		return &memoryFile{}
-	}
-	return &memoryFile{f}
+	m := &memoryFile{program: sync.OnceValue(programMappings)}
+	m.file, _ = os.Open("/proc/self/statm") // nil where there is none
+	return m
 }
 
 // read gives the bytes that are in memory, and those of them that are of mapped
@@ -52,4 +59,49 @@ func decimal(digits []byte) (n int64) {
 func unmapPages(at uintptr, size int64) {
 	// Advice that is not taken changes nothing.
 	_, _, _ = unix.Syscall(unix.SYS_MADVISE, at, uintptr(size), unix.MADV_DONTNEED)
+}
+
+type mapping struct{ from, to uintptr }
+
+// unmapProgram takes the pages of the program from the process. Half of the code is used by
+// a start alone; the rest is mapped again in a millisecond.
+func (m *memoryFile) unmapProgram() {
+	for _, p := range m.program() {
+		unmapPages(p.from, int64(p.to-p.from))
+	}
+}
+
+func programMappings() []mapping {
+	path, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return nil
+	}
+	f, err := os.Open("/proc/self/smaps")
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	return readOnly(f, path)
+}
+
+// readOnly reads smaps (proc(5)) and gives where a file is mapped that nobody may write to
+// there and nobody did: what was, by a linker or a debugger, is in no file.
+func readOnly(smaps io.Reader, path string) (out []mapping) {
+	var m mapping
+	inside := false
+	for lines := bufio.NewScanner(smaps); lines.Scan(); {
+		fields := strings.Fields(lines.Text())
+		switch {
+		case len(fields) < 2:
+		case fields[0] == "Anonymous:":
+			if inside && fields[1] == "0" {
+				out = append(out, m)
+			}
+			inside = false
+		case !strings.HasSuffix(fields[0], ":"): // the first line of a mapping
+			_, err := fmt.Sscanf(fields[0], "%x-%x", &m.from, &m.to)
+			inside = err == nil && strings.HasSuffix(lines.Text(), " "+path) && slices.Contains([]string{"r-xp", "r--p"}, fields[1])
+		}
+	}
+	return out
 }

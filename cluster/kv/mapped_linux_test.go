@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 	"unsafe"
@@ -312,6 +314,57 @@ func TestACommitHasRoom(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// Where a state's pages are not enough before a commit, the program's go as well.
+func TestTheProgramIsHandedBack(t *testing.T) {
+	e := openTestBolt(t, filepath.Join(t.TempDir(), "state.db")).(*bolt)
+	m, asked := e.mapped, 0
+	m.large, m.least = 0, 0
+	m.memory.program = func() []mapping { asked++; return nil }
+	for _, row := range []struct {
+		most  int64
+		asked bool
+	}{{1 << 40, false}, {0, true}} {
+		m.most, asked = row.most, 0
+		fillRows(t, e, 10)
+		if (asked > 0) != row.asked {
+			t.Errorf("a process that may have %d bytes looked for its program %d times", row.most, asked)
+		}
+	}
+	mapped := programMappings()
+	if len(mapped) == 0 {
+		t.Fatal("the program is mapped nowhere")
+	}
+	m.memory.program = func() []mapping { return mapped }
+	before := mappedNow(t, m)
+	m.memory.unmapProgram()
+	if after := mappedNow(t, m); after >= before {
+		t.Errorf("%d bytes are mapped, and %d were before", after, before)
+	}
+}
+
+// Only what is in the program's file as it is in memory is handed back.
+func TestWhatOfAProgramIsInItsFile(t *testing.T) {
+	const smaps = `00400000-0172a000 r-xp 00000000 fe:00 2097263    /usr/bin/a program
+Rss:               15400 kB
+Anonymous:             0 kB
+VmFlags: rd ex mr mw me
+0172a000-02c00000 r--p 0132a000 fe:00 2097263    /usr/bin/a program
+Anonymous:             0 kB
+02c00000-02c10000 r--p 0132a000 fe:00 2097263    /usr/bin/a program
+Anonymous:             4 kB
+02d00000-02d90000 rw-p 02800000 fe:00 2097263    /usr/bin/a program
+Anonymous:             0 kB
+7f0000000000-7f0000100000 r--p 00000000 fe:00 99    /data/meta.db
+Anonymous:             0 kB
+7f0000200000-7f0000300000 r-xp 00000000 00:00 0
+Anonymous:             0 kB
+`
+	want := []mapping{{0x400000, 0x172a000}, {0x172a000, 0x2c00000}}
+	if got := readOnly(strings.NewReader(smaps), "/usr/bin/a program"); !slices.Equal(got, want) {
+		t.Errorf("%x, want %x", got, want)
 	}
 }
 

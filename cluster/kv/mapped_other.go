@@ -11,4 +11,6 @@ func (*memoryFile) read() (resident, files int64, ok bool) { return 0, 0, false 
 
 func (*memoryFile) close() {}
 
+func (*memoryFile) unmapProgram() {}
+
 func unmapPages(uintptr, int64) {}
