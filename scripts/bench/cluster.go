@@ -22,6 +22,8 @@ const (
 	commits     = 200
 	manyCommits = 2000
 	manyClients = 32
+	// preparedCommits are those of a turn whose transactions were made before.
+	preparedCommits = 500
 )
 
 // site is nodes of Atoll on loopback ports.
@@ -147,8 +149,11 @@ func (s *site) settled(ctx context.Context) error {
 
 // cluster measures what the consensus costs.
 func (b *bench) cluster(ctx context.Context) error {
-	payloads, err := b.payloads(ctx)
+	before, payloads, err := b.transactions(ctx, (b.pairs+1)*preparedCommits)
 	if err != nil {
+		return err
+	}
+	if err := b.ceiling(ctx, before, payloads); err != nil {
 		return err
 	}
 	for _, nodes := range []int{1, 3} {
@@ -243,6 +248,45 @@ func (b *bench) shares(ctx context.Context, nodes int, payloads [][]byte) error 
 		b.print("commit_p50_"+name, quantile(took, 0.5), "ms")
 		b.print("commit_p99_"+name, quantile(took, 0.99), "ms")
 	}
+	return nil
+}
+
+// ceiling measures what is left of raft alone when all that is added is the state machine
+// of a node: its transactions were made before, so that nothing is looked for, checked or
+// waited for. More than that no node can commit.
+func (b *bench) ceiling(ctx context.Context, before, pushes [][]byte) error {
+	raw, err := startRaw(filepath.Join(b.dir, "idle"), 1, idleMachine)
+	if err != nil {
+		return err
+	}
+	defer raw.stop()
+	ours, err := startRaw(filepath.Join(b.dir, "machine"), 1, stateMachine)
+	if err != nil {
+		return err
+	}
+	defer ours.stop()
+	if err := together(1, len(before), func(i int) error { return ours.change(before[i]) }); err != nil {
+		return err
+	}
+	bounded, unbound := context.WithCancel(ctx)
+	defer unbound()
+	go func() { _ = telemetry.BoundMemory(bounded) }()
+	var shares []float64
+	for turn := range b.pairs + 1 {
+		part := pushes[turn*preparedCommits:][:preparedCommits]
+		rateOurs, _, err := rate(manyClients, len(part), func(i int) error { return ours.change(part[i]) })
+		if err != nil {
+			return err
+		}
+		rateFloor, _, err := rate(manyClients, len(part), func(i int) error { return raw.commit(part[i]) })
+		if err != nil {
+			return err
+		}
+		if turn > 0 {
+			shares = append(shares, 100*rateOurs/rateFloor)
+		}
+	}
+	b.print(fmt.Sprintf("commits_machine_share_1_nodes_%d_clients", manyClients), median(shares), "% of raw raft")
 	return nil
 }
 

@@ -231,38 +231,47 @@ func serveInside(ctx context.Context, args []string) error {
 	}
 }
 
-// payloads are transactions of pushes, as they are in the log of a node.
-func (b *bench) payloads(ctx context.Context) (txns [][]byte, err error) {
-	dir := filepath.Join(b.dir, "payloads")
+// transactions are the log of a node that was founded and then had so many pushes, one
+// after the other: what is before the pushes, from the third entry on, and the pushes.
+func (b *bench) transactions(ctx context.Context, n int) (before, pushes [][]byte, err error) {
+	dir := filepath.Join(b.dir, "transactions")
 	s, err := b.startInside(ctx, dir, 1)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	err = together(1, 64, func(int) error { return s.push(ctx) })
+	err = together(1, n, func(int) error { return s.push(ctx) })
 	s.stop()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	log, err := kv.OpenLog(filepath.Join(dir, "0", "raft", "log.db"))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer log.Close()
 	last, err := log.LastIndex()
-	for at := last; err == nil && at > 0 && len(txns) < 48; at-- {
+	// The first two are raft's own, in this log as in any.
+	for at := uint64(3); err == nil && at <= last; at++ {
 		var l raft.Log
-		if err = log.GetLog(at, &l); err != nil || l.Type != raft.LogCommand {
-			continue
+		if err = log.GetLog(at, &l); err != nil {
+			break
 		}
-		t, unread := kv.DecodeTxn(l.Data)
-		if unread == nil && strings.Contains(string(l.Data), "org.example.number") && len(t.Ops) > 4 {
-			txns = append(txns, l.Data)
+		switch {
+		case l.Type == raft.LogCommand && strings.Contains(string(l.Data), "org.example.number"):
+			pushes = append(pushes, l.Data)
+		case len(pushes) > 0:
+		case l.Type == raft.LogCommand:
+			before = append(before, l.Data)
+		default: // what rests on a revision must find it where it was
+			var nothing []byte
+			nothing, err = (&kv.Txn{ID: kv.NewID()}).Encode()
+			before = append(before, nothing)
 		}
 	}
-	if err == nil && len(txns) < 48 {
-		err = fmt.Errorf("only %d pushes are in the log", len(txns))
+	if err == nil && len(pushes) != n {
+		err = fmt.Errorf("%d of %d pushes are in the log", len(pushes), n)
 	}
-	return txns, err
+	return before, pushes, err
 }
 
 // disk is a file system on a device of its own, so that what is written to it is
@@ -441,6 +450,18 @@ func (nothing) Snapshot() (raft.FSMSnapshot, error) {
 func (nothing) Restore(r io.ReadCloser) error     { return r.Close() }
 func (nothing) ApplyBatch(logs []*raft.Log) []any { return make([]any, len(logs)) }
 func (r *rawRaft) commit(payload []byte) error    { return r.leader.Apply(payload, time.Minute).Error() }
+
+// change is commit for a state machine that is one: the transaction has to take effect.
+func (r *rawRaft) change(txn []byte) error {
+	applied := r.leader.Apply(txn, time.Minute)
+	if err := applied.Error(); err != nil {
+		return err
+	}
+	if result, ok := applied.Response().(kv.Result); !ok || result.Code != kv.OK {
+		return fmt.Errorf("the state machine answers %v", applied.Response())
+	}
+	return nil
+}
 
 // startRaw starts so many nodes and waits for their leader.
 func startRaw(dir string, count int, machine machineIn) (r *rawRaft, err error) {
