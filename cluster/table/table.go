@@ -128,13 +128,16 @@ func (t *Table[T]) decode(key, value []byte) (v T, err error) {
 
 // Put writes a row. It keeps the fields of the stored row that T does not
 // have, and so it reads, and guards, the row. A T without fields has a row whose key
-// says everything: it is written as it is, and neither read nor guarded.
+// says everything: it is written as it is, and not guarded.
 func (t *Table[T]) Put(tx *Tx, v T, key ...string) error {
 	k, err := rowKey(t.name, key)
 	if err != nil {
 		return err
 	}
 	if len(t.shape.fields) == 0 {
+		if err := tx.foresee(k); err != nil {
+			return err
+		}
 		return tx.put(k, []byte{emptyMap})
 	}
 	row, _, err := tx.row(k)

@@ -123,6 +123,14 @@ func (tx *Tx) row(key []byte) (kv.Row, bool, error) {
 	return tx.base(key)
 }
 
+// foresee looks for a row that the state machine will look for. It applies one
+// transaction after another, while many are made at once, and what is not in the file is
+// remembered for it.
+func (tx *Tx) foresee(key []byte) error {
+	_, _, err := tx.view.revisions(key)
+	return err
+}
+
 func (tx *Tx) revisions(key []byte) (kv.Row, bool, error) { return tx.row(key) }
 
 // own gives the row as this Tx has written it; known is false when it has not.

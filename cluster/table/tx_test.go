@@ -340,9 +340,9 @@ func TestUseAfterTheEnd(t *testing.T) {
 	})
 }
 
-// A row whose key says everything is written without being read: who writes it again
+// A row whose key says everything is written unguarded: who writes it again
 // meanwhile is in nobody's way, and it keeps its creation.
-func TestARowWithoutFieldsIsWrittenUnread(t *testing.T) {
+func TestARowWithoutFieldsIsWrittenUnguarded(t *testing.T) {
 	both(t, func(t *testing.T, open func() *table.DB) {
 		db := open()
 		marks := table.Define[struct{}](db, "mark")
