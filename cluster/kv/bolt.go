@@ -295,7 +295,7 @@ func (e *bolt) Close() error {
 type mappedPages struct {
 	most    int64 // bytes that the process may have in memory in all
 	least   int64 // bytes of files that may be mapped however large the rest is; the program is one of them
-	large   int64 // with a file of so many bytes and more both are less, all goes at once, and its commits are watched
+	large   int64 // with a file of so many bytes and more both are less (see largeLeast), all goes at once, and its commits are watched
 	touched atomic.Int64
 	looking sync.Mutex
 	turn    int64 // how many quarters were had in this round
@@ -307,8 +307,9 @@ const (
 	residentMost = 132 << 20
 	// What a push needs of the state lies all over it. The log is written at its end and
 	// hardly read.
-	stateLeast = 60 << 20
+	stateLeast = 76 << 20
 	logLeast   = 32 << 20
+	largeLeast = 30 << 20 // where the file is large
 	// touchStep is how many keys are read or written from one look to the next. Each
 	// maps 64 KiB or two, so that as much as 4 MiB may come on top.
 	touchStep = 32
@@ -341,7 +342,7 @@ func (m *mappedPages) look(tx *bbolt.Tx, more int64) {
 	size, page, most, least := tx.Size(), int64(os.Getpagesize()), m.most, m.least
 	large := size >= m.large
 	if large {
-		most, least = most-max(most/8, more), least/2
+		most, least = most-max(most/8, more), min(least, largeLeast)
 	}
 	if resident, files, ok := m.memory.read(); !ok || resident <= most || files <= least {
 		return

@@ -31,8 +31,9 @@ var ErrReplayed = errors.New("this entry was applied before")
 // ErrHalted wraps the reason for which a Machine stopped.
 var ErrHalted = errors.New("the state machine has halted")
 
-// applyMost entries share one engine transaction. More would cost hardly less, and what
-// an Engine keeps together it has to write together.
+// applyMost entries share one engine transaction where the state is large: what an Engine
+// keeps together it has to write together, and there that maps pages for each key. For a small
+// state all of a batch do, which costs less.
 const applyMost = 4
 
 // Machine applies committed entries to an Engine. It is a raft.BatchingFSM:
@@ -191,8 +192,12 @@ func (m *Machine) ApplyBatch(logs []*raft.Log) []any {
 		return out
 	}
 	logs, answers := logs[len(logs)-todo:], out[len(logs)-todo:]
-	for from := 0; from < len(logs) && m.err == nil; from += applyMost {
-		to := min(from+applyMost, len(logs))
+	most := len(logs)
+	if m.engine.Size() >= largeFile {
+		most = applyMost
+	}
+	for from := 0; from < len(logs) && m.err == nil; from += most {
+		to := min(from+most, len(logs))
 		m.applyNew(logs[from:to], answers[from:to])
 	}
 	if m.err != nil {

@@ -314,12 +314,13 @@ func (e *tallied) Update(fn func(Writer) error) error {
 	})
 }
 
-// A batch as large as raft makes them is no large transaction. What comes before an entry
-// that cannot be read is kept, wherever in the batch that is.
+// A batch as large as raft makes them is no large transaction over a large state, and one over
+// a small one. What comes before an entry that cannot be read is kept, wherever in the batch
+// that is.
 func TestBatchesAreParted(t *testing.T) {
 	const entries, each = 64, 10
 	for _, bad := range []int{-1, 0, applyMost - 1, applyMost, 30, entries - 1} {
-		e := &tallied{Engine: NewMemory()}
+		e := &tallied{Engine: sized{NewMemory(), largeFile}}
 		m := newTestMachine(t, e)
 		var logs []*raft.Log
 		for i := range entries {
@@ -344,6 +345,15 @@ func TestBatchesAreParted(t *testing.T) {
 		if most := (want + applyMost) / applyMost; e.largest > applyMost*each || e.updates > most {
 			t.Errorf("%d entries were applied in %d transactions of up to %d rows", want, e.updates, e.largest)
 		}
+	}
+	small := &tallied{Engine: sized{NewMemory(), largeFile - 1}}
+	var logs []*raft.Log
+	for i := range entries {
+		logs = append(logs, entry(t, uint64(i+1), Txn{ID: NewID(), Ops: []Op{putOp(fmt.Sprint(i), "1")}}))
+	}
+	newTestMachine(t, small).ApplyBatch(logs)
+	if small.updates != 1 || small.largest != entries {
+		t.Errorf("over a small state a batch was applied in %d transactions of up to %d rows", small.updates, small.largest)
 	}
 }
 
