@@ -352,7 +352,10 @@ func (m *mappedPages) look(tx *bbolt.Tx, more int64) {
 		from, to = m.quarter(size, page)
 	}
 	unmapPages(tx.DB().Info().Data+uintptr(from), to-from)
-	if resident, _, _ := m.memory.read(); more > 0 && resident > most {
+	if more == 0 {
+		return
+	}
+	if resident, _, _ := m.memory.read(); resident > most {
 		m.memory.unmapProgram()
 	}
 }

@@ -53,7 +53,7 @@ func udpBuffers(dir string) Finding {
 	}
 	if len(small) > 0 {
 		f.State = Warn
-		f.Text = "buffers of UDP sockets are small: QUIC loses packets under load"
+		f.Text = "buffers of sockets are small: QUIC loses packets under load, and TCP sends less over long paths that lose some"
 		f.Remedy = "sysctl -w " + strings.Join(small, " ") + ", and the same in /etc/sysctl.d"
 	}
 	return f
