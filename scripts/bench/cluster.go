@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -204,6 +205,19 @@ func commitsOf(clients int) int {
 	return manyCommits
 }
 
+// asNode gives raft alone what the process of a node has: rare collections of garbage and
+// a spare processor.
+func asNode(ctx context.Context) (end func()) {
+	run, stop := context.WithCancel(ctx)
+	var process sync.WaitGroup
+	process.Go(func() { _ = telemetry.BoundMemory(run) })
+	process.Go(func() { _ = telemetry.SpareProcessor(run) })
+	return func() {
+		stop()
+		process.Wait()
+	}
+}
+
 // shares compares the manifests that a node commits in a second with what raft alone
 // commits, pair by pair: the same log store, the same transactions, callers in the same
 // process as what they call. Each side has a process for itself, since nodes look at
@@ -219,10 +233,7 @@ func (b *bench) shares(ctx context.Context, nodes int, payloads [][]byte) error 
 		return err
 	}
 	defer s.stop()
-	// Raft alone collects its garbage as rarely as a node does.
-	bounded, unbound := context.WithCancel(ctx)
-	defer unbound()
-	go func() { _ = telemetry.BoundMemory(bounded) }()
+	defer asNode(ctx)()
 	for _, clients := range []int{1, manyClients} {
 		n := commitsOf(clients)
 		var ours, floors, shares, took []float64
@@ -268,9 +279,7 @@ func (b *bench) ceiling(ctx context.Context, before, pushes [][]byte) error {
 	if err := together(1, len(before), func(i int) error { return ours.change(before[i]) }); err != nil {
 		return err
 	}
-	bounded, unbound := context.WithCancel(ctx)
-	defer unbound()
-	go func() { _ = telemetry.BoundMemory(bounded) }()
+	defer asNode(ctx)()
 	var shares []float64
 	for turn := range b.pairs + 1 {
 		part := pushes[turn*preparedCommits:][:preparedCommits]

@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -98,25 +99,26 @@ func repeat(n int, work func(i int) error) error {
 	return nil
 }
 
-// together runs work for 0..n-1 by several clients at once.
+// together runs work for 0..n-1 by several clients at once, each of which goes on by
+// itself: one who hands out the work would be waited for.
 func together(clients, n int, work func(i int) error) error {
-	next := make(chan int)
+	var next atomic.Int64
 	ended := make(chan error, clients)
 	for range clients {
 		go func() {
-			var err error
-			for i := range next {
-				if err == nil {
-					err = work(i)
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= n {
+					ended <- nil
+					return
+				}
+				if err := work(i); err != nil {
+					ended <- err
+					return
 				}
 			}
-			ended <- err
 		}()
 	}
-	for i := range n {
-		next <- i
-	}
-	close(next)
 	var err error
 	for range clients {
 		err = errors.Join(err, <-ended)

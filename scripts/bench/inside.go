@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -34,7 +33,7 @@ type inside struct {
 	ended  chan error
 	cancel context.CancelFunc
 	all    *site // the first one's process is nil
-	number atomic.Int64
+	pushed int   // by rate
 }
 
 // startInside starts a site of so many nodes, all of which vote.
@@ -106,19 +105,28 @@ func (s *inside) settled(ctx context.Context) error {
 	}
 }
 
-// push commits a manifest that no other is like, with a tag of its own, on the node
-// that leads, where raw raft's are committed.
-func (s *inside) push(ctx context.Context) error {
-	at := int(s.number.Add(1))
-	data, err := manifest(at)
-	if err != nil {
-		return err
-	}
+// prepare makes the push of a manifest that no other is like, with a tag of its own.
+func (s *inside) prepare(number int) (catalog.Push, error) {
+	data, err := manifest(number)
 	project, repository, _ := strings.Cut(large, "/")
-	return s.lead.Push(ctx, catalog.Push{
-		Project: project, Repository: repository, Tag: tagOf(at), MediaType: v1.MediaTypeImageManifest, Bytes: data,
+	return catalog.Push{
+		Project: project, Repository: repository, Tag: tagOf(number), MediaType: v1.MediaTypeImageManifest, Bytes: data,
 		Carrier: catalog.Client, Actor: "admin", At: time.Now(), Copies: len(s.all.nodes),
-	})
+	}, err
+}
+
+// rate commits so many manifests by so many clients on the node that leads, where raw
+// raft's entries are committed. What clients do before they ask is no work of a node's:
+// raw raft's entries are made before, too.
+func (s *inside) rate(ctx context.Context, clients, n int) (perSecond float64, took []float64, err error) {
+	pushes := make([]catalog.Push, n)
+	for i := range pushes {
+		if pushes[i], err = s.prepare(s.pushed + i); err != nil {
+			return 0, nil, err
+		}
+	}
+	s.pushed += n
+	return rate(clients, n, func(i int) error { return s.lead.Push(ctx, pushes[i]) })
 }
 
 func (s *inside) stop() {
@@ -222,7 +230,7 @@ func serveInside(ctx context.Context, args []string) error {
 			return nil // no more of them
 		}
 		var p pushed
-		if p.PerSecond, p.Took, err = rate(o.Clients, o.Pushes, func(int) error { return s.push(ctx) }); err != nil {
+		if p.PerSecond, p.Took, err = s.rate(ctx, o.Clients, o.Pushes); err != nil {
 			p.Error = err.Error()
 		}
 		if err := answers.Encode(p); err != nil {
@@ -239,7 +247,7 @@ func (b *bench) transactions(ctx context.Context, n int) (before, pushes [][]byt
 	if err != nil {
 		return nil, nil, err
 	}
-	err = together(1, n, func(int) error { return s.push(ctx) })
+	_, _, err = s.rate(ctx, 1, n)
 	s.stop()
 	if err != nil {
 		return nil, nil, err
@@ -374,7 +382,14 @@ func (b *bench) device(ctx context.Context, payloads [][]byte) error {
 		return err
 	}
 	defer s.stop()
-	return b.wear("push", d, func(int) error { return s.push(ctx) }, nil)
+	push := func(i int) error {
+		p, err := s.prepare(i)
+		if err != nil {
+			return err
+		}
+		return s.lead.Push(ctx, p)
+	}
+	return b.wear("push", d, push, nil)
 }
 
 // wear prints what each piece of work writes to the device, by one client and by
