@@ -67,6 +67,9 @@ func (tx *Tx) LogLen(log string) (uint64, error) {
 	}
 	n := kv.LogLen(tx.view.state, key)
 	if !tx.guarded[log] {
+		if tx.guarded == nil {
+			tx.guarded = map[string]bool{}
+		}
 		tx.guarded[log] = true
 		tx.conds = append(tx.conds, kv.Cond{Kind: kv.LenIs, Key: key, Len: n})
 	}

@@ -74,13 +74,13 @@ func (v *View) rows(from, to []byte, limit int) iter.Seq2[kv.Row, error] {
 type Tx struct {
 	view    *View
 	conds   []kv.Cond
-	read    map[string]int  // rows of the state that were read, and so have a RevIs: their place in found
+	read    places          // rows of the state that were read, and so have a RevIs: their place in found
 	found   []readRow       // those rows
-	guarded map[string]bool // logs that have a LenIs
+	guarded map[string]bool // logs that have a LenIs; nil while there are none
 	ops     []kv.Op
-	written map[string]int // the newest operation on a row
-	numbers []*uint64      // one for each Append and Add, in order
-	failed  error          // the first failure of a call that returns none
+	written places    // the newest operation on a row
+	numbers []*uint64 // one for each Append and Add, in order
+	failed  error     // the first failure of a call that returns none
 }
 
 type readRow struct {
@@ -90,17 +90,15 @@ type readRow struct {
 
 // usual is how many rows are read, and written, by a transaction that is not small:
 // a push takes about as many. Room for them is made at once.
-const usual = 24
+const usual = 16
 
-func newTx(v *View) *Tx {
-	return &Tx{view: v, read: make(map[string]int, usual), guarded: map[string]bool{}, written: make(map[string]int, usual)}
-}
+func newTx(v *View) *Tx { return &Tx{view: v} }
 
 func (tx *Tx) rowCodec() *codec { return tx.view.codec }
 
 // base reads a row of the state below the Tx and guards it.
 func (tx *Tx) base(key []byte) (kv.Row, bool, error) {
-	if at, again := tx.read[string(key)]; again && !tx.view.ended {
+	if at, again := tx.read.find(key); again && !tx.view.ended {
 		return tx.found[at].Row, tx.found[at].ok, nil
 	}
 	row, ok, err := tx.view.row(key)
@@ -110,7 +108,7 @@ func (tx *Tx) base(key []byte) (kv.Row, bool, error) {
 	if tx.found == nil {
 		tx.found, tx.conds = make([]readRow, 0, usual), slices.Grow(tx.conds, usual)
 	}
-	tx.read[string(key)] = len(tx.found)
+	tx.read.set(key, len(tx.found))
 	tx.found = append(tx.found, readRow{row, ok})
 	tx.conds = append(tx.conds, kv.Cond{Kind: kv.RevIs, Key: key, Rev: row.Revision})
 	return row, ok, nil
@@ -135,7 +133,7 @@ func (tx *Tx) revisions(key []byte) (kv.Row, bool, error) { return tx.row(key) }
 
 // own gives the row as this Tx has written it; known is false when it has not.
 func (tx *Tx) own(key []byte) (row kv.Row, ok, known bool) {
-	i, known := tx.written[string(key)]
+	i, known := tx.written.find(key)
 	if !known || tx.view.ended {
 		return kv.Row{}, false, false
 	}
@@ -151,7 +149,7 @@ func (tx *Tx) own(key []byte) (row kv.Row, ok, known bool) {
 
 // below reads a row of the state below the Tx without a guard.
 func (tx *Tx) below(key []byte) (kv.Row, bool) {
-	if at, again := tx.read[string(key)]; again {
+	if at, again := tx.read.find(key); again {
 		return tx.found[at].Row, tx.found[at].ok
 	}
 	return kv.ReadRow(tx.view.state, key)
@@ -169,7 +167,7 @@ func (tx *Tx) put(key, value []byte) error {
 	if tx.view.ended {
 		return errEnded
 	}
-	if i, ok := tx.written[string(key)]; ok && tx.ops[i].Kind == kv.Put {
+	if i, ok := tx.written.find(key); ok && tx.ops[i].Kind == kv.Put {
 		tx.ops[i].Value = value
 		return nil
 	}
@@ -180,7 +178,7 @@ func (tx *Tx) remove(key []byte) error {
 	if tx.view.ended {
 		return errEnded
 	}
-	if i, ok := tx.written[string(key)]; ok {
+	if i, ok := tx.written.find(key); ok {
 		// One removal is enough, and a row written before need not be.
 		tx.ops[i] = kv.Op{Kind: kv.Delete, Key: key}
 		return nil
@@ -193,7 +191,7 @@ func (tx *Tx) add(op kv.Op, row bool) error {
 		return fmt.Errorf("%w: more than %d operations", ErrTooLarge, kv.MaxParts)
 	}
 	if row {
-		tx.written[string(op.Key)] = len(tx.ops)
+		tx.written.set(op.Key, len(tx.ops))
 	}
 	if tx.ops == nil {
 		tx.ops = make([]kv.Op, 0, usual)
@@ -287,13 +285,13 @@ func (s *scan) record() {
 
 func (tx *Tx) ownKeys(from, to []byte) []string {
 	var keys []string
-	for k := range tx.written {
-		if k >= string(from) && k < string(to) {
-			keys = append(keys, k)
+	for _, k := range tx.written.keys {
+		if bytes.Compare(k, from) >= 0 && bytes.Compare(k, to) < 0 {
+			keys = append(keys, string(k))
 		}
 	}
 	slices.Sort(keys)
-	return keys
+	return slices.Compact(keys)
 }
 
 func (tx *Tx) fail(err error) {
