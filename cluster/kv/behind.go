@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"iter"
 	"sync"
 	"time"
@@ -87,7 +88,7 @@ func WriteBehind(below Engine) Engine {
 }
 
 func newBehind(below Engine, pause time.Duration, most layerSize) *behind {
-	e := &behind{below: below, pause: pause, most: most, active: &layer{}, frozen: &layer{}, lacks: &lacking{}, rested: true, ended: make(chan struct{})}
+	e := &behind{below: below, pause: pause, most: most, active: &layer{}, frozen: &layer{}, lacks: newLacking(), rested: true, ended: make(chan struct{})}
 	e.work, e.free = sync.NewCond(&e.mu), sync.NewCond(&e.mu)
 	go e.run()
 	return e
@@ -251,7 +252,7 @@ func (e *behind) flushed(err error, took time.Duration) (fails func(error), _ er
 		e.err = fmt.Errorf("keep the state on disk: %w", err)
 		return e.fails, e.err
 	}
-	e.kept, e.frozen, e.lacks = e.frozen.upto, &layer{}, &lacking{}
+	e.kept, e.frozen, e.lacks = e.frozen.upto, &layer{}, newLacking()
 	e.rested = false
 	e.rest = time.AfterFunc(max(e.pause, min(flushShare*took, flushPauseMost)), func() {
 		e.mu.Lock()
@@ -306,7 +307,7 @@ func (e *behind) Replace(fill func(batch func(func(Writer) error) error) error) 
 		// Meanwhile the layers were empty, and nobody asked.
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		e.lacks = &lacking{}
+		e.lacks = newLacking()
 	}()
 	return e.below.Replace(fill)
 }
@@ -356,30 +357,42 @@ func (l *layered) Lookup(s Space, key []byte) []byte {
 // lacking are rows that were looked for below and not found. Most of what a push looks
 // for is not there, and it is looked for once more when its conditions are judged. They
 // hold from one flush to the next: what the flush between makes of them is in the frozen
-// layer, which is looked at before.
+// layer, which is looked at before. They are in parts, by a hash: with one lock for all,
+// busy processors wait for who holds it and has none.
 type lacking struct {
-	mu   sync.RWMutex
-	keys map[string]struct{}
+	seed  maphash.Seed
+	parts [lackingParts]struct {
+		mu   sync.Mutex
+		keys map[string]struct{}
+	}
 }
 
-// lackingMost bounds them.
-const lackingMost = 16384
+const (
+	lackingParts = 64
+	// lackingMost bounds the keys of a part.
+	lackingMost = 256
+)
+
+func newLacking() *lacking { return &lacking{seed: maphash.MakeSeed()} }
 
 func (l *lacking) has(key []byte) bool {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	_, ok := l.keys[string(key)]
+	p := &l.parts[maphash.Bytes(l.seed, key)%lackingParts]
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ok := p.keys[string(key)]
 	return ok
 }
 
 func (l *lacking) add(key []byte) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.keys == nil {
-		l.keys = map[string]struct{}{}
+	p := &l.parts[maphash.Bytes(l.seed, key)%lackingParts]
+	own := string(key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.keys == nil {
+		p.keys = map[string]struct{}{}
 	}
-	if len(l.keys) < lackingMost {
-		l.keys[string(key)] = struct{}{}
+	if len(p.keys) < lackingMost {
+		p.keys[own] = struct{}{}
 	}
 }
 
@@ -420,10 +433,11 @@ func over(layer treap.Map, below iter.Seq2[[]byte, []byte], from, to []byte) ite
 
 // layeredEdit is an active layer to be, over what is below it. A row is looked up
 // for the condition on it and for the operation on it, and by one entry of a batch
-// as by the next: what is below does not change meanwhile, so it is asked once.
+// as by the next: what is below does not change meanwhile, so it is asked once for a
+// row. For what is not there lacking does the same.
 type layeredEdit struct {
 	below Snapshot
-	asked map[string][]byte // rows below; nil for none
+	asked map[string][]byte // rows below
 	edit  memoryEdit
 	size  layerSize
 }
@@ -441,6 +455,9 @@ func (t *layeredEdit) Lookup(s Space, key []byte) []byte {
 	v, ok := t.asked[string(key)]
 	if !ok {
 		v = t.below.Lookup(s, key)
+		if v == nil {
+			return nil
+		}
 		if t.asked == nil {
 			t.asked = map[string][]byte{}
 		}
