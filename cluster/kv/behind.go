@@ -7,6 +7,7 @@ import (
 	"hash/maphash"
 	"iter"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/atoll-registry/atoll/cluster/kv/treap"
@@ -44,6 +45,7 @@ type behind struct {
 	below Engine
 	pause time.Duration
 	most  layerSize
+	seed  maphash.Seed // of the sums of keys
 
 	writing sync.Mutex // one Update or Replace at a time; taken before mu
 
@@ -67,16 +69,55 @@ type behind struct {
 	ended          chan struct{}
 }
 
-// layer is immutable.
+// layer is immutable, but for its filter, which those that follow it share.
 type layer struct {
 	roots
 	layerSize
-	upto uint64 // the last of all Updates that is in it
+	filter *filter // of its rows; nil while it is empty
+	upto   uint64  // the last of all Updates that is in it
 }
 
 type layerSize struct{ bytes, updates, keys int }
 
 func (l *layer) empty() bool { return l.updates == 0 }
+
+// row gives what the layer says of a row, whose key has this sum: nil, true when it has
+// none.
+func (l *layer) row(key []byte, sum uint64) ([]byte, bool) {
+	if !l.filter.may(sum) {
+		return nil, false
+	}
+	return l.roots[rows].Get(key)
+}
+
+// filter is a Bloom filter, which knows of most rows that a layer says nothing of them: of
+// those that a push looks for nearly all. What is put into it is in none of the layers yet
+// that somebody reads, so that he misses nothing.
+type filter [filterBits / 64]atomic.Uint64
+
+// filterBits is a power of two. The 16,000 rows of a full layer are in doubt with one of a
+// hundred others.
+const filterBits = 1 << 18
+
+func (f *filter) add(sum uint64) {
+	for _, bit := range filterPlaces(sum) {
+		f[bit/64].Or(1 << (bit % 64))
+	}
+}
+
+func (f *filter) may(sum uint64) bool {
+	if f == nil {
+		return false
+	}
+	for _, bit := range filterPlaces(sum) {
+		if f[bit/64].Load()&(1<<(bit%64)) == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func filterPlaces(sum uint64) [2]uint64 { return [...]uint64{sum % filterBits, sum >> 32 % filterBits} }
 
 // WriteBehind gives an Engine that is durable some milliseconds after an Update,
 // or after Sync or Close, and costs the Engine below one Update for all that were
@@ -88,7 +129,8 @@ func WriteBehind(below Engine) Engine {
 }
 
 func newBehind(below Engine, pause time.Duration, most layerSize) *behind {
-	e := &behind{below: below, pause: pause, most: most, active: &layer{}, frozen: &layer{}, lacks: newLacking(), rested: true, ended: make(chan struct{})}
+	e := &behind{below: below, pause: pause, most: most, seed: maphash.MakeSeed(), rested: true, ended: make(chan struct{})}
+	e.active, e.frozen, e.lacks = &layer{}, &layer{}, &lacking{}
 	e.work, e.free = sync.NewCond(&e.mu), sync.NewCond(&e.mu)
 	go e.run()
 	return e
@@ -118,7 +160,7 @@ func (e *behind) open() (Snapshot, error) {
 	if err != nil || e.active.empty() && e.frozen.empty() {
 		return below, err
 	}
-	return &layered{below, [2]roots{e.active.roots, e.frozen.roots}, e.lacks}, nil
+	return &layered{below, [2]*layer{e.active, e.frozen}, e.lacks, e.seed}, nil
 }
 
 func (e *behind) Update(fn func(Writer) error) error {
@@ -133,18 +175,21 @@ func (e *behind) Update(fn func(Writer) error) error {
 		below.Release()
 		e.end(next)
 	}()
-	tx := &layeredEdit{below: below, edit: editRoots(base.roots), size: base.layerSize}
+	tx := &layeredEdit{below: below, edit: editRoots(base.roots), filter: base.filter, size: base.layerSize}
+	if tx.filter == nil {
+		tx.filter = &filter{}
+	}
 	if err := fn(tx); err != nil {
 		return err
 	}
 	tx.size.updates++
-	next = &layer{tx.edit.roots(), tx.size, e.made + 1}
+	next = &layer{tx.edit.roots(), tx.size, tx.filter, e.made + 1}
 	return nil
 }
 
 // begin waits until there is room, and gives the active layer and what is below
 // it. While an Update stands on the active layer it is not frozen.
-func (e *behind) begin() (*layer, Snapshot, error) {
+func (e *behind) begin() (*layer, *layered, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for e.err == nil && !e.closing && e.full() {
@@ -162,7 +207,7 @@ func (e *behind) begin() (*layer, Snapshot, error) {
 		return nil, nil, err
 	}
 	e.updating = true
-	return e.active, &layered{below, [2]roots{{}, e.frozen.roots}, e.lacks}, nil
+	return e.active, &layered{below, [2]*layer{{}, e.frozen}, e.lacks, e.seed}, nil
 }
 
 // full reports whether the active layer takes no more. It is for who holds mu.
@@ -252,7 +297,7 @@ func (e *behind) flushed(err error, took time.Duration) (fails func(error), _ er
 		e.err = fmt.Errorf("keep the state on disk: %w", err)
 		return e.fails, e.err
 	}
-	e.kept, e.frozen, e.lacks = e.frozen.upto, &layer{}, newLacking()
+	e.kept, e.frozen, e.lacks = e.frozen.upto, &layer{}, &lacking{}
 	e.rested = false
 	e.rest = time.AfterFunc(max(e.pause, min(flushShare*took, flushPauseMost)), func() {
 		e.mu.Lock()
@@ -307,7 +352,7 @@ func (e *behind) Replace(fill func(batch func(func(Writer) error) error) error) 
 		// Meanwhile the layers were empty, and nobody asked.
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		e.lacks = newLacking()
+		e.lacks = &lacking{}
 	}()
 	return e.below.Replace(fill)
 }
@@ -331,25 +376,36 @@ func (e *behind) Close() error {
 // layered is a state below with an active and a frozen layer over it.
 type layered struct {
 	Snapshot
-	layers [2]roots
+	layers [2]*layer
 	lacks  *lacking
+	seed   maphash.Seed
 }
 
 func (l *layered) Lookup(s Space, key []byte) []byte {
-	for i := range l.layers {
-		if v, ok := l.layers[i][s].Get(key); ok {
+	if s == rows {
+		return l.row(key, maphash.Bytes(l.seed, key))
+	}
+	for _, layer := range l.layers {
+		if v, ok := layer.roots[s].Get(key); ok {
 			return v
 		}
 	}
-	if s != rows {
-		return l.Snapshot.Lookup(s, key)
+	return l.Snapshot.Lookup(s, key)
+}
+
+// row is Lookup for a row whose key has this sum.
+func (l *layered) row(key []byte, sum uint64) []byte {
+	for _, layer := range l.layers {
+		if v, ok := layer.row(key, sum); ok {
+			return v
+		}
 	}
-	if l.lacks.has(key) {
+	if l.lacks.has(key, sum) {
 		return nil
 	}
-	v := l.Snapshot.Lookup(s, key)
+	v := l.Snapshot.Lookup(rows, key)
 	if v == nil {
-		l.lacks.add(key)
+		l.lacks.add(key, sum)
 	}
 	return v
 }
@@ -357,14 +413,11 @@ func (l *layered) Lookup(s Space, key []byte) []byte {
 // lacking are rows that were looked for below and not found. Most of what a push looks
 // for is not there, and it is looked for once more when its conditions are judged. They
 // hold from one flush to the next: what the flush between makes of them is in the frozen
-// layer, which is looked at before. They are in parts, by a hash: with one lock for all,
-// busy processors wait for who holds it and has none.
-type lacking struct {
-	seed  maphash.Seed
-	parts [lackingParts]struct {
-		mu   sync.Mutex
-		keys map[string]struct{}
-	}
+// layer, which is looked at before. They are in parts, by the sum of the key: with one
+// lock for all, busy processors wait for who holds it and has none.
+type lacking [lackingParts]struct {
+	mu   sync.Mutex
+	keys map[string]struct{}
 }
 
 const (
@@ -373,18 +426,16 @@ const (
 	lackingMost = 256
 )
 
-func newLacking() *lacking { return &lacking{seed: maphash.MakeSeed()} }
-
-func (l *lacking) has(key []byte) bool {
-	p := &l.parts[maphash.Bytes(l.seed, key)%lackingParts]
+func (l *lacking) has(key []byte, sum uint64) bool {
+	p := &l[sum%lackingParts]
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	_, ok := p.keys[string(key)]
 	return ok
 }
 
-func (l *lacking) add(key []byte) {
-	p := &l.parts[maphash.Bytes(l.seed, key)%lackingParts]
+func (l *lacking) add(key []byte, sum uint64) {
+	p := &l[sum%lackingParts]
 	own := string(key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -397,7 +448,7 @@ func (l *lacking) add(key []byte) {
 }
 
 func (l *layered) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {
-	return over(l.layers[0][s], over(l.layers[1][s], l.Snapshot.Ascend(s, from, to), from, to), from, to)
+	return over(l.layers[0].roots[s], over(l.layers[1].roots[s], l.Snapshot.Ascend(s, from, to), from, to), from, to)
 }
 
 // over gives a layer's pairs and those below that it says nothing of, in order.
@@ -436,34 +487,41 @@ func over(layer treap.Map, below iter.Seq2[[]byte, []byte], from, to []byte) ite
 // as by the next: what is below does not change meanwhile, so it is asked once for a
 // row. For what is not there lacking does the same.
 type layeredEdit struct {
-	below Snapshot
-	asked map[string][]byte // rows below
-	edit  memoryEdit
-	size  layerSize
+	below  *layered
+	asked  map[string][]byte // rows below
+	edit   memoryEdit
+	filter *filter
+	size   layerSize
 }
 
 // askedMost bounds the rows that are kept.
 const askedMost = 4096
 
 func (t *layeredEdit) Lookup(s Space, key []byte) []byte {
-	if v, ok := t.edit[s].Get(key); ok {
-		return v
-	}
 	if s != rows {
+		if v, ok := t.edit[s].Get(key); ok {
+			return v
+		}
 		return t.below.Lookup(s, key)
 	}
+	sum := maphash.Bytes(t.below.seed, key)
+	if t.filter.may(sum) {
+		if v, ok := t.edit[s].Get(key); ok {
+			return v
+		}
+	}
 	v, ok := t.asked[string(key)]
-	if !ok {
-		v = t.below.Lookup(s, key)
-		if v == nil {
-			return nil
-		}
-		if t.asked == nil {
-			t.asked = map[string][]byte{}
-		}
-		if len(t.asked) < askedMost {
-			t.asked[string(key)] = v
-		}
+	if ok {
+		return v
+	}
+	if v = t.below.row(key, sum); v == nil {
+		return nil
+	}
+	if t.asked == nil {
+		t.asked = map[string][]byte{}
+	}
+	if len(t.asked) < askedMost {
+		t.asked[string(key)] = v
 	}
 	return v
 }
@@ -475,6 +533,9 @@ func (t *layeredEdit) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte]
 func (t *layeredEdit) Set(s Space, key, value []byte) error {
 	t.size.bytes += len(key) + len(value) + layerPair
 	t.size.keys++
+	if s == rows {
+		t.filter.add(maphash.Bytes(t.below.seed, key))
+	}
 	return t.edit.Set(s, key, value)
 }
 
@@ -482,6 +543,9 @@ func (t *layeredEdit) Unset(s Space, key []byte) error {
 	if t.Lookup(s, key) != nil {
 		t.size.bytes += len(key) + layerPair
 		t.size.keys++
+		if s == rows {
+			t.filter.add(maphash.Bytes(t.below.seed, key))
+		}
 		t.edit[s].Set(key, nil)
 	}
 	return nil
