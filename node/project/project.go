@@ -427,6 +427,7 @@ func (p *Projects) All(v *table.View) ([]Project, error) {
 type known struct {
 	revision uint64
 	project  access.Project
+	log      entry.LogID
 }
 
 // maxKnown bounds what is kept in memory of projects.
@@ -449,8 +450,8 @@ func (p *Projects) Lookup(ctx context.Context, name string) (access.Project, boo
 }
 
 // accessOf reads a row unless what it says is known: every request to the
-// registry asks.
-func (p *Projects) accessOf(v *table.View, name string) (known, bool, error) {
+// registry asks, and every push once more. In a Tx it guards the row.
+func (p *Projects) accessOf(v table.Reader, name string) (known, bool, error) {
 	p.mu.Lock()
 	k, ok := p.access[name]
 	p.mu.Unlock()
@@ -467,7 +468,10 @@ func (p *Projects) accessOf(v *table.View, name string) (known, bool, error) {
 	if err != nil || !here {
 		return known{}, false, err
 	}
-	k = known{meta.Revision, access.Project{Name: name, Public: r.Public}}
+	k = known{meta.Revision, access.Project{Name: name, Public: r.Public}, r.Log}
+	if meta.Revision == 0 {
+		return k, true, nil // the Tx wrote it itself, and may not commit
+	}
 	p.mu.Lock()
 	if len(p.access) >= maxKnown {
 		clear(p.access)

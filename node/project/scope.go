@@ -14,11 +14,14 @@ import (
 // takes effect only while the project stays as it was read. An unknown project
 // is a fault NotFound, a mirror a fault Denied that names its owner.
 func (p *Projects) Writable(tx *table.Tx, name string) (journal.Scope, error) {
-	r, _, err := p.need(tx, name)
+	k, ok, err := p.accessOf(tx, name)
 	if err != nil {
 		return journal.Scope{}, err
 	}
-	return p.journal.Own(tx, r.Log)
+	if !ok {
+		return journal.Scope{}, unknown(name)
+	}
+	return p.journal.Own(tx, k.log)
 }
 
 // Mirror refuses, with a fault Precondition, unless the project is the mirror of
