@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // ErrFormat means that the bytes are no Txn or Result of a format that this
@@ -133,7 +134,8 @@ func DecodeTxn(data []byte) (*Txn, error) {
 // node.
 func CheckTxn(data []byte) error { return readTxn(data, nil) }
 
-// readTxn reads into a Txn; nil is for who only wants to know whether it can be read.
+// readTxn reads into a Txn, in the place of what it held; nil is for who only wants to know
+// whether it can be read.
 func readTxn(data []byte, t *Txn) error {
 	if len(data) == 0 {
 		return fmt.Errorf("%w: an empty entry", ErrFormat)
@@ -149,7 +151,7 @@ func readTxn(data []byte, t *Txn) error {
 	conds := p.count(MaxParts)
 	if t != nil {
 		copy(t.ID[:], id)
-		t.Base, t.Conds = base, make([]Cond, 0, conds)
+		t.Base, t.Conds = base, slices.Grow(t.Conds[:0], int(conds))
 	}
 	for i := uint64(0); i < conds && p.err == nil; i++ {
 		if c := p.cond(); t != nil {
@@ -158,7 +160,7 @@ func readTxn(data []byte, t *Txn) error {
 	}
 	ops := p.count(MaxParts - conds)
 	if t != nil {
-		t.Ops = make([]Op, 0, ops)
+		t.Ops = slices.Grow(t.Ops[:0], int(ops))
 	}
 	for i := uint64(0); i < ops && p.err == nil; i++ {
 		if o := p.op(); t != nil {

@@ -218,17 +218,18 @@ func (m *Machine) applyNew(logs []*raft.Log, answers []any) {
 	rev := m.applied.Load()
 	position, logged := m.position, int64(0)
 	err := m.engine.Update(func(w Writer) error {
+		var t Txn // of each entry in turn
 		b = &batch{w: w, derive: m.hooks.Derive, known: m.known, oldest: m.oldest, added: map[ID]uint64{}, forgot: map[ID]uint64{}}
 		for i, l := range logs {
 			// Entries of other kinds change nothing but move the index, so that
 			// whoever waits for an index does not wait for ever.
 			if l.Type == raft.LogCommand {
-				t, err := DecodeTxn(l.Data)
-				if err != nil {
+				if err := readTxn(l.Data, &t); err != nil {
 					unreadable = fmt.Errorf("entry %d: %w", l.Index, err)
 					break
 				}
-				if answers[i], err = b.apply(l.Index, t); err != nil {
+				var err error
+				if answers[i], err = b.apply(l.Index, &t); err != nil {
 					return err
 				}
 			}

@@ -53,6 +53,7 @@ type DB struct {
 
 	progress progress
 	rounds   rounds
+	lists    sync.Pool // of *lists
 	// lane lets Updates that lost several times go one at a time.
 	lane    chan struct{}
 	contact atomic.Pointer[time.Time] // when a leader last confirmed something; zero: not yet
@@ -70,6 +71,7 @@ func New(engine kv.Engine, log *slog.Logger) *DB {
 		lane:     make(chan struct{}, 1),
 		began:    time.Now(),
 	}
+	db.lists.New = func() any { return newLists() }
 	db.progress.init()
 	db.heard(time.Time{})
 	return db

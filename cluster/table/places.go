@@ -27,9 +27,6 @@ func (p *places) find(key []byte) (at int, ok bool) {
 
 // set keeps the key, which must stay as it is.
 func (p *places) set(key []byte, at int) {
-	if p.keys == nil {
-		p.keys, p.at = make([][]byte, 0, usual), make([]int, 0, usual)
-	}
 	p.keys, p.at = append(p.keys, key), append(p.at, at)
 	switch {
 	case p.many != nil:
@@ -40,4 +37,9 @@ func (p *places) set(key []byte, at int) {
 			p.many[string(k)] = p.at[i]
 		}
 	}
+}
+
+func (p *places) empty() {
+	clear(p.keys)
+	p.keys, p.at, p.many = p.keys[:0], p.at[:0], nil
 }

@@ -72,15 +72,20 @@ func (v *View) rows(from, to []byte, limit int) iter.Seq2[kv.Row, error] {
 // Tx reads a consistent local state, with its own writes over it, and collects
 // what shall be written. What it reads becomes a condition of the commit.
 type Tx struct {
-	view    *View
-	conds   []kv.Cond
-	read    places          // rows of the state that were read, and so have a RevIs: their place in found
-	found   []readRow       // those rows
+	view *View
+	lists
 	guarded map[string]bool // logs that have a LenIs; nil while there are none
+	numbers []*uint64       // one for each Append and Add, in order
+	failed  error           // the first failure of a call that returns none
+}
+
+// lists are what of a Tx is used again by another.
+type lists struct {
+	conds   []kv.Cond
+	read    places    // rows of the state that were read, and so have a RevIs: their place in found
+	found   []readRow // those rows
 	ops     []kv.Op
-	written places    // the newest operation on a row
-	numbers []*uint64 // one for each Append and Add, in order
-	failed  error     // the first failure of a call that returns none
+	written places // the newest operation on a row
 }
 
 type readRow struct {
@@ -89,10 +94,43 @@ type readRow struct {
 }
 
 // usual is how many rows are read, and written, by a transaction that is not small:
-// a push takes about as many. Room for them is made at once.
+// a push takes about as many. Room for them is made at once, and kept for the next one.
 const usual = 16
 
-func newTx(v *View) *Tx { return &Tx{view: v} }
+func newLists() *lists {
+	few := func() places { return places{keys: make([][]byte, 0, usual), at: make([]int, 0, usual)} }
+	return &lists{
+		conds: make([]kv.Cond, 0, usual), found: make([]readRow, 0, usual), ops: make([]kv.Op, 0, usual), read: few(), written: few(),
+	}
+}
+
+// empty forgets all that the lists hold; ok is false for those that are not kept, since
+// they have grown large.
+func (l *lists) empty() (ok bool) {
+	if max(cap(l.conds), cap(l.found), cap(l.ops), cap(l.read.keys), cap(l.written.keys)) > 4*usual {
+		return false
+	}
+	clear(l.conds)
+	clear(l.found)
+	clear(l.ops)
+	l.conds, l.found, l.ops = l.conds[:0], l.found[:0], l.ops[:0]
+	l.read.empty()
+	l.written.empty()
+	return true
+}
+
+func (db *DB) newTx(v *View) *Tx {
+	return &Tx{view: v, lists: *db.lists.Get().(*lists)}
+}
+
+// release ends the use of a Tx.
+func (db *DB) release(tx *Tx) {
+	used := tx.lists
+	tx.lists = lists{}
+	if used.empty() {
+		db.lists.Put(&used)
+	}
+}
 
 func (tx *Tx) rowCodec() *codec { return tx.view.codec }
 
@@ -104,9 +142,6 @@ func (tx *Tx) base(key []byte) (kv.Row, bool, error) {
 	row, ok, err := tx.view.row(key)
 	if err != nil {
 		return kv.Row{}, false, err
-	}
-	if tx.found == nil {
-		tx.found, tx.conds = make([]readRow, 0, usual), slices.Grow(tx.conds, usual)
 	}
 	tx.read.set(key, len(tx.found))
 	tx.found = append(tx.found, readRow{row, ok})
@@ -192,9 +227,6 @@ func (tx *Tx) add(op kv.Op, row bool) error {
 	}
 	if row {
 		tx.written.set(op.Key, len(tx.ops))
-	}
-	if tx.ops == nil {
-		tx.ops = make([]kv.Op, 0, usual)
 	}
 	tx.ops = append(tx.ops, op)
 	return nil

@@ -68,6 +68,7 @@ func (db *DB) Update(ctx context.Context, fn func(*Tx) error) (Commit, error) {
 func (db *DB) attempt(ctx context.Context, b Backend, fn func(*Tx) error) (c Commit, again bool, err error) {
 	start := time.Now()
 	tx, err := db.run(fn)
+	defer db.release(tx)
 	if err != nil || len(tx.ops) == 0 {
 		return db.decided(ctx, tx, err)
 	}
@@ -94,7 +95,7 @@ func (db *DB) run(fn func(*Tx) error) (*Tx, error) {
 	var tx *Tx
 	var failed error
 	err := db.View(func(v *View) error {
-		tx = newTx(v)
+		tx = db.newTx(v)
 		failed = fn(tx)
 		if failed == nil {
 			failed = tx.failed
@@ -102,7 +103,7 @@ func (db *DB) run(fn func(*Tx) error) (*Tx, error) {
 		return nil
 	})
 	if err != nil {
-		return newTx(&View{ended: true}), err
+		return db.newTx(&View{ended: true}), err
 	}
 	return tx, failed
 }
