@@ -43,8 +43,10 @@ const (
 	settle = 5 * time.Second
 	// stretch is how much is written before it is counted, in bytes.
 	stretch = 4 << 20
-	// page is how many entries are read at once.
-	page = 256
+	// page is how many entries are read at once, and breath how long others have the
+	// processor to themselves then: what came in a burst is not to stop the rest of it.
+	page   = 256
+	breath = 10 * time.Millisecond
 	// held is from which size on, in bytes, no more are read: manifests are with them.
 	held = 1 << 20
 	// roomy: a file below this size is not rewritten, in bytes.
@@ -94,6 +96,7 @@ type Ledger struct {
 	dir   string
 	roomy int64
 	held  int
+	hurry bool // no time for a breath
 	at    position
 	file  *os.File
 }
@@ -121,19 +124,24 @@ func (l *Ledger) Run(ctx context.Context) error {
 		case <-tables[2]:
 		case <-ctx.Done():
 		}
-		pause := time.NewTimer(settle)
-		select {
-		case <-pause.C:
-		case <-ctx.Done():
-			pause.Stop()
-		}
+		pause(ctx, settle)
 	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
 	defer cancel()
+	l.hurry = true
 	if err := l.Catch(last); err != nil {
 		l.Log.Info("the ledger for a rebuild is some seconds behind", "error", err)
 	}
 	return nil
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
 }
 
 func (l *Ledger) close() {
@@ -238,6 +246,9 @@ func (l *Ledger) follow(ctx context.Context, id entry.LogID, next *position, w *
 			if err := l.advance(next, w); err != nil {
 				return err
 			}
+		}
+		if !l.hurry {
+			pause(ctx, breath)
 		}
 	}
 	return ctx.Err()

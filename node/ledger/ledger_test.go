@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -179,6 +180,30 @@ func TestHoldsLittle(t *testing.T) {
 	}
 	s.catch()
 	s.want(5, tags)
+}
+
+// A burst is followed in pieces, between which there is room for others; at the end of
+// the node there is no time for that.
+func TestBreathes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSite(t)
+		s.Ledger.held = 1
+		burst := func() (took time.Duration) {
+			for n := range 5 {
+				s.push(fmt.Sprint("tag", n), int(time.Now().UnixNano())+n)
+			}
+			start := time.Now()
+			s.catch()
+			return time.Since(start)
+		}
+		if took := burst(); took < 10*breath || took > 20*breath {
+			t.Errorf("5 artifacts and their tags, each entry by itself: %v", took)
+		}
+		s.hurry = true
+		if took := burst(); took > 0 {
+			t.Errorf("in a hurry: %v", took)
+		}
+	})
 }
 
 // What was written and not counted when the power failed is written again.
