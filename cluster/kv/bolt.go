@@ -297,6 +297,7 @@ type mappedPages struct {
 	least   int64 // bytes of files that may be mapped however large the rest is; the program is one of them
 	large   int64 // with a file of so many bytes and more both are less (see largeLeast), all goes at once, and its commits are watched
 	touched atomic.Int64
+	until   atomic.Int64 // what touched has to be before it is worth while to look again
 	looking sync.Mutex
 	turn    int64 // how many quarters were had in this round
 	hand    int64 // where the next one begins
@@ -327,7 +328,7 @@ func newMappedPages(least, large int64) *mappedPages {
 
 // touch is told of keys that were read or written, each some pages.
 func (m *mappedPages) touch(tx *bbolt.Tx, keys int) {
-	if now := m.touched.Add(int64(keys)); now/touchStep != (now-int64(keys))/touchStep {
+	if now := m.touched.Add(int64(keys)); now/touchStep != (now-int64(keys))/touchStep && now >= m.until.Load() {
 		m.look(tx, 0)
 	}
 }
@@ -345,6 +346,9 @@ func (m *mappedPages) look(tx *bbolt.Tx, more int64) {
 		most, least = most-max(most/8, more), min(least, largeLeast)
 	}
 	if resident, files, ok := m.memory.read(); !ok || resident <= most || files <= least {
+		// To look costs as much as to read a row. Each key maps two faults at most, and
+		// half of the room is left to what else grows.
+		m.until.Store(m.touched.Load() + max(most-resident, least-files)/2/(2*faultBytes))
 		return
 	}
 	from, to := int64(0), size

@@ -71,6 +71,7 @@ func TestMappedPagesStayBounded(t *testing.T) {
 	walk := func(most int64) int64 {
 		before, peak = unmapAll(t, e.(*bolt)), 0
 		m.least = before + most
+		m.until.Store(0)
 		n := 0
 		if err := e.Read(func(c Content) error {
 			for k, v := range c.Ascend(rows, nil, nil) {
@@ -93,6 +94,7 @@ func TestMappedPagesStayBounded(t *testing.T) {
 	scattered := func(most int64) int64 {
 		before, peak = unmapAll(t, e.(*bolt)), 0
 		m.least = before + most
+		m.until.Store(0)
 		if err := e.Read(func(c Content) error {
 			for i := range rowsEach * batches {
 				if !bytes.Equal(c.Lookup(rows, key(i*7919%(rowsEach*batches))), value) {
@@ -262,6 +264,7 @@ func TestALargeFileIsHandedBackAtOnce(t *testing.T) {
 		readAll(t, e.db)
 		full := mappedNow(t, m)
 		m.least = 0
+		m.until.Store(0)
 		if err := e.db.View(func(tx *bbolt.Tx) error { m.look(tx, 0); return nil }); err != nil {
 			t.Fatal(err)
 		}
@@ -396,6 +399,7 @@ func TestTheLogStaysHardlyMapped(t *testing.T) {
 	readAll(t, l.db)
 	before := mappedNow(t, l.mapped)
 	l.mapped.most, l.mapped.least = 0, 0
+	l.mapped.until.Store(0) // it was for other bounds
 	if err := l.StoreLogs(plainLogs(entries+1, 5, size)); err != nil {
 		t.Fatal(err)
 	}
