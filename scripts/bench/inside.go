@@ -157,12 +157,12 @@ type (
 	}
 )
 
-func (b *bench) startApart(ctx context.Context, count int) (*apart, error) {
+func (b *bench) startApart(ctx context.Context, count int, dir string) (*apart, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	a := &apart{process: exec.CommandContext(ctx, self, "inside", filepath.Join(b.dir, fmt.Sprint("inside", count)), fmt.Sprint(count), b.atoll)}
+	a := &apart{process: exec.CommandContext(ctx, self, "inside", dir, fmt.Sprint(count), b.atoll)}
 	a.process.Stderr = os.Stderr
 	if a.orders, err = a.process.StdinPipe(); err != nil {
 		return nil, err
