@@ -29,16 +29,17 @@ run: build
 # broken off (its writer's pool); our own part of it runs under the detector on
 # the disk and memory backends. Whole nodes and the command line go without it too,
 # which saves minutes, and node/peers, which once ended in the detector's own runtime
-# (see scripts/gotest) and never in a race; test-race has all. Four packages at
-# once, because some wait much: for elections, and for disks and nodes that are late.
-# What go test looks for by itself in each package, go vet has looked for before.
+# (see scripts/gotest) and never in a race; test-race has all. Four and three packages
+# at once, because some wait much: for elections, and for disks and nodes that are late.
+# Those that take minutes come first, so that nothing runs alone in the end. What go
+# test looks for by itself in each package, go vet has looked for before.
 test: testdeps build
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
-	$(TESTED) CGO_ENABLED=1 scripts/gotest -race -vet=off -p 4 -timeout 12m -- $$(go list ./... | grep -vE '/scripts/|atoll/(node|node/peers|cmd/atoll)$$')
-	$(TESTED) scripts/gotest -vet=off -p 2 -timeout 9m -- ./node ./node/peers ./cmd/atoll
+	$(TESTED) CGO_ENABLED=1 scripts/gotest -race -vet=off -p 4 -timeout 12m -- \
+		$$(go list ./transfer/... ./cluster/... ./node/... ./... | grep -vE '/scripts/|atoll/(node|node/peers|cmd/atoll)$$')
 	$(TESTED) go test -vet=off -timeout 5m -tags s3 -run S3 ./node/blobs/cloud
-	PATH="$(TOOLS):$$PATH" scripts/gotest -vet=off -count=1 -timeout 12m -- ./scripts/...
+	$(TESTED) scripts/gotest -vet=off -count=1 -p 3 -timeout 14m -- ./scripts/e2e ./node ./cmd/atoll ./node/peers ./scripts/...
 
 # The quick part, with nothing installed.
 test-unit:
