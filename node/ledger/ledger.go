@@ -5,7 +5,9 @@
 // Invariants:
 //   - It follows the journals of the projects, which every node has, so each
 //     node's ledger covers the whole site. It is written after the fact, a few
-//     seconds behind, in one go for all that came meanwhile: no push waits for it.
+//     seconds behind, for all that came meanwhile, in pages with a breath between
+//     them: no push waits for it. A node that has just joined takes a minute or two
+//     for a million artifacts.
 //   - What its position names is durable; what follows in the file is no part of it.
 //   - It is bounded by what the site holds, not by what happened: when the file has
 //     outgrown that, a new one takes its place that begins with what there is.
@@ -96,7 +98,7 @@ type Ledger struct {
 	dir   string
 	roomy int64
 	held  int
-	hurry bool // no time for a breath
+	hurry bool // at the end of the node, when there is no time for a breath
 	at    position
 	file  *os.File
 }
