@@ -1,6 +1,7 @@
 package kv
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"maps"
@@ -50,7 +51,7 @@ func (b *batch) apply(rev uint64, t *Txn) (Result, error) {
 	// Failures are remembered too: a proposer that was told of a conflict runs
 	// its function again, so the same bytes must not succeed afterwards.
 	b.added[t.ID] = rev
-	return r, b.w.Set(seen, be64(rev), append(t.ID[:], r.Encode()...))
+	return r, b.w.Set(seen, be64(rev), slices.Concat(t.ID[:], r.Encode()))
 }
 
 // recall gives the result of an earlier application of the same Txn. What is
@@ -203,7 +204,8 @@ func (b *batch) put(rev uint64, key, value []byte) error {
 	if err := b.derived(key, gone, b.derive(key, value)); err != nil {
 		return err
 	}
-	return b.w.Set(rows, key, encodeRow(created, rev, value))
+	k, stored := encodePair(key, created, rev, value)
+	return b.w.Set(rows, k, stored)
 }
 
 func (b *batch) remove(key []byte) error {
@@ -229,7 +231,7 @@ func (b *batch) derived(key []byte, from, to [][]byte) error {
 	}
 	for _, k := range to {
 		if _, ok := stay[string(k)]; !ok {
-			if err := b.w.Set(Local, k, key); err != nil {
+			if err := b.w.Set(Local, k, bytes.Clone(key)); err != nil {
 				return err
 			}
 		}
@@ -253,5 +255,5 @@ func (b *batch) sweep(log []byte, l logLength) error {
 		}
 		l.kept++
 	}
-	return b.w.Set(lengths, log, l.encode())
+	return b.w.Set(lengths, bytes.Clone(log), l.encode())
 }

@@ -546,7 +546,7 @@ func (t *layeredEdit) Unset(s Space, key []byte) error {
 		if s == rows {
 			t.filter.add(maphash.Bytes(t.below.seed, key))
 		}
-		t.edit[s].Set(key, nil)
+		t.edit[s].Set(bytes.Clone(key), nil)
 	}
 	return nil
 }

@@ -38,8 +38,9 @@ type Content interface {
 	Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte]
 }
 
-// Writer changes a state. It copies neither keys nor values: they must stay
-// unchanged until the transaction ends.
+// Writer changes a state. Set keeps what it is given, also after the transaction:
+// nobody may change it any more, and what is part of something larger keeps all of it
+// in memory.
 type Writer interface {
 	Content
 	Set(s Space, key, value []byte) error
@@ -204,7 +205,7 @@ func (tx memoryEdit) Set(s Space, key, value []byte) error {
 	if value == nil {
 		value = []byte{} // nil would be no value
 	}
-	tx[s].Set(key, value) // copies both
+	tx[s].Set(key, value)
 	return nil
 }
 

@@ -181,17 +181,6 @@ func TestEngine(t *testing.T) {
 				t.Error(diff)
 			}
 		},
-		"writers may reuse their bytes after the update": func(t *testing.T, e Engine) {
-			k, v := []byte("key"), []byte("value")
-			if err := e.Update(func(w Writer) error { return w.Set(rows, k, v) }); err != nil {
-				t.Fatal(err)
-			}
-			clear(k)
-			clear(v)
-			if diff := cmp.Diff([]string{"key=value"}, listAll(t, e, rows)); diff != "" {
-				t.Error(diff)
-			}
-		},
 		"closed": func(t *testing.T, e Engine) {
 			if err := e.Close(); err != nil {
 				t.Fatal(err)

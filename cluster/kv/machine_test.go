@@ -408,11 +408,21 @@ func randomTxns(t *testing.T, rnd *rand.Rand, n int) []*raft.Log {
 	return logs
 }
 
-// applyInBatches applies in batches of random sizes.
+// applyInBatches applies in batches of random sizes. The bytes of an entry are raft's
+// again once it is answered.
 func applyInBatches(m *Machine, rnd *rand.Rand, logs []*raft.Log) (out []any) {
 	for len(logs) > 0 {
 		n := min(1+rnd.IntN(8), len(logs))
-		out = append(out, m.ApplyBatch(logs[:n])...)
+		var lent []*raft.Log
+		for _, l := range logs[:n] {
+			own := *l
+			own.Data = bytes.Clone(l.Data)
+			lent = append(lent, &own)
+		}
+		out = append(out, m.ApplyBatch(lent)...)
+		for _, l := range lent {
+			clear(l.Data)
+		}
 		logs = logs[n:]
 	}
 	return out

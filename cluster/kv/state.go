@@ -99,7 +99,17 @@ func cutHeader(stored []byte) (created, revision uint64, value []byte, packed bo
 }
 
 func encodeRow(created, revision uint64, value []byte) []byte {
-	b := make([]byte, 0, rowHeader+len(value))
+	return appendRow(make([]byte, 0, rowHeader+len(value)), created, revision, value)
+}
+
+// encodePair is encodeRow with a copy of the key, in one allocation.
+func encodePair(key []byte, created, revision uint64, value []byte) (k, stored []byte) {
+	b := append(make([]byte, 0, len(key)+rowHeader+len(value)), key...)
+	b = appendRow(b, created, revision, value)
+	return b[:len(key):len(key)], b[len(key):]
+}
+
+func appendRow(b []byte, created, revision uint64, value []byte) []byte {
 	b = binary.AppendUvarint(b, created)
 	header := len(b)
 	b = binary.AppendUvarint(b, (revision-created)<<1|1)

@@ -5,7 +5,7 @@
 // Invariants:
 //   - A node is changed only by the Edit that made it, and never once a Map that
 //     the Edit gave is in other hands (Edit.Map ends the Edit).
-//   - Keys and values are copied in: they may be anybody's.
+//   - Keys and values are kept, not copied: once they are set nobody changes them.
 package treap
 
 import (
@@ -111,7 +111,7 @@ func (e *Edit) Map() Map {
 // Get is Map.Get on what was written so far.
 func (e *Edit) Get(key []byte) (value []byte, ok bool) { return Map{e.root}.Get(key) }
 
-// Set gives a key a value; nil stays nil.
+// Set gives a key a value; nil stays nil. Both are kept.
 func (e *Edit) Set(key, value []byte) {
 	e.begin()
 	e.root = e.set(e.root, key, value)
@@ -141,23 +141,10 @@ func (e *Edit) own(n *node) *node {
 	return &own
 }
 
-// copies puts a pair into one allocation.
-func copies(key, value []byte) (k, v []byte) {
-	if value == nil {
-		return bytes.Clone(key), nil
-	}
-	b := make([]byte, len(key)+len(value))
-	copy(b, key)
-	copy(b[len(key):], value)
-	return b[:len(key):len(key)], b[len(key):]
-}
-
 // set gives a node that the Edit owns.
 func (e *Edit) set(n *node, key, value []byte) *node {
 	if n == nil {
-		n = &node{weight: rand.Uint64(), owner: e.owner}
-		n.key, n.value = copies(key, value)
-		return n
+		return &node{key: key, value: value, weight: rand.Uint64(), owner: e.owner}
 	}
 	n = e.own(n)
 	switch c := bytes.Compare(key, n.key); {
@@ -178,7 +165,7 @@ func (e *Edit) set(n *node, key, value []byte) *node {
 		n.right, child.left = child.left, n
 		return child
 	}
-	n.key, n.value = copies(key, value)
+	n.key, n.value = key, value // both: they may share an allocation
 	return n
 }
 
