@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"iter"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,7 +55,7 @@ type behind struct {
 	// over itself changes nothing.
 	mu             sync.RWMutex
 	active, frozen *layer      // never nil, never changed in place
-	lacks          *lacking    // rows that are not below; replaced with each flush
+	asked          *asked      // rows that were looked for below; replaced with each flush
 	work           *sync.Cond  // of mu: wakes the flusher
 	free           *sync.Cond  // of mu: wakes who waits for the flusher
 	updating       bool        // an Update stands on the active layer
@@ -130,7 +131,7 @@ func WriteBehind(below Engine) Engine {
 
 func newBehind(below Engine, pause time.Duration, most layerSize) *behind {
 	e := &behind{below: below, pause: pause, most: most, seed: maphash.MakeSeed(), rested: true, ended: make(chan struct{})}
-	e.active, e.frozen, e.lacks = &layer{}, &layer{}, &lacking{}
+	e.active, e.frozen, e.asked = &layer{}, &layer{}, &asked{}
 	e.work, e.free = sync.NewCond(&e.mu), sync.NewCond(&e.mu)
 	go e.run()
 	return e
@@ -160,7 +161,7 @@ func (e *behind) open() (Snapshot, error) {
 	if err != nil || e.active.empty() && e.frozen.empty() {
 		return below, err
 	}
-	return &layered{below, [2]*layer{e.active, e.frozen}, e.lacks, e.seed}, nil
+	return &layered{below, [2]*layer{e.active, e.frozen}, e.asked, e.seed}, nil
 }
 
 func (e *behind) Update(fn func(Writer) error) error {
@@ -207,7 +208,7 @@ func (e *behind) begin() (*layer, *layered, error) {
 		return nil, nil, err
 	}
 	e.updating = true
-	return e.active, &layered{below, [2]*layer{{}, e.frozen}, e.lacks, e.seed}, nil
+	return e.active, &layered{below, [2]*layer{{}, e.frozen}, e.asked, e.seed}, nil
 }
 
 // full reports whether the active layer takes no more. It is for who holds mu.
@@ -297,7 +298,7 @@ func (e *behind) flushed(err error, took time.Duration) (fails func(error), _ er
 		e.err = fmt.Errorf("keep the state on disk: %w", err)
 		return e.fails, e.err
 	}
-	e.kept, e.frozen, e.lacks = e.frozen.upto, &layer{}, &lacking{}
+	e.kept, e.frozen, e.asked = e.frozen.upto, &layer{}, &asked{}
 	e.rested = false
 	e.rest = time.AfterFunc(max(e.pause, min(flushShare*took, flushPauseMost)), func() {
 		e.mu.Lock()
@@ -352,7 +353,7 @@ func (e *behind) Replace(fill func(batch func(func(Writer) error) error) error) 
 		// Meanwhile the layers were empty, and nobody asked.
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		e.lacks = &lacking{}
+		e.asked = &asked{}
 	}()
 	return e.below.Replace(fill)
 }
@@ -377,7 +378,7 @@ func (e *behind) Close() error {
 type layered struct {
 	Snapshot
 	layers [2]*layer
-	lacks  *lacking
+	asked  *asked
 	seed   maphash.Seed
 }
 
@@ -400,31 +401,60 @@ func (l *layered) row(key []byte, sum uint64) []byte {
 			return v
 		}
 	}
-	if l.lacks.has(key, sum) {
-		return nil
+	if v, ok := l.asked.find(key, sum); ok {
+		return v
 	}
 	v := l.Snapshot.Lookup(rows, key)
-	if v == nil {
-		l.lacks.add(key, sum)
-	}
+	l.asked.add(key, v, sum)
 	return v
 }
 
-// lacking are rows that were looked for below and not found. Most of what a push looks
-// for is not there, and it is looked for once more when its conditions are judged. They
-// hold from one flush to the next: what the flush between makes of them is in the frozen
-// layer, which is looked at before. They are in parts, by the sum of the key: with one
-// lock for all, busy processors wait for who holds it and has none.
+// asked are rows that were looked for below: those that are not there, and the last ones
+// that are. Most of what a push looks for is not there, and is looked for once more when
+// its conditions are judged; and what is there, its repository and the blobs that others
+// share, is what the push before looked for. They hold from one flush to the next: what the
+// flush between makes of them is in the frozen layer, which is looked at before.
+type asked struct {
+	lacks lacking
+	found [foundMost]atomic.Pointer[foundRow] // each at its sum
+}
+
+// lacking are in parts, by the sum of the key: with one lock for all, busy processors wait
+// for who holds it and has none.
 type lacking [lackingParts]struct {
 	mu   sync.Mutex
 	keys map[string]struct{}
 }
 
+type foundRow struct{ key, value []byte }
+
 const (
 	lackingParts = 64
 	// lackingMost bounds the keys of a part.
 	lackingMost = 256
+	foundMost   = 1024
+	// foundBytes is how long a row is at most that is kept.
+	foundBytes = 512
 )
+
+// find gives what is below, nil for no row; ok is false when that is not known.
+func (a *asked) find(key []byte, sum uint64) (value []byte, ok bool) {
+	if row := a.found[sum%foundMost].Load(); row != nil && bytes.Equal(row.key, key) {
+		return row.value, true
+	}
+	return nil, a.lacks.has(key, sum)
+}
+
+// add keeps neither.
+func (a *asked) add(key, value []byte, sum uint64) {
+	switch {
+	case value == nil:
+		a.lacks.add(key, sum)
+	case len(key)+len(value) <= foundBytes:
+		both := slices.Concat(key, value)
+		a.found[sum%foundMost].Store(&foundRow{both[:len(key):len(key)], both[len(key):]})
+	}
+}
 
 func (l *lacking) has(key []byte, sum uint64) bool {
 	p := &l[sum%lackingParts]
@@ -482,20 +512,13 @@ func over(layer treap.Map, below iter.Seq2[[]byte, []byte], from, to []byte) ite
 	}
 }
 
-// layeredEdit is an active layer to be, over what is below it. A row is looked up
-// for the condition on it and for the operation on it, and by one entry of a batch
-// as by the next: what is below does not change meanwhile, so it is asked once for a
-// row. For what is not there lacking does the same.
+// layeredEdit is an active layer to be, over what is below it.
 type layeredEdit struct {
 	below  *layered
-	asked  map[string][]byte // rows below
 	edit   memoryEdit
 	filter *filter
 	size   layerSize
 }
-
-// askedMost bounds the rows that are kept.
-const askedMost = 4096
 
 func (t *layeredEdit) Lookup(s Space, key []byte) []byte {
 	if s != rows {
@@ -510,20 +533,7 @@ func (t *layeredEdit) Lookup(s Space, key []byte) []byte {
 			return v
 		}
 	}
-	v, ok := t.asked[string(key)]
-	if ok {
-		return v
-	}
-	if v = t.below.row(key, sum); v == nil {
-		return nil
-	}
-	if t.asked == nil {
-		t.asked = map[string][]byte{}
-	}
-	if len(t.asked) < askedMost {
-		t.asked[string(key)] = v
-	}
-	return v
+	return t.below.row(key, sum)
 }
 
 func (t *layeredEdit) Ascend(s Space, from, to []byte) iter.Seq2[[]byte, []byte] {

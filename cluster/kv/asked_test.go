@@ -1,36 +1,38 @@
 package kv
 
 import (
+	"errors"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// asked counts what is looked up in an Engine below.
-type asked struct {
+// asking counts what is looked up in an Engine below.
+type asking struct {
 	Engine
 	lookups atomic.Int64
 }
 
-type askedState struct {
+type askingState struct {
 	Snapshot
 	lookups *atomic.Int64
 }
 
-func (a *asked) Open() (Snapshot, error) {
+func (a *asking) Open() (Snapshot, error) {
 	s, err := a.Engine.Open()
-	return askedState{s, &a.lookups}, err
+	return askingState{s, &a.lookups}, err
 }
 
-func (s askedState) Lookup(space Space, key []byte) []byte {
+func (s askingState) Lookup(space Space, key []byte) []byte {
 	s.lookups.Add(1)
 	return s.Snapshot.Lookup(space, key)
 }
 
-// A row that is not there is looked for once below until the next flush, by whoever
-// wants it; and what the flush brings, and a Replace, is found.
-func TestBehindRemembersWhatIsNotBelow(t *testing.T) {
-	below := &asked{Engine: NewMemory()}
+// A row is looked for once below until the next flush, by whoever wants it, whether it is
+// there or not; and what the flush brings, and a Replace, is found.
+func TestBehindRemembersWhatWasLookedFor(t *testing.T) {
+	below := &asking{Engine: NewMemory()}
 	e := newBehind(below, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
 	look := func(key string) (v []byte, times int64) {
 		t.Helper()
@@ -40,11 +42,20 @@ func TestBehindRemembersWhatIsNotBelow(t *testing.T) {
 		}
 		return v, below.lookups.Load() - before
 	}
-	set(t, e, rows, "one", "1") // flushed at once, with which the pause begins
+	long := strings.Repeat("l", foundBytes)
+	set(t, e, rows, "one", "1", "long", long) // flushed at once, with which the pause begins
 	if err := e.Sync(); err != nil {
 		t.Fatal(err)
 	}
 	set(t, e, rows, "two", "2")
+	for try, want := range []int64{1, 0} {
+		if v, n := look("one"); string(v) != "1" || n != want {
+			t.Errorf("a row that is there, try %d: %q after %d looks", try, v, n)
+		}
+		if v, n := look("long"); string(v) != long || n != 1 {
+			t.Errorf("a long row, try %d: %d bytes after %d looks", try, len(v), n)
+		}
+	}
 	if v, n := look("absent"); v != nil || n != 1 {
 		t.Errorf("a row that is not there: %q after %d looks", v, n)
 	}
@@ -55,7 +66,10 @@ func TestBehindRemembersWhatIsNotBelow(t *testing.T) {
 		if v := w.Lookup(rows, []byte("absent")); v != nil {
 			t.Errorf("an Update finds %q", v)
 		}
-		return w.Set(rows, []byte("absent"), []byte("3"))
+		if v := w.Lookup(rows, []byte("one")); string(v) != "1" {
+			t.Errorf("an Update finds %q", v)
+		}
+		return errors.Join(w.Set(rows, []byte("absent"), []byte("3")), w.Set(rows, []byte("one"), []byte("1b")))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -63,12 +77,18 @@ func TestBehindRemembersWhatIsNotBelow(t *testing.T) {
 	if v, _ := look("absent"); string(v) != "3" {
 		t.Errorf("a row that was written: %q", v)
 	}
+	if v, _ := look("one"); string(v) != "1b" {
+		t.Errorf("a row that was written again: %q", v)
+	}
 	if err := e.Sync(); err != nil {
 		t.Fatal(err)
 	}
 	set(t, e, rows, "four", "4") // a layer again
 	if v, n := look("absent"); string(v) != "3" || n != 1 {
 		t.Errorf("a row that was flushed: %q after %d looks", v, n)
+	}
+	if v, n := look("one"); string(v) != "1b" || n != 1 {
+		t.Errorf("a row that was flushed again: %q after %d looks", v, n)
 	}
 	look("new")
 	err = e.Replace(func(batch func(func(Writer) error) error) error {
@@ -80,6 +100,9 @@ func TestBehindRemembersWhatIsNotBelow(t *testing.T) {
 	set(t, e, rows, "six", "6")
 	if v, _ := look("new"); string(v) != "5" {
 		t.Errorf("a row of the new state: %q", v)
+	}
+	if v, _ := look("one"); v != nil {
+		t.Errorf("a row of the old state: %q", v)
 	}
 	if err := e.Close(); err != nil {
 		t.Error(err)
