@@ -364,7 +364,7 @@ func (n *Node) Run(ctx context.Context) error {
 	cluster := startFloor(run, fail, n.member.Run, n.welcome, n.own.keep)
 	rooms := startFloor(run, fail, n.rooms.settings.Run, n.rooms.traffic.Run, n.rooms.jobs.Run, n.rooms.peers.Run, n.rooms.endpoints.Run, n.rooms.scrub.Run,
 		n.rooms.registry.Run, n.rooms.storage.Run, n.rooms.watch.Run, n.rooms.ledger.Run, n.rooms.doctor.Run, telemetry.GiveBackMemory,
-		telemetry.BoundMemory, telemetry.SpareProcessor)
+		telemetry.BoundMemory(n.engine.Large), telemetry.SpareProcessor)
 
 	err := n.settle(run)
 	if err == nil {

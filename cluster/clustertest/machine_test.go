@@ -113,6 +113,8 @@ func (e *engine) Replace(fill func(batch func(func(kv.Writer) error) error) erro
 // the file of the smallest state has the size of a large one.
 func (e *engine) Size() int64 { return 0 }
 
+func (e *engine) Large() bool { return false }
+
 // logDisk is a machine's disk as raft's log sees it.
 type logDisk struct{ m *machine }
 

@@ -216,7 +216,7 @@ func (e *behind) full() bool {
 	if e.active.bytes >= e.most.bytes || e.active.updates >= e.most.updates {
 		return true
 	}
-	return (e.active.keys >= layerKeysLarge || e.active.bytes >= layerBytesLarge) && e.below.Size() >= largeFile
+	return (e.active.keys >= layerKeysLarge || e.active.bytes >= layerBytesLarge) && e.below.Large()
 }
 
 // end puts the next layer in place of the active one.
@@ -359,6 +359,8 @@ func (e *behind) Replace(fill func(batch func(func(Writer) error) error) error) 
 }
 
 func (e *behind) Size() int64 { return e.below.Size() }
+
+func (e *behind) Large() bool { return e.below.Large() }
 
 // Close makes all durable first.
 func (e *behind) Close() error {

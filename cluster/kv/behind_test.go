@@ -544,29 +544,29 @@ func TestBehindAsksOnce(t *testing.T) {
 	}
 }
 
-// sized says that its state is as large as it is told.
+// sized says that its state is large, or not.
 type sized struct {
 	Engine
-	size int64
+	large bool
 }
 
-func (s sized) Size() int64 { return s.size }
+func (s sized) Large() bool { return s.large }
 
 // Over a large state a layer is full much sooner, by its keys above all: a flush of it maps
 // little, and how long the values are plays hardly a part in that.
 func TestLayersOverALargeStateAreSmall(t *testing.T) {
 	for _, row := range []struct {
-		state       int64
+		large       bool
 		keys, value int
 		full        bool
 	}{
-		{largeFile - 1, 2 * layerKeysLarge, 1, false},
-		{largeFile, 2 * layerKeysLarge, 1, true},
-		{largeFile, layerKeysLarge / 2, 1, false},
-		{largeFile, layerKeysLarge / 2, 256, false},
-		{largeFile, layerKeysLarge / 2, 2 * layerBytesLarge / layerKeysLarge, true},
+		{false, 2 * layerKeysLarge, 1, false},
+		{true, 2 * layerKeysLarge, 1, true},
+		{true, layerKeysLarge / 2, 1, false},
+		{true, layerKeysLarge / 2, 256, false},
+		{true, layerKeysLarge / 2, 2 * layerBytesLarge / layerKeysLarge, true},
 	} {
-		e := newBehind(sized{NewMemory(), row.state}, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
+		e := newBehind(sized{NewMemory(), row.large}, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
 		e.mu.Lock()
 		e.rested = false // nothing is flushed before a layer is full
 		e.mu.Unlock()
@@ -582,7 +582,7 @@ func TestLayersOverALargeStateAreSmall(t *testing.T) {
 		full := e.full()
 		e.mu.Unlock()
 		if err := errors.Join(err, e.Close()); err != nil || full != row.full {
-			t.Errorf("over a state of %d bytes a layer of %d keys of %d bytes is full: %v, want %v (%v)", row.state, row.keys, row.value, full, row.full, err)
+			t.Errorf("large state: %v; a layer of %d keys of %d bytes is full: %v, want %v (%v)", row.large, row.keys, row.value, full, row.full, err)
 		}
 	}
 }

@@ -37,6 +37,8 @@ type bolt struct {
 	growths *growths  // of whoever holds writing
 	closing sync.WaitGroup
 	readers readers
+
+	replacing atomic.Bool
 }
 
 // OpenBolt opens the engine's file at path, which it creates when there is
@@ -207,6 +209,8 @@ func (e *bolt) Replace(fill func(batch func(func(Writer) error) error) error) er
 	if old == nil {
 		return ErrClosed
 	}
+	e.replacing.Store(true)
+	defer e.replacing.Store(false)
 	path := e.path + ".new"
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("replace the state: %w", err)
@@ -263,6 +267,8 @@ func (e *bolt) Size() int64 {
 	}
 	return info.Size()
 }
+
+func (e *bolt) Large() bool { return e.replacing.Load() || e.Size() >= largeFile }
 
 func (e *bolt) Close() error {
 	e.writing.Lock()

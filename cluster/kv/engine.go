@@ -79,6 +79,10 @@ type Engine interface {
 	Replace(fill func(batch func(func(Writer) error) error) error) error
 	// Size is about how many bytes the state takes; 0 when that is not known.
 	Size() int64
+	// Large says that hardly two of the keys that are wanted share a page of the state, so
+	// that memory is better left to those pages; and while Replace fills one, that it may
+	// become so.
+	Large() bool
 	// Close waits for open reads to end.
 	Close() error
 }
@@ -153,6 +157,8 @@ func (m *memory) Replace(fill func(batch func(func(Writer) error) error) error) 
 func (m *memory) Sync() error { return nil }
 
 func (m *memory) Size() int64 { return 0 }
+
+func (m *memory) Large() bool { return false }
 
 func (m *memory) Close() error {
 	m.writing.Lock()

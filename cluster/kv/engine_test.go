@@ -350,3 +350,23 @@ func TestFileThatWasNeverWhole(t *testing.T) {
 		t.Errorf("there are %v, %v; want the state alone", names, err)
 	}
 }
+
+// A state that comes to take the place of another one counts as large: how large it will be
+// is known in the end.
+func TestWhatTakesTheStatesPlaceIsLarge(t *testing.T) {
+	e := openTestBehind(t, filepath.Join(t.TempDir(), "state.db"), time.Hour)
+	if e.Large() {
+		t.Error("a new state is large")
+	}
+	for _, fails := range []error{nil, errors.New("cut short")} {
+		err := e.Replace(func(batch func(func(Writer) error) error) error {
+			if !e.Large() {
+				t.Error("it is not large while it comes")
+			}
+			return errors.Join(fails, batch(func(w Writer) error { return w.Set(rows, []byte("key"), []byte("value")) }))
+		})
+		if !errors.Is(err, fails) || e.Large() {
+			t.Errorf("%v, and afterwards large: %v", err, e.Large())
+		}
+	}
+}

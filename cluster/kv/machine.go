@@ -193,7 +193,7 @@ func (m *Machine) ApplyBatch(logs []*raft.Log) []any {
 	}
 	logs, answers := logs[len(logs)-todo:], out[len(logs)-todo:]
 	most := len(logs)
-	if m.engine.Size() >= largeFile {
+	if m.engine.Large() {
 		most = applyMost
 	}
 	for from := 0; from < len(logs) && m.err == nil; from += most {

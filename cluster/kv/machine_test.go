@@ -320,7 +320,7 @@ func (e *tallied) Update(fn func(Writer) error) error {
 func TestBatchesAreParted(t *testing.T) {
 	const entries, each = 64, 10
 	for _, bad := range []int{-1, 0, applyMost - 1, applyMost, 30, entries - 1} {
-		e := &tallied{Engine: sized{NewMemory(), largeFile}}
+		e := &tallied{Engine: sized{NewMemory(), true}}
 		m := newTestMachine(t, e)
 		var logs []*raft.Log
 		for i := range entries {
@@ -346,7 +346,7 @@ func TestBatchesAreParted(t *testing.T) {
 			t.Errorf("%d entries were applied in %d transactions of up to %d rows", want, e.updates, e.largest)
 		}
 	}
-	small := &tallied{Engine: sized{NewMemory(), largeFile - 1}}
+	small := &tallied{Engine: sized{NewMemory(), false}}
 	var logs []*raft.Log
 	for i := range entries {
 		logs = append(logs, entry(t, uint64(i+1), Txn{ID: NewID(), Ops: []Op{putOp(fmt.Sprint(i), "1")}}))

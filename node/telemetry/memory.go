@@ -3,7 +3,6 @@ package telemetry
 import (
 	"context"
 	"math"
-	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
 	"time"
@@ -45,52 +44,93 @@ func GiveBackMemory(ctx context.Context) error {
 
 const (
 	// spareGarbage is how much a process may leave between two garbage collections
-	// besides what Go allows for its live memory, which is a few MB: without it a busy
-	// one collects every few hundred requests. Unlike a higher GOGC it stays the same
-	// when there is more to remember.
+	// besides as much as lives, with which Go alone collects a busy one every few hundred
+	// requests. It stays the same when there is more to remember.
 	spareGarbage = 16 << 20
-	// heapMost is up to which size of all that Go has, spareGarbage included, it
-	// collects no earlier than by itself. Above it the garbage may be half of what
-	// lives instead of as much, and leastGarbage in any case.
-	heapMost     = 96 << 20
-	leastGarbage = 24 << 20
-	// boundPause is how long a bound stays as it is.
+	// While there is room it is more for who leaves so much often: what comes in
+	// collectPause, busyGarbage at most.
+	busyGarbage  = 48 << 20
+	collectPause = time.Second / 8
+	// heapMost is up to which size of all that Go has it collects no earlier than that;
+	// heapMostLarge where the state is large, whose pages need the room. Above it the
+	// garbage may be half of what lives, and leastGarbage in any case.
+	heapMost      = 128 << 20
+	heapMostLarge = 80 << 20
+	leastGarbage  = 24 << 20
+	// boundPause is how long the bounds stay as they are.
 	boundPause = time.Second
+	// goPercent is GOGC when nobody has set it, of goLeast at least.
+	goPercent = 100
+	goLeast   = 4 << 20
 )
 
 // BoundMemory sets how often the process collects its garbage: more rarely than Go
-// does by itself while little lives, and more often while much does. It runs until ctx
-// ends; once for a process is enough. A limit that the process was started with
-// (GOMEMLIMIT) stays as it is.
-func BoundMemory(ctx context.Context) error {
-	spare := make([]byte, spareGarbage) // never touched, so only addresses
-	defer runtime.KeepAlive(spare)
-	if debug.SetMemoryLimit(-1) != math.MaxInt64 {
-		<-ctx.Done()
-		return nil
-	}
-	defer debug.SetMemoryLimit(math.MaxInt64)
-	tick := time.NewTicker(boundPause)
-	defer tick.Stop()
-	for set := int64(0); ; {
-		live, rest := living()
-		// To set it stops the process for a moment.
-		if limit := memoryLimit(live, rest); limit != set {
-			debug.SetMemoryLimit(limit)
-			set = limit
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
+// does by itself while little lives, and more often while much does or the node's state
+// is large. What it gives runs until ctx ends; once for a process is enough. What the
+// process was started with (GOGC, GOMEMLIMIT) stays as it is.
+func BoundMemory(large func() bool) func(ctx context.Context) error {
+	return func(ctx context.Context) error {
+		ours := bounds{percent: percent() == goPercent, limit: debug.SetMemoryLimit(-1) == math.MaxInt64}
+		usual := bound{goPercent, math.MaxInt64}
+		defer func() { ours.set(usual) }()
+		tick := time.NewTicker(boundPause)
+		defer tick.Stop()
+		last := allocated()
+		for set := usual; ; {
+			now := allocated()
+			live, rest := living()
+			// To set it stops the process for a moment.
+			if next := boundFor(live, rest, int64(now-last), large()); next != set {
+				ours.set(next)
+				set = next
+			}
+			last = now
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-tick.C:
+			}
 		}
 	}
 }
 
-// memoryLimit is for a process of which so many bytes lived at the last collection, and
-// whose runtime has so many besides its heap. It is in steps of 1 MiB.
-func memoryLimit(live, rest int64) int64 {
-	return max(heapMost, (rest+live+max(live/2, leastGarbage))&^(1<<20-1))
+// bound is when the process collects its garbage.
+type bound struct {
+	percent int   // of what lives, as GOGC
+	limit   int64 // of all that Go has, as GOMEMLIMIT
+}
+
+// bounds are which of the two nobody else has set.
+type bounds struct{ percent, limit bool }
+
+func (b bounds) set(to bound) {
+	if b.percent {
+		debug.SetGCPercent(to.percent)
+	}
+	if b.limit {
+		debug.SetMemoryLimit(to.limit)
+	}
+}
+
+// boundFor is for a process of which so many bytes lived at the last collection, whose
+// runtime has so many besides its heap, and which allocated so many in the last
+// boundPause. It is in steps.
+func boundFor(live, rest, came int64, large bool) bound {
+	spare, most := int64(spareGarbage), int64(heapMostLarge)
+	if !large {
+		spare = min(max(spare, came/int64(boundPause/collectPause)), busyGarbage)
+		most = heapMost
+	}
+	return bound{
+		percent: goPercent + int(10*spare/max(live, goLeast)*10),
+		limit:   max(most, (rest+live+max(live/2, leastGarbage))&^(1<<20-1)),
+	}
+}
+
+func percent() uint64 {
+	s := []metrics.Sample{{Name: "/gc/gogc:percent"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
 }
 
 func living() (live, rest int64) {

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,46 +66,87 @@ func TestGiveBackMemory(t *testing.T) {
 	})
 }
 
-func TestMemoryLimit(t *testing.T) {
+func TestBoundFor(t *testing.T) {
 	const mib = 1 << 20
-	for _, row := range []struct{ live, rest, want int64 }{
-		{20 * mib, 10 * mib, 96 * mib},         // little lives: Go collects before
-		{48 * mib, 10 * mib, 96 * mib},         // and here at the same time
-		{60 * mib, 10 * mib, 100 * mib},        // half of it
-		{80 * mib, 10 * mib, 130 * mib},        // half of it
-		{200*mib + 1, 20 * mib, 320 * mib},     // in steps
-		{70 * mib, 40 * mib, (110 + 35) * mib}, // what is no heap has room of its own
+	for name, row := range map[string]struct {
+		live, rest, came int64
+		large            bool
+		want             bound
+	}{
+		"little lives, little comes": {16 * mib, 10 * mib, 0, false, bound{200, 128 * mib}},
+		"nothing was collected yet":  {0, 10 * mib, 0, false, bound{500, 128 * mib}},
+		"much comes":                 {16 * mib, 10 * mib, 256 * mib, false, bound{300, 128 * mib}},
+		"more than the most":         {16 * mib, 10 * mib, 4096 * mib, false, bound{400, 128 * mib}},
+		"much comes, a large state":  {16 * mib, 10 * mib, 4096 * mib, true, bound{200, 80 * mib}},
+		"much lives":                 {160 * mib, 10 * mib, 0, false, bound{110, 250 * mib}},
+		"in steps":                   {200*mib + 1, 20 * mib, 0, false, bound{100, 320 * mib}},
+		"much lives, a large state":  {40 * mib, 20 * mib, 0, true, bound{140, 84 * mib}},
 	} {
-		if got := memoryLimit(row.live, row.rest); got != row.want {
-			t.Errorf("%d MiB live and %d besides: a limit of %d MiB, want %d", row.live/mib, row.rest/mib, got/mib, row.want/mib)
+		if got := boundFor(row.live, row.rest, row.came, row.large); got != row.want {
+			t.Errorf("%s: %d %% and %d MiB, want %d and %d", name, got.percent, got.limit/mib, row.want.percent, row.want.limit/mib)
 		}
 	}
 }
 
-// The limit follows what lives, and goes with the node.
+// The bounds follow what lives and how large the state is, and go with the node.
 func TestBoundMemory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- BoundMemory(ctx) }()
+		var large atomic.Bool
+		go func() { done <- BoundMemory(large.Load)(ctx) }()
 		synctest.Wait()
-		if limit := debug.SetMemoryLimit(-1); limit < heapMost || limit == math.MaxInt64 {
-			t.Errorf("a limit of %d", limit)
+		limit := func() int64 { return debug.SetMemoryLimit(-1) }
+		if limit() < heapMost || limit() == math.MaxInt64 || percent() <= goPercent {
+			t.Errorf("%d %% and a limit of %d", percent(), limit())
+		}
+		pass := func() {
+			time.Sleep(boundPause)
+			synctest.Wait()
+		}
+		large.Store(true)
+		pass()
+		if limit() >= heapMost {
+			t.Errorf("a limit of %d with a large state", limit())
 		}
 		keep := make([]byte, 200<<20)
 		runtime.GC()
-		time.Sleep(boundPause)
-		synctest.Wait()
-		if limit := debug.SetMemoryLimit(-1); limit < 300<<20 || limit > 400<<20 {
-			t.Errorf("a limit of %d with %d that live", limit, len(keep))
+		pass()
+		if limit() < 300<<20 || limit() > 400<<20 || percent() > goPercent+10 {
+			t.Errorf("%d %% and a limit of %d with %d that live", percent(), limit(), len(keep))
 		}
 		runtime.KeepAlive(keep)
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
-			t.Errorf("a limit of %d afterwards", limit)
+		if limit() != math.MaxInt64 || percent() != goPercent {
+			t.Errorf("%d %% and a limit of %d afterwards", percent(), limit())
 		}
+	})
+}
+
+// What the process was started with stays.
+func TestBoundMemoryOfTheOperator(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		debug.SetGCPercent(50)
+		debug.SetMemoryLimit(1 << 40)
+		defer debug.SetGCPercent(goPercent)
+		defer debug.SetMemoryLimit(math.MaxInt64)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- BoundMemory(func() bool { return true })(ctx) }()
+		check := func(when string) {
+			if limit := debug.SetMemoryLimit(-1); limit != 1<<40 || percent() != 50 {
+				t.Errorf("%s: %d %% and a limit of %d", when, percent(), limit)
+			}
+		}
+		synctest.Wait()
+		check("while it runs")
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		check("afterwards")
 	})
 }

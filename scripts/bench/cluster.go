@@ -212,7 +212,7 @@ func commitsOf(clients int) int {
 func asNode(ctx context.Context) (end func()) {
 	run, stop := context.WithCancel(ctx)
 	var process sync.WaitGroup
-	process.Go(func() { _ = telemetry.BoundMemory(run) })
+	process.Go(func() { _ = telemetry.BoundMemory(func() bool { return false })(run) })
 	process.Go(func() { _ = telemetry.SpareProcessor(run) })
 	return func() {
 		stop()
