@@ -16,14 +16,14 @@ import (
 
 const (
 	// flushPause is the least time between two flushes.
-	flushPause = 200 * time.Millisecond
+	flushPause = 400 * time.Millisecond
 	// flushShare: a flush is followed by a pause of so many times its own length,
 	// so that a slow disk is not kept busy by flushes alone; at most flushPauseMost.
 	flushShare     = 3
 	flushPauseMost = time.Second
 	// layerBytes and layerUpdates are when a layer is full. Two of them are the
 	// most that there is.
-	layerBytes   = 4 << 20
+	layerBytes   = 8 << 20
 	layerUpdates = 8192
 	// layerKeysLarge and layerBytesLarge are for a state of largeFile and more: a flush maps a
 	// page of it, and those beside it, for almost each key, which hardly any two share. How
@@ -96,8 +96,8 @@ func (l *layer) row(key []byte, sum uint64) ([]byte, bool) {
 // that somebody reads, so that he misses nothing.
 type filter [filterBits / 64]atomic.Uint64
 
-// filterBits is a power of two. The 16,000 rows of a full layer are in doubt with one of a
-// hundred others.
+// filterBits is a power of two. The 18,000 rows of a layer full of pushes are in doubt with one
+// of sixty others.
 const filterBits = 1 << 18
 
 func (f *filter) add(sum uint64) {

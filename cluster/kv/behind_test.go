@@ -103,11 +103,12 @@ func TestBehindSparesASlowDisk(t *testing.T) {
 		g := &gated{Engine: NewMemory()}
 		g.hold()
 		e := WriteBehind(g)
+		const slow = flushPause / 2
 		set(t, e, rows, "a", "1")
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(slow)
 		g.gate <- struct{}{}
 		set(t, e, rows, "b", "1")
-		time.Sleep(flushShare*100*time.Millisecond - 1)
+		time.Sleep(flushShare*slow - 1)
 		synctest.Wait()
 		if n := len(g.times()); n != 1 {
 			t.Errorf("%d flushes before the pause is over", n)

@@ -10,7 +10,7 @@ import (
 func TestFilterMissesNothing(t *testing.T) {
 	var f filter
 	var in []uint64
-	for range 16000 {
+	for range 18000 {
 		in = append(in, rand.Uint64())
 		f.add(in[len(in)-1])
 	}
