@@ -1,16 +1,21 @@
 package clustertest
 
 import (
+	"log/slog"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
 
 	"github.com/atoll-registry/atoll/cluster/kv"
 	"github.com/atoll-registry/atoll/cluster/member"
+	"github.com/atoll-registry/atoll/cluster/reserve"
 	"github.com/atoll-registry/atoll/cluster/table"
 )
 
@@ -115,15 +120,30 @@ func (e *engine) Size() int64 { return 0 }
 
 func (e *engine) Large() bool { return false }
 
-// logDisk is a machine's disk as raft's log sees it.
-type logDisk struct{ m *machine }
+// logDisk is a machine's disk as raft's log sees it: behind the reserve, as in a node, since
+// raft goes wrong where the end of a log was cut and what takes its place is refused.
+type logDisk struct {
+	*reserve.Reserve
+	m *machine
+}
 
 var _ member.Disk = logDisk{}
 
-func (d logDisk) Logs(s raft.LogStore) raft.LogStore         { return logStore{s, d.m} }
-func (d logDisk) Stable(s raft.StableStore) raft.StableStore { return s }
-func (d logDisk) Broken() <-chan error                       { return nil }
-func (d logDisk) Stop()                                      {}
+func (d logDisk) Logs(s raft.LogStore) raft.LogStore { return d.Reserve.Logs(logStore{s, d.m}) }
+
+// newLogDisk is for one run of a node.
+func newLogDisk(t *testing.T, n *Node, m *machine) member.Disk {
+	r, err := reserve.Open(filepath.Join(n.Dir, "ballast"), roomy{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Error(err)
+	}
+	return logDisk{r, m}
+}
+
+// roomy has room for a ballast, which nobody makes.
+type roomy struct{}
+
+func (roomy) Space() (free, total int64, err error) { return 1 << 30, 1 << 30, nil }
 
 type logStore struct {
 	raft.LogStore
@@ -137,4 +157,31 @@ func (s logStore) StoreLogs(l []*raft.Log) error {
 		return errFull
 	}
 	return s.LogStore.StoreLogs(l)
+}
+
+// A node whose log is full just when its end gives way to the new leader's entries goes on
+// when there is room again.
+func TestFullLogBehindACut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var machines sync.Map
+		of := func(n *Node) *machine {
+			m, _ := machines.LoadOrStore(n, &machine{})
+			return m.(*machine)
+		}
+		c := New(t, Options{Define: withNotes, Disk: func(n *Node) member.Disk { return newLogDisk(t, n, of(n)) }})
+		c.Grow(3)
+		old := c.Leader()
+		c.Isolate(old)
+		ended := make(chan error, 1)
+		go func() { ended <- old.write(t.Context(), "b", "cut") }()
+		if err := c.Others(old)[0].write(t.Context(), "a", "kept"); err != nil {
+			t.Fatal(err)
+		}
+		of(old).full.Store(true)
+		c.Rejoin(old)
+		<-time.After(10 * time.Second)
+		of(old).full.Store(false)
+		old.want("a", "kept")
+		<-ended // with whatever
+	})
 }

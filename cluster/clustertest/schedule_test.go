@@ -130,7 +130,7 @@ func playSchedule(t *testing.T, seed uint64, rounds int, total map[string]int) {
 	s.rig = &rig{t: t, mu: make(turn, 1), Cluster: New(t, Options{
 		Define: withNotes, Snapshots: member.Snapshots{MinBytes: 64 << 10, TrailingLogs: 16},
 		Engine: func(n *Node, e kv.Engine) kv.Engine { return &engine{e, of(n)} },
-		Disk:   func(n *Node) member.Disk { return logDisk{of(n)} },
+		Disk:   func(n *Node) member.Disk { return newLogDisk(t, n, of(n)) },
 		Clock:  func(n *Node) func() time.Time { return of(n).now },
 	})}
 	s.open = slices.Clone(s.Grow(4 + s.dice.IntN(3))) // of four and of six one has no vote
@@ -397,6 +397,8 @@ func (s *schedule) noQuorum(ctx context.Context, victim *Node) {
 			s.Rejoin(n)
 		}
 	}()
+	// One that knows no leader may have the votes to become it, and be it until its lease ends.
+	<-time.After(5 * time.Second)
 	s.Await(victim.Name+", alone, knows no leader", func() bool { return victim.Leader() == "" })
 	op, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
