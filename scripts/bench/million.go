@@ -23,6 +23,7 @@ const (
 	largeText  = 45_000 // bytes of a large manifest that do not compress
 	largePuts  = 3000   // of them make 180 MB of log: a snapshot is due at 268
 	readsApart = 10_000
+	burstPuts  = 20_000
 )
 
 // million brings the repository to 1,000,000 artifacts and measures starts on
@@ -67,6 +68,9 @@ func (b *bench) million(ctx context.Context) error {
 		return err
 	}
 	if err := b.saved(ctx); err != nil {
+		return err
+	}
+	if err := b.smallPuts(ctx); err != nil {
 		return err
 	}
 	return b.among(ctx, listTags, millions)
@@ -151,9 +155,7 @@ func (b *bench) printMemory(when string) error {
 	return nil
 }
 
-// saved pushes until a snapshot is due and measures memory while it is taken. What
-// is judged is the node's own: the log's file is mapped as well, and all of what is
-// dropped behind a snapshot is read once.
+// saved pushes until a snapshot is due and measures memory while it is taken.
 func (b *bench) saved(ctx context.Context) error {
 	s := b.fleet[0]
 	dir := filepath.Join(s.dir, "raft", "snapshots")
@@ -184,6 +186,29 @@ func (b *bench) saved(ctx context.Context) error {
 	}
 	b.judge(line{"rss_1000000_artifacts_peak_in_snapshot", peak(), "MB"}, "<=", 150)
 	b.print("rss_1000000_artifacts_peak_in_snapshot_anonymous", own(), "MB")
+	return nil
+}
+
+// smallPuts measures memory while manifests come as fast as they can, each with rows at
+// places of its own all over the state.
+func (b *bench) smallPuts(ctx context.Context) error {
+	s := b.fleet[0]
+	peak, own := s.watch("VmRSS"), s.watch("RssAnon")
+	first := listTags + millions
+	perSecond, _, err := rate(writers, burstPuts, func(i int) error {
+		data, err := manifest(first + i)
+		if err != nil {
+			return err
+		}
+		return s.putManifest(ctx, large, tagOf(first+i), data)
+	})
+	highest, anonymous := peak(), own()
+	if err != nil {
+		return err
+	}
+	b.print("put_rate_on_1000000_artifacts", perSecond, "manifests/s")
+	b.judge(line{"rss_1000000_artifacts_peak_in_puts", highest, "MB"}, "<=", 150)
+	b.print("rss_1000000_artifacts_peak_in_puts_anonymous", anonymous, "MB")
 	return nil
 }
 
