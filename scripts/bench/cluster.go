@@ -92,6 +92,9 @@ func (b *bench) startNode(ctx context.Context, client *http.Client, dir string, 
 // invite gives the way into the site of the node that has its data in dir.
 func (b *bench) invite(ctx context.Context, dir, peers string) (how []string, err error) {
 	token, err := exec.CommandContext(ctx, b.atoll, "token", "create", "--data", dir).Output()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return nil, fmt.Errorf("a join token: %w: %s", err, exit.Stderr)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("a join token: %w", err)
 	}
