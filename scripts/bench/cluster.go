@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -36,7 +37,11 @@ type site struct {
 
 // launchSite starts a site of so many nodes and waits until all of them vote.
 func (b *bench) launchSite(ctx context.Context, count int) (s *site, err error) {
-	p := place{dir: filepath.Join(b.dir, fmt.Sprint("site", count)), atoll: b.atoll}
+	dir, err := os.MkdirTemp(b.dir, "site")
+	if err != nil {
+		return nil, err
+	}
+	p := place{dir: dir, atoll: b.atoll}
 	s = &site{client: newClient(p), binary: b.atoll}
 	defer func() {
 		if err != nil {
