@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -25,6 +26,7 @@ import (
 const (
 	repairSettle   = 2 * time.Second
 	retryMost      = time.Minute
+	retryApart     = 4 // a try comes earlier by up to this part of its pause
 	repairInterval = time.Hour
 	strideEvery    = time.Second
 	repairPage     = blobsAsked
@@ -68,7 +70,8 @@ func (s *schedule) plan(pass result, now time.Time) {
 	case pass.cause != nil || len(s.retry) > retryKept:
 		s.full = earlier(s.full, next) // it was no look at all, or too much to remember
 	case failed && (s.again.IsZero() || !s.again.After(now) || next.Before(s.again)):
-		s.again = next
+		// Not all homes at once: one that asks for a blob tells the others that it may have it soon.
+		s.again = next.Add(-rand.N(s.backoff / retryApart))
 	}
 	switch {
 	case failed && (pass.full || pass.again):
