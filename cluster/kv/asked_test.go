@@ -3,44 +3,22 @@ package kv
 import (
 	"errors"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// asking counts what is looked up in an Engine below.
-type asking struct {
-	Engine
-	lookups atomic.Int64
-}
-
-type askingState struct {
-	Snapshot
-	lookups *atomic.Int64
-}
-
-func (a *asking) Open() (Snapshot, error) {
-	s, err := a.Engine.Open()
-	return askingState{s, &a.lookups}, err
-}
-
-func (s askingState) Lookup(space Space, key []byte) []byte {
-	s.lookups.Add(1)
-	return s.Snapshot.Lookup(space, key)
-}
-
 // A row is looked for once below until the next flush, by whoever wants it, whether it is
 // there or not; and what the flush brings, and a Replace, is found.
 func TestBehindRemembersWhatWasLookedFor(t *testing.T) {
-	below := &asking{Engine: NewMemory()}
+	below := &counted{Engine: NewMemory()}
 	e := newBehind(below, time.Hour, layerSize{bytes: layerBytes, updates: layerUpdates})
 	look := func(key string) (v []byte, times int64) {
 		t.Helper()
-		before := below.lookups.Load()
+		before := below.rows.Load()
 		if err := e.Read(func(c Content) error { v = c.Lookup(rows, []byte(key)); return nil }); err != nil {
 			t.Fatal(err)
 		}
-		return v, below.lookups.Load() - before
+		return v, below.rows.Load() - before
 	}
 	long := strings.Repeat("l", foundBytes)
 	set(t, e, rows, "one", "1", "long", long) // flushed at once, with which the pause begins

@@ -145,6 +145,20 @@ func TestNodeThatReturnsIsBroughtUpToDate(t *testing.T) {
 	})
 }
 
+// The homes of a blob that none of them has would else go on asking each other at one moment.
+func TestHomesTryAgainApart(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	tries := map[time.Time]bool{}
+	for range 10 {
+		s := schedule{backoff: repairSettle}
+		s.plan(result{full: true, failed: []digest.Digest{digest.FromString("d")}}, now)
+		tries[s.next()] = true
+	}
+	if len(tries) == 1 {
+		t.Error("ten homes try again at the same moment")
+	}
+}
+
 func TestScheduleBacksOff(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 	s := schedule{backoff: repairSettle}
